@@ -1,0 +1,61 @@
+"""The demo's real images: emoji in five styles, shipped as one sprite sheet per style (assets/emoji)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ASSETS = Path(__file__).parent / "assets"
+BASE_STYLE = "twemoji"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing that every style draws; `held_out` ones are never shown to a style adapter in training."""
+
+    code: str
+    name: str
+    category: str
+    held_out: bool
+
+
+@cache
+def _index() -> dict:
+    return json.loads((ASSETS / "emoji" / "concepts.json").read_text(encoding="utf-8"))
+
+
+def styles() -> list[str]:
+    """Names of the drawing styles, the base model's first."""
+    return list(_index()["styles"])
+
+
+def concepts() -> list[Concept]:
+    """The concepts in tile order."""
+    return [Concept(**entry) for entry in _index()["concepts"]]
+
+
+def images(style: str) -> Tensor:
+    """Every concept drawn in one style, in the order of `concepts()`.
+
+    Returns:
+        (N, 3, 64, 64) float32 in [-1, 1].
+
+    Raises:
+        ValueError: no sprite sheet of that style ships with the demo.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if style not in styles():
+        raise ValueError(f"demo style {style!r}: expected one of {', '.join(styles())}")
+    tile, columns = _index()["tile"], _index()["columns"]
+    with Image.open(ASSETS / "emoji" / f"{style}.webp") as sheet:
+        pixels = torch.from_numpy(np.array(sheet.convert("RGB")))  # (rows*tile, columns*tile, 3)
+    rows = pixels.shape[0] // tile
+    tiles = pixels.view(rows, tile, columns, tile, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)  # (rows*columns, 3, tile, tile)
+    return tiles[: len(concepts())].float() / 127.5 - 1
