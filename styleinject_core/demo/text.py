@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 WIDTH = 128
 LENGTH = 8
-PAD, UNKNOWN = 0, 1
+PAD = 0
 
 
 def words(prompt: str) -> list[str]:
@@ -23,15 +23,15 @@ class TextEncoder(nn.Module):
     def __init__(self, vocabulary: list[str]):
         super().__init__()
         self.vocabulary = vocabulary
-        self.ids = {word: k + 2 for k, word in enumerate(vocabulary)}
-        self.embedding = nn.Embedding(len(vocabulary) + 2, WIDTH)
+        self.ids = {word: k + 1 for k, word in enumerate(vocabulary)}
+        self.embedding = nn.Embedding(len(vocabulary) + 1, WIDTH)
         self.position = nn.Parameter(torch.randn(LENGTH, WIDTH) * 0.02)
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
         self.transformer = nn.TransformerEncoder(layer, 1, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """(B, 8) word ids: prompts are cut or padded to 8 words; words never seen in training share one id."""
-        rows = [[self.ids.get(word, UNKNOWN) for word in words(prompt)][:LENGTH] for prompt in prompts]
+        """(B, 8) word ids: words never seen in training are left out, the rest is cut or padded to 8."""
+        rows = [[self.ids[word] for word in words(prompt) if word in self.ids][:LENGTH] for prompt in prompts]
         return torch.tensor([row + [PAD] * (LENGTH - len(row)) for row in rows], device=self.position.device)
 
     def unknown_words(self, prompt: str) -> list[str]:

@@ -1,0 +1,111 @@
+"""The embedded text-to-image model: a latent diffusion model small enough to ship and to sample in seconds.
+
+A diffusers U-Net (v-prediction, Stable Diffusion's noise schedule) over 8x8x16 latents, a word-level text encoder and
+an autoencoder for 64x64 pixels, trained on emoji by `scripts/demo/train_base.py`. One fp16 safetensors file holds all.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .autoencoder import LATENT_CHANNELS, Autoencoder
+from .data import ASSETS
+from .text import WIDTH, TextEncoder
+
+BASE_FILE = ASSETS / "base.safetensors"
+
+# diffusers' UNet2DConditionModel arguments; Stable Diffusion 1.5's layout with two levels and one block per level
+UNET_CONFIG = {
+    "sample_size": 8,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "block_out_channels": (96, 192),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": WIDTH,
+    "attention_head_dim": 4,
+}
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+
+def read_base(path: Path = BASE_FILE) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The embedded model's file as ({"unet" | "text_encoder" | "autoencoder": state dict}, vocabulary), in float32."""
+    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}, "autoencoder": {}}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            part, name = key.split(".", 1)
+            parts[part][name] = file.get_tensor(key).float()
+        vocabulary = json.loads(file.metadata()["vocabulary"])
+    return parts, vocabulary
+
+
+def load_text_encoder(path: Path = BASE_FILE) -> TextEncoder:
+    """The embedded model's text encoder, frozen."""
+    parts, vocabulary = read_base(path)
+    return _frozen(TextEncoder(vocabulary), parts["text_encoder"])
+
+
+def load_autoencoder(path: Path = BASE_FILE) -> Autoencoder:
+    """The embedded model's autoencoder, frozen."""
+    return _frozen(Autoencoder(), read_base(path)[0]["autoencoder"])
+
+
+def build_unet() -> nn.Module:
+    """The U-Net with fresh weights, a diffusers UNet2DConditionModel (needs the `demo` extra)."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**UNET_CONFIG)
+
+
+def load_unet(path: Path = BASE_FILE) -> nn.Module:
+    """The embedded model's U-Net, frozen (needs the `demo` extra)."""
+    return _frozen(build_unet(), read_base(path)[0]["unet"])
+
+
+def _frozen(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    module.load_state_dict(state)
+    return module.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def sample(
+    unet: nn.Module, context: Tensor, null_context: Tensor, *, seed: int, steps: int = 25, guidance: float = 3.0, callback=None
+) -> Tensor:
+    """Sample latents with diffusers' DPM-Solver++ and classifier-free guidance.
+
+    Args:
+        unet: the diffusers U-Net, with or without an adapter attached.
+        context, null_context: (B, 8, 128) and (1, 8, 128) from the text encoder.
+        seed: seeds the initial noise; image k of the batch depends only on the seed and k.
+        callback: called with the step index before every U-Net call.
+
+    Returns:
+        Latents (B, 16, 8, 8).
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    size = UNET_CONFIG["sample_size"]
+    latents = torch.stack([torch.randn(LATENT_CHANNELS, size, size, generator=generator) for _ in context])
+    both = torch.cat([context, null_context.expand_as(context)])
+    for k, t in enumerate(scheduler.timesteps):
+        if callback is not None:
+            callback(k)
+        model_input = scheduler.scale_model_input(torch.cat([latents, latents]), t)
+        positive, negative = unet(model_input, t, both).sample.chunk(2)
+        latents = scheduler.step(negative + guidance * (positive - negative), t, latents).prev_sample
+    return latents
