@@ -1,0 +1,99 @@
+"""Adapter: a set of adapted layers by module name, with its config and metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .config import AdapterConfig
+from .layers import LayerAdapter, LayerShape, UnsupportedLayerError
+from .selector import select
+
+
+class Adapter(nn.Module):
+    """Module name (diffusers spelling) -> LayerAdapter; a torch module, so that hosts can move, cast and count it.
+
+    Args:
+        layers: the adapted layers by module name.
+        config: the adapter's config; layers that differ from it carry their own.
+        metadata: what the file's header says beyond the config (ModelSpec fields and others), strings.
+        name: what to call it in reports, the file's name as a rule.
+        skipped: names in the file that are no U-Net layers (a LoRA's text encoder part), for the report.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerAdapter],
+        config: AdapterConfig,
+        metadata: Mapping[str, str] | None = None,
+        name: str = "adapter",
+        skipped: tuple[str, ...] = (),
+    ):
+        super().__init__()
+        if not layers:
+            raise ValueError(f"{name}: an adapter needs at least one layer")
+        self.config, self.metadata, self.name, self.skipped = config, dict(metadata or {}), name, skipped
+        self.names = tuple(layers)
+        self._layers = nn.ModuleList(layers.values())  # module names contain dots, which a ModuleDict refuses
+
+    @property
+    def layers(self) -> dict[str, LayerAdapter]:
+        """The adapted layers by module name, in file order."""
+        return dict(zip(self.names, self._layers, strict=True))
+
+    @property
+    def shapes(self) -> dict[str, LayerShape]:
+        """The host layers by module name, as the selector wants them."""
+        return {name: layer.shape for name, layer in self.layers.items()}
+
+    def parameter_count(self) -> int:
+        """Trainable numbers in all layers."""
+        return sum(p.numel() for p in self.parameters())
+
+    @classmethod
+    def create(
+        cls, host: nn.Module | Mapping[str, LayerShape], config: AdapterConfig, name: str = "adapter", metadata: Any = None
+    ) -> Adapter:
+        """An untrained adapter, an exact identity, on every layer of `host` that `config.target_modules` selects.
+
+        Args:
+            host: a module tree, or module name -> LayerShape (`styleinject_core.hosts.unet_shapes`).
+
+        Raises:
+            SelectorError: a target that matches nothing.
+            UnsupportedLayerError: a selected layer cannot be adapted; names it.
+        """
+        shapes = host_shapes(host, config.target_modules) if isinstance(host, nn.Module) else dict(host)
+        chosen = select(shapes, ",".join(config.target_modules))
+        layers = {}
+        for layer_name, shape in shapes.items():
+            if layer_name in chosen:
+                try:
+                    layers[layer_name] = LayerAdapter(shape, config.for_layer(layer_name))
+                except UnsupportedLayerError as error:
+                    raise UnsupportedLayerError(f"{layer_name}: {error}") from None
+        return cls(layers, config, metadata, name)
+
+
+def host_shapes(host: nn.Module, required: tuple[str, ...] = ()) -> dict[str, LayerShape]:
+    """Every layer of a module tree that can be adapted, by name.
+
+    Args:
+        required: targets; a grouped convolution is passed over unless a target names it.
+
+    Raises:
+        UnsupportedLayerError: a layer named in `required` by its own name cannot be adapted.
+    """
+    shapes = {}
+    for name, module in host.named_modules():
+        try:
+            shape = LayerShape.of(module)
+        except UnsupportedLayerError as error:
+            if any(name == target or name.endswith("." + target) for target in required):
+                raise UnsupportedLayerError(f"{name}: {error}") from None
+            continue
+        if shape is not None and name:
+            shapes[name] = shape
+    return shapes

@@ -1,0 +1,225 @@
+"""attach: put adapters on a host model's layers, and take them off again without a trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .adapter import Adapter
+from .layers import LayerShape, UnsupportedLayerError
+from .override import HostProgram, Override, Site
+from .selector import parse_weights, select
+
+
+class AdapterMismatchError(ValueError):
+    """An adapter does not fit the host: nothing matches, or a layer's sizes differ. The message names both sides."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One adapter with its strengths, on the layers a selector leaves (method, section 2).
+
+    Args:
+        strength: scales both parts; 0 is the base model bit for bit, 1 the trained adapter, negative and > 1 allowed.
+        dma, sta: strengths of the low-rank increment and of the AdaIN step.
+        layers: a layer selector (`styleinject_core.selector`).
+        layer_weights: `selector = number` lines that scale both parts per layer.
+
+    Raises:
+        ValueError: a strength that is no finite number.
+    """
+
+    adapter: Adapter
+    strength: float = 1.0
+    dma: float = 1.0
+    sta: float = 1.0
+    layers: str = "all"
+    layer_weights: str = ""
+
+    def __post_init__(self) -> None:
+        for label in ("strength", "dma", "sta"):
+            value = getattr(self, label)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{self.adapter.name}: {label} must be a finite number, found {value!r}")
+
+    def layer_scales(self) -> dict[str, float]:
+        """The weight of every layer that the selector leaves. Raises SelectorError."""
+        shapes = self.adapter.shapes
+        chosen = select(shapes, self.layers)
+        return {name: weight for name, weight in parse_weights(shapes, self.layer_weights).items() if name in chosen}
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """Which layers of one adapter found a module of the host; names in the adapter's spelling."""
+
+    adapter: str
+    matched: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.adapter}: {len(self.matched)} of {len(self.matched) + len(self.unmatched)} layers matched"]
+        for label, names in (("not in this model", self.unmatched), ("in the file, but no layer of a U-Net", self.skipped)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                lines.append(f"  {label} ({len(names)}): {', '.join(names[:3])}{more}")
+        return "\n".join(lines)
+
+
+class Attachment:
+    """Adapters matched to a host's modules; a context manager that installs them for its length.
+
+    Args:
+        host: any module tree.
+        applied: the adapters with their strengths. Their increments add up, the order does not matter.
+        names: adapter module name -> host module name, where the host spells them otherwise.
+        program: what is special about the host program.
+
+    Raises:
+        AdapterMismatchError: an adapter none of whose layers is in the host, or a layer of other sizes.
+        SelectorError: a selector that matches nothing.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        applied: Sequence[Applied],
+        names: Mapping[str, str] | None = None,
+        program: HostProgram | None = None,
+    ):
+        self.program = program or HostProgram()
+        self.applied = list(applied)
+        self.reports: list[MatchReport] = []
+        self.sites: list[list[Site]] = []  # one list per adapter
+        self._places: list[tuple[Override, Site]] = []
+        self._installed = 0
+        modules = dict(host.named_modules())
+        overrides: dict[nn.Module, Override] = {}
+        for item in self.applied:
+            sites, unmatched = [], []
+            for name, layer in item.adapter.layers.items():
+                module = modules.get((names or {}).get(name, name))
+                if module is None:
+                    unmatched.append(name)
+                    continue
+                shape = _host_shape(name, module)
+                if shape != layer.shape:
+                    raise AdapterMismatchError(f"{item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}")
+                site = Site(name, layer, self.program)
+                sites.append(site)
+                self._places.append((overrides.setdefault(module, Override(module, shape)), site))
+            self.sites.append(sites)
+            matched = tuple(site.name for site in sites)
+            self.reports.append(MatchReport(item.adapter.name, matched, tuple(unmatched), item.adapter.skipped))
+            if not sites:
+                raise AdapterMismatchError(
+                    f"{item.adapter.name}: none of its {len(unmatched)} layers is in the model; "
+                    f"the first it looked for: {', '.join(unmatched[:3])}"
+                )
+        for index in range(len(self.applied)):
+            self._refresh(index)
+
+    def _refresh(self, index: int) -> None:
+        item = self.applied[index]
+        scales = item.layer_scales()
+        for site in self.sites[index]:
+            scale = item.strength * scales.get(site.name, 0.0)
+            site.dma, site.sta = scale * item.dma, scale * item.sta
+
+    def set_strength(self, strength: float, *, adapter: Adapter | None = None, **parts: float) -> None:
+        """Change the strength of one adapter (or of all), installed or not; `dma=` and `sta=` set its parts.
+
+        Raises:
+            ValueError: not a finite number, or an adapter that is not attached here.
+        """
+        if adapter is not None and all(item.adapter is not adapter for item in self.applied):
+            raise ValueError(f"{adapter.name} is not attached here: {', '.join(i.adapter.name for i in self.applied)}")
+        for index, item in enumerate(self.applied):
+            if adapter is None or item.adapter is adapter:
+                self.applied[index] = replace(item, strength=strength, **parts)
+                self._refresh(index)
+
+    def install(self) -> Attachment:
+        """Put the overrides in place; calls nest."""
+        self._installed += 1
+        if self._installed == 1:
+            for override, site in self._places:
+                override.install(site)
+        return self
+
+    def detach(self) -> None:
+        """Take the overrides off; the host is as it was before this attachment, whatever else was attached since."""
+        if self._installed == 0:
+            return
+        self._installed -= 1
+        if self._installed == 0:
+            for override, site in self._places:
+                Override.remove(override.module, site)
+
+    def __enter__(self) -> Attachment:
+        return self.install()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.detach()
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.reports))
+
+
+class _Attached(Attachment):
+    """An attachment that `attach` has installed already: leaving its `with` block detaches it."""
+
+    def __enter__(self) -> Attachment:
+        return self
+
+
+def attach(
+    host: nn.Module,
+    adapters: Adapter | Applied | Iterable[Adapter | Applied],
+    strength: float = 1.0,
+    *,
+    layers: str = "all",
+    layer_weights: str = "",
+    names: Mapping[str, str] | None = None,
+    program: HostProgram | None = None,
+) -> Attachment:
+    """Attach adapters to any module tree; use it as a context manager or call `detach()`.
+
+        with attach(unet, adapter, strength=0.8):
+            images = pipeline(prompt)
+
+    Args:
+        host: the model whose modules the adapters' layers name.
+        adapters: one or several; an `Applied` carries strengths and a selector of its own, a plain Adapter takes
+            `strength`, `layers` and `layer_weights` from here.
+        names: adapter module name -> host module name, where the host spells them otherwise.
+
+    Returns:
+        The installed Attachment; `print` it for what matched.
+
+    Raises:
+        AdapterMismatchError, SelectorError, ValueError: see `Attachment` and `Applied`. The host is left untouched.
+    """
+    items = [adapters] if isinstance(adapters, (Adapter, Applied)) else list(adapters)
+    applied = [
+        item if isinstance(item, Applied) else Applied(item, strength, layers=layers, layer_weights=layer_weights)
+        for item in items
+    ]
+    attachment = _Attached(host, applied, names, program)
+    attachment.install()
+    return attachment
+
+
+def _host_shape(name: str, module: nn.Module) -> LayerShape:
+    try:
+        shape = LayerShape.of(module)
+    except UnsupportedLayerError as error:
+        raise AdapterMismatchError(f"{name}: {error}") from None
+    if shape is None:
+        raise AdapterMismatchError(f"{name}: the model has a {type(module).__name__} there, not a Linear or a Conv2d")
+    return shape

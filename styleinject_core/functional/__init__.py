@@ -1,0 +1,1 @@
+"""The layer's mathematics as pure functions: `reference` (the paper), `stack` and `fold` (fast), `dispatch` (chooses)."""

@@ -1,0 +1,71 @@
+"""The frozen layer as the functional forms see it: Linear and Conv2d behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import LayerShape
+
+
+@dataclass(frozen=True)
+class HostLayer:
+    """A frozen layer and how to call it.
+
+    Args:
+        shape: Linear or convolution, and its sizes.
+        forward: x -> h, whatever the host program made of the layer.
+        weight, bias: W0 and b where they can be read as plain tensors in x's dtype and device, else None: only then
+            may a form compute h by itself.
+        module: the layer, asked for stride, padding and dilation of a convolution.
+    """
+
+    shape: LayerShape
+    forward: Callable[[Tensor], Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
+    module: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The dimensions of x and h that a channel's statistics run over."""
+        return (2, 3) if self.shape.is_conv else (1,)
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """Values (B, d) shaped to broadcast over positions; values by token (B, L, d) are left as they are."""
+        if values.ndim == 3:
+            return values
+        return values[:, :, None, None] if self.shape.is_conv else values[:, None, :]
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        """x through one down-projection A (r, k[, kh, kw]), with the convolution's own stride, padding, dilation."""
+        return self.conv(x, A) if self.shape.is_conv else x @ A.mT
+
+    def up(self, low: Tensor, B: Tensor) -> Tensor:
+        """(.., r) tokens or (B, r, H', W') pixels through the shared up-projection B (d, r)."""
+        return F.conv2d(low, B[:, :, None, None]) if self.shape.is_conv else low @ B.mT
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+        """F.conv2d as the host convolution does it: its stride, padding (any mode) and dilation."""
+        x, padding = self.pad(x)
+        return F.conv2d(x, weight, bias, self.module.stride, padding, self.module.dilation, groups)
+
+    def pad(self, x: Tensor) -> tuple[Tensor, Any]:
+        """x with circular, reflect or replicate padding applied, and the zero padding that is left to do."""
+        mode = getattr(self.module, "padding_mode", "zeros")
+        if mode == "zeros":
+            return x, self.module.padding
+        return F.pad(x, self.module._reversed_padding_repeated_twice, mode=mode), 0
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Router, softmax and statistics run in at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,212 @@
+"""attach and detach are an inverse pair, in any order, on any host, and around foreign forward overrides."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from styleinject_core import Adapter, AdapterConfig, AdapterMismatchError, Applied, SelectorError, attach
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 4, 3, padding=1)
+        self.attn1 = nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_v": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        h = self.conv1(x).flatten(2).mT
+        return self.attn1["to_q"](h) + self.attn1["to_v"](h)
+
+
+class Host(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down_blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x):
+        return sum(block(x) for block in self.down_blocks)
+
+
+def trained(host, seed=0, **config):
+    torch.manual_seed(seed)
+    config = {"r": 2, "n_styles": 3, "target_modules": ("to_q", "to_v", "conv1"), **config}
+    adapter = Adapter.create(host, AdapterConfig(**config), name=f"adapter{seed}")
+    for p in adapter.parameters():
+        p.data.copy_(torch.randn_like(p) * 0.3)
+    return adapter
+
+
+@pytest.fixture
+def host():
+    torch.manual_seed(0)
+    return Host().requires_grad_(False)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def state(host):
+    return [dict(m.__dict__) for m in host.modules()]
+
+
+def test_detach_restores_the_host_in_any_order(host, x):
+    before, base = state(host), host(x)
+    for order in itertools.permutations(range(3)):
+        attachments = [attach(host, trained(host, seed)) for seed in range(3)]
+        assert not torch.allclose(host(x), base)
+        for k in order:
+            attachments[k].detach()
+        assert state(host) == before
+        assert torch.equal(host(x), base)
+
+
+def test_attachments_add_up_whatever_their_order(host, x):
+    base = host.down_blocks[0].conv1(x)
+    adapters = [trained(host, seed, target_modules=("conv1",)) for seed in range(2)]
+    alone = []
+    for adapter in adapters:
+        with attach(host, adapter):
+            alone.append(host.down_blocks[0].conv1(x) - base)
+    with attach(host, adapters[1]), attach(host, adapters[0]):
+        nested = host.down_blocks[0].conv1(x)
+    with attach(host, adapters):
+        together = host.down_blocks[0].conv1(x)
+    torch.testing.assert_close(nested, base + alone[0] + alone[1])
+    torch.testing.assert_close(together, nested)
+
+
+def test_strength_zero_is_bit_identical_and_strengths_are_live(host, x):
+    base = host(x)
+    adapter = trained(host)
+    with attach(host, adapter, strength=0.0) as attachment:
+        assert torch.equal(host(x), base)
+        attachment.set_strength(1.0)
+        full = host(x)
+        assert not torch.allclose(full, base)
+        attachment.set_strength(1.0, dma=0.0, sta=0.0)
+        assert torch.equal(host(x), base)
+        attachment.set_strength(1.0, dma=1.0, sta=1.0)
+        assert torch.equal(host(x), full)
+        with pytest.raises(ValueError, match="not attached here"):
+            attachment.set_strength(1.0, adapter=trained(host, 5))
+    with attach(host, adapter, strength=-1.0):
+        assert not torch.allclose(host(x), full)
+
+
+def test_an_exception_inside_leaves_a_clean_host(host, x):
+    before = state(host)
+    with pytest.raises(RuntimeError, match="interrupted"), attach(host, trained(host)):
+        raise RuntimeError("interrupted")
+    assert state(host) == before
+
+
+def test_a_failing_attach_touches_nothing(host):
+    before = state(host)
+    other = Host()
+    other.down_blocks[1].conv1 = nn.Conv2d(4, 8, 3, padding=1)
+    with pytest.raises(AdapterMismatchError, match=r"down_blocks.1.conv1: adapter made for Conv2d 3x3 4->8, model has Conv2d 3x3 4->4"):
+        attach(host, [trained(host), trained(other, target_modules=("conv1",))])
+    with pytest.raises(AdapterMismatchError, match="none of its 1 layers"):
+        attach(nn.Sequential(nn.Linear(4, 4)), trained(host, target_modules=("down_blocks.0.conv1",)))
+    with pytest.raises(SelectorError, match="matches none"):
+        attach(host, trained(host), layers="cross")
+    for bad in (float("nan"), float("inf"), "1"):
+        with pytest.raises(ValueError, match="strength must be a finite number"):
+            attach(host, trained(host), strength=bad)
+    assert state(host) == before
+
+
+def test_partial_match_is_reported(host, x):
+    adapter = trained(host)
+    del host.down_blocks[1].attn1["to_q"]
+    with attach(host, adapter) as attachment:
+        report = attachment.reports[0]
+        assert report.unmatched == ("down_blocks.1.attn1.to_q",)
+        assert "5 of 6 layers matched" in str(attachment)
+
+
+def test_foreign_override_below_and_above(host, x):
+    """A forward somebody set before us is part of the host; one set after us stays, and ours passes through."""
+    module = host.down_blocks[0].conv1
+    adapter = trained(host, target_modules=("down_blocks.0.conv1",))
+    plain = module(x)
+
+    module.forward = lambda y: 2 * type(module).forward(module, y)
+    below = module.forward
+    attachment = attach(host, adapter)
+    assert not torch.allclose(module(x), 2 * plain)
+    attachment.detach()
+    assert module.__dict__["forward"] is below
+    del module.forward
+
+    attachment = attach(host, adapter)
+    ours = module.forward
+    module.forward = lambda y: ours(y) + 1
+    attachment.detach()
+    torch.testing.assert_close(module(x), plain + 1)
+    second = attach(host, adapter)
+    assert not torch.allclose(module(x), plain + 1)
+    second.detach()
+    torch.testing.assert_close(module(x), plain + 1)
+
+
+def test_layer_weights_and_selector(host, x):
+    adapter = trained(host)
+    with attach(host, adapter, layers="attention", layer_weights="down.1 = 0; to_v = 0.5") as attachment:
+        strengths = {site.name: site.dma for site in attachment.sites[0]}
+    assert strengths["down_blocks.0.conv1"] == 0
+    assert strengths["down_blocks.1.attn1.to_q"] == 0
+    assert strengths["down_blocks.0.attn1.to_v"] == strengths["down_blocks.1.attn1.to_v"] == 0.5
+    assert strengths["down_blocks.0.attn1.to_q"] == 1
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (3, 1, 4), (2, 3, 5, 4)])
+def test_linear_inputs_of_any_rank(shape):
+    host = nn.ModuleDict({"to_q": nn.Linear(4, 6)})
+    adapter = trained(host, target_modules=("to_q",))
+    y = torch.randn(shape)
+    if len(shape) == 1:
+        y = y.unsqueeze(0)
+    with torch.no_grad(), attach(host, adapter):
+        out = host["to_q"](y)
+        assert out.shape == (*y.shape[:-1], 6)
+        tokens = host["to_q"](y.reshape(y.shape[0], -1, 4))
+    torch.testing.assert_close(out.reshape(tokens.shape), tokens)
+
+
+def test_hooks_on_the_host_keep_working(host, x):
+    """A layer with forward hooks is called, not folded: the hook sees the frozen layer's call."""
+    calls = []
+    host.down_blocks[0].conv1.register_forward_hook(lambda *args: calls.append(1))
+    with torch.no_grad(), attach(host, trained(host)):
+        host(x)
+    assert len(calls) == 1
+
+
+def test_on_route_sees_and_replaces_the_style_probabilities(host, x):
+    adapter = trained(host, target_modules=("to_q",))
+    with torch.no_grad(), attach(host, adapter) as attachment:
+        seen = []
+        routed = host(x)
+        for site in attachment.sites[0]:
+            site.on_route = lambda s: seen.append(s) or s
+        assert torch.equal(host(x), routed)
+        assert len(seen) == 2 and seen[0].shape == (2, 3)
+        torch.testing.assert_close(seen[0].sum(-1), torch.ones(2))
+        for site in attachment.sites[0]:
+            site.on_route = lambda s: torch.eye(3)[:1].expand_as(s)
+        assert not torch.allclose(host(x), routed)
+
+
+def test_applied_carries_its_own_strengths(host, x):
+    a, b = trained(host, 0), trained(host, 1)
+    with attach(host, [Applied(a, 0.5, layers="conv"), Applied(b, dma=0.0)]) as attachment:
+        host(x)
+        assert {s.dma for s in attachment.sites[0]} == {0.0, 0.5}
+        assert {(s.dma, s.sta) for s in attachment.sites[1]} == {(0.0, 1.0)}

@@ -1,0 +1,189 @@
+"""stack, fold and dispatch equal the reference on every kind of layer, odd shapes and low precisions included."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from styleinject_core import AdapterConfig, LayerShape
+from styleinject_core.functional import dispatch, fold, reference, stack
+from styleinject_core.functional.host import HostLayer
+from styleinject_core.layers import LayerAdapter
+
+LINEARS = [(1, 1, 5, 7), (3, 1, 16, 8), (2, 77, 24, 12), (3, 65, 8, 33), (2, 130, 32, 64)]  # B, L, k, d
+CONVS = [  # B, k, H, W, d, kernel, stride, padding, dilation, padding mode
+    (1, 4, 1, 1, 6, 3, 1, 1, 1, "zeros"),
+    (3, 5, 9, 7, 4, 3, 1, 1, 1, "zeros"),
+    (2, 6, 8, 8, 7, 3, 2, 1, 1, "zeros"),
+    (2, 6, 9, 11, 7, (3, 1), (1, 2), (1, 0), 1, "zeros"),
+    (2, 3, 12, 10, 5, 3, 1, 2, 2, "zeros"),
+    (2, 3, 7, 7, 5, 5, 3, 4, 1, "zeros"),
+    (2, 4, 16, 16, 8, 1, 1, 0, 1, "zeros"),
+    (2, 4, 8, 8, 8, 3, 1, "same", 1, "zeros"),
+    (2, 4, 8, 8, 8, 3, 1, 1, 1, "circular"),
+    (2, 4, 8, 6, 8, 3, 2, 1, 1, "reflect"),
+]
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+
+
+def linear_case(batch, tokens, k, d, bias=True):
+    return nn.Linear(k, d, bias=bias), torch.randn(batch, tokens, k) + 0.5
+
+
+def conv_case(batch, k, height, width, d, kernel, stride, padding, dilation, mode, bias=True):
+    module = nn.Conv2d(k, d, kernel, stride, padding, dilation, bias=bias, padding_mode=mode)
+    return module, torch.randn(batch, k, height, width) + 0.5
+
+
+CASES = [(linear_case, c) for c in LINEARS] + [(conv_case, c) for c in CONVS]
+
+
+def trained_layer(module, seed=0, **config):
+    """A layer adapter whose every parameter is away from its initial value."""
+    torch.manual_seed(seed)
+    layer = LayerAdapter(LayerShape.of(module), AdapterConfig(**config))
+    for p in layer.parameters():
+        p.data.copy_(torch.randn_like(p) * (0.3 if p is layer.hyper_weight or p is layer.hyper_bias else 0.5))
+    return layer
+
+
+def weights(layer, x, dma=1.0, sta=1.0):
+    return layer.weights(lambda p: p.to(x.dtype), dma=dma, sta=sta)
+
+
+def host_of(module):
+    return HostLayer(LayerShape.of(module), module.forward, module.weight, module.bias, module)
+
+
+def relative_error(value, truth):
+    return ((value.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
+
+
+def oracle(x, module, layers, **strengths):
+    """The reference in float64, on weights and input as the low precision has rounded them."""
+    double, module = x.double(), copy.deepcopy(module).double()
+    layers = [copy.deepcopy(layer).double() for layer in layers]
+    return reference.forward(double, host_of(module), [weights(layer, double, **strengths) for layer in layers])
+
+
+def check(module, x, layers, dtype, form, **strengths):
+    module, x = module.to(dtype), x.to(dtype)
+    layers = [layer.to(dtype) for layer in layers]
+    with torch.no_grad():
+        result = form.forward(x, host_of(module), [weights(layer, x, **strengths) for layer in layers])
+        truth = oracle(x, module, layers, **strengths)
+    assert result.dtype == dtype and result.shape == truth.shape
+    assert relative_error(result, truth) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("build", "case", "pool"),
+    [(b, c, p) for b, c in CASES for p in ("mean", "sum", "token") if b is linear_case or p != "token"],
+    ids=str,
+)
+@pytest.mark.parametrize("sta", ["multiplicative", "additive", "none"])
+@pytest.mark.parametrize("styles", [1, 3])
+def test_stack_equals_reference(build, case, bias, sta, pool, styles):
+    module, x = build(*case, bias=bias)
+    layer = trained_layer(module, r=4, n_styles=styles, sta=sta, router_pool=pool, alpha=6.0)
+    check(module, x, [layer], torch.float32, stack)
+    check(module, x, [layer], torch.float32, dispatch)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("build", "case"), CASES, ids=str)
+@pytest.mark.parametrize(("sta", "styles"), list(itertools.product(["multiplicative", "none"], [1, 5])))
+def test_fold_equals_reference(build, case, bias, sta, styles):
+    module, x = build(*case, bias=bias)
+    layer = trained_layer(module, r=3, n_styles=styles, sta=sta, alpha=2.0)
+    if not fold.can_fold(host_of(module), [weights(layer, x)]):
+        assert module.padding_mode != "zeros" or module.padding == "same"
+        return
+    check(module, x, [layer], torch.float32, fold)
+    check(module, x, [layer], torch.float64, fold)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [stack, fold], ids=["stack", "fold"])
+@pytest.mark.parametrize(("build", "case"), [CASES[2], CASES[3], (conv_case, CONVS[1]), (conv_case, CONVS[2])], ids=str)
+def test_precisions(build, case, form, dtype):
+    module, x = build(*case)
+    check(module, x, [trained_layer(module, r=4, n_styles=3)], dtype, form)
+
+
+@pytest.mark.parametrize("form", [stack, fold, dispatch], ids=["stack", "fold", "dispatch"])
+@pytest.mark.parametrize(("build", "case"), [(linear_case, (2, 77, 24, 12)), (conv_case, CONVS[1])], ids=["linear", "conv"])
+def test_several_adapters_add_up_in_any_order(build, case, form):
+    module, x = build(*case)
+    layers = [trained_layer(module, seed, r=seed + 2, n_styles=seed + 1) for seed in range(3)]
+    strengths = [(1.0, 0.5), (-0.7, 1.3), (0.0, 2.0)]
+    host = host_of(module)
+    with torch.no_grad():
+        h = module(x).double()
+        parts = [weights(layer, x, dma=d, sta=s) for layer, (d, s) in zip(layers, strengths, strict=True)]
+        increments = sum(oracle(x, module, [layer], dma=d, sta=s) - h
+                         for layer, (d, s) in zip(layers, strengths, strict=True))  # fmt: skip
+        for order in itertools.permutations(range(3)):
+            result = form.forward(x, host, [parts[k] for k in order])
+            assert relative_error(result, h + increments) < 1e-5
+
+
+def test_mixed_kinds_on_one_layer():
+    """Token routing, additive STA and plain LoRA beside each other: only stack can, and dispatch chooses it."""
+    module, x = linear_case(2, 20, 12, 9)
+    layers = [
+        trained_layer(module, 0, r=2, n_styles=3, router_pool="token"),
+        trained_layer(module, 1, r=3, n_styles=2, sta="additive"),
+        trained_layer(module, 2, r=4, n_styles=1, sta="none"),
+        trained_layer(module, 3, r=1, n_styles=4),
+    ]
+    check(module, x, layers, torch.float32, dispatch)
+
+
+@pytest.mark.parametrize("form", [reference, stack], ids=["reference", "stack"])
+@pytest.mark.parametrize(("build", "case"), CASES, ids=str)
+def test_identity_at_init(build, case, form):
+    module, x = build(*case)
+    layer = LayerAdapter(LayerShape.of(module), AdapterConfig(r=4, n_styles=3))
+    out = form.forward(x, host_of(module), [weights(layer, x)])
+    torch.testing.assert_close(out, module(x), rtol=1e-6, atol=1e-6)
+    if form is stack:
+        assert torch.equal(out, module(x))
+
+
+@pytest.mark.parametrize(("build", "case"), CASES, ids=str)
+def test_strength_zero_is_the_host_bit_for_bit(build, case):
+    module, x = build(*case)
+    layer = trained_layer(module, r=4, n_styles=3)
+    out = dispatch.forward(x, host_of(module), [weights(layer, x, dma=0.0, sta=0.0)])
+    assert torch.equal(out, module(x))
+
+
+def test_gradients_equal_the_references():
+    for build, case in [(linear_case, (2, 130, 8, 6)), (conv_case, CONVS[1])]:
+        module, x = build(*case)
+        module, x = module.double(), x.double().requires_grad_()
+        layer = trained_layer(module, r=3, n_styles=4).double()
+        target = torch.randn_like(module(x))
+        grads = []
+        for form in (reference, dispatch):
+            loss = (form.forward(x, host_of(module), [weights(layer, x)]) - target).square().sum()
+            grads.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
+        for expected, found in zip(*grads, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_dispatch_folds_only_where_it_may():
+    module, x = linear_case(2, 300, 16, 8)
+    layer = trained_layer(module, r=2, n_styles=3)
+    with torch.no_grad():
+        assert dispatch.prefers_fold(x, host_of(module), [weights(layer, x)])
+        assert not dispatch.prefers_fold(x[:, :4], host_of(module), [weights(layer, x)])
+        unreadable = HostLayer(LayerShape.of(module), module.forward, None, None, module)
+        assert not dispatch.prefers_fold(x, unreadable, [weights(layer, x)])
+    assert not dispatch.prefers_fold(x, host_of(module), [weights(layer, x)]), "training must keep the graph"
