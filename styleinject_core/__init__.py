@@ -8,12 +8,14 @@
 from .adapter import Adapter
 from .attach import AdapterMismatchError, Applied, Attachment, MatchReport, attach
 from .config import AdapterConfig
+from .files import AdapterFileError, load_adapter, save_adapter
 from .layers import LayerShape, UnsupportedLayerError
 from .selector import SelectorError
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "AdapterFileError",
     "AdapterMismatchError",
     "Applied",
     "Attachment",
@@ -22,5 +24,7 @@ __all__ = [
     "SelectorError",
     "UnsupportedLayerError",
     "attach",
+    "load_adapter",
+    "save_adapter",
 ]
 __version__ = "0.1.0"

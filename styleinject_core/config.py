@@ -80,8 +80,8 @@ class AdapterConfig:
         """The config of one layer: this one with the layer's overrides applied."""
         return replace(self, layers={}, **self.layers.get(name, {}))
 
-    def override(self, name: str, layer: AdapterConfig) -> dict[str, Any]:
-        """The `layers[name]` entry that makes `for_layer(name)` equal `layer`; empty where nothing differs."""
+    def override(self, layer: AdapterConfig) -> dict[str, Any]:
+        """The `layers` entry that makes `for_layer` equal `layer`; empty where nothing differs."""
         return {key: getattr(layer, key) for key in _PER_LAYER if getattr(layer, key) != getattr(self, key)}
 
     def to_dict(self) -> dict[str, Any]:

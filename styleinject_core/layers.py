@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +115,16 @@ class LayerAdapter(nn.Module):
         self.router_bias = nn.Parameter(torch.zeros(n)) if config.has_router else None
         self.hyper_weight = nn.Parameter(torch.zeros(d, n)) if has_hyper else None
         self.hyper_bias = nn.Parameter(torch.zeros(d)) if has_hyper else None
+
+    @classmethod
+    def from_tensors(cls, shape: LayerShape, config: AdapterConfig, parts: Mapping[str, Tensor | None]) -> LayerAdapter:
+        """A layer with given tensors, in their own dtype; parts that are None are absent. Shapes are the caller's to check."""
+        with torch.device("meta"):
+            layer = cls(shape, config)
+        for part in PARTS:
+            value = parts.get(part)
+            setattr(layer, part, None if value is None else nn.Parameter(value))
+        return layer
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters this layer has, by part name."""

@@ -62,8 +62,9 @@ class Override:
     """The instance-level `forward` that a module has while sites are installed on it.
 
     One override serves every attachment on the module, so that their increments add up and they can leave in any
-    order; with the last one the module is as it was before. `forward` is one object for the override's whole life,
-    which spares compiled models a recompilation.
+    order; with the last one the module is as it was before. The module's `forward` is the override itself: one object
+    for its whole life, which spares compiled models a recompilation, and no reference cycle, which would keep a model's
+    weights in memory until Python's collector comes by.
     """
 
     def __init__(self, module: nn.Module, shape: LayerShape):
@@ -71,7 +72,6 @@ class Override:
         self.sites: list[Site] = []
         self._class_forward = type(module).forward.__get__(module)
         self._former: Callable[..., Tensor] | None = None  # an instance-level forward somebody set before us
-        self.bound = self.forward
 
     def install(self, site: Site) -> None:
         """Add a site to the module's active override, this one where there is none yet."""
@@ -79,7 +79,7 @@ class Override:
         active = attributes.get(_ACTIVE)
         if active is None:
             self._former = attributes.get("forward")
-            attributes[_ACTIVE], attributes["forward"] = self, self.bound
+            attributes[_ACTIVE] = attributes["forward"] = self
             active = self
         active.sites.append(site)
 
@@ -94,7 +94,7 @@ class Override:
         if active is None:
             return
         active.sites[:] = [s for s in active.sites if s is not site]
-        if active.sites or attributes.get("forward") is not active.bound:
+        if active.sites or attributes.get("forward") is not active:
             return
         del attributes[_ACTIVE]
         if active._former is None:
@@ -103,7 +103,7 @@ class Override:
             attributes["forward"] = active._former
         active._former = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """h* of the module (or h, bit for bit, where every strength is 0)."""
         original = self._class_forward if self._former is None else self._former
         sites = [site for site in self.sites if site.dma != 0 or site.sta != 0]

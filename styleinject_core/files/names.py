@@ -1,0 +1,88 @@
+"""Module names: every spelling a file may use, turned into the diffusers one that adapters keep.
+
+    diffusers     down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q     (also after "unet.")
+    PEFT          base_model.model.down_blocks.0. ...
+    LDM, ComfyUI  [model.]diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q
+    kohya         lora_unet_down_blocks_0_attentions_0_... or lora_unet_input_blocks_1_1_...
+
+Names of other architectures (DiTs) pass through with the prefix taken off.
+"""
+
+from __future__ import annotations
+
+import re
+
+_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+_KOHYA_PREFIX = "lora_unet_"
+_OTHER_PARTS = ("lora_te", "text_encoder", "text_model", "te1_", "te2_", "conditioner.", "cond_stage_model.", "first_stage_model.")
+
+# Names that contain an underscore themselves, longest first: kohya writes every dot as an underscore too.
+_COMPOUND = sorted(
+    """down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out conv_in conv_out
+    conv_shortcut conv_norm_out time_emb_proj time_embedding add_embedding linear_1 linear_2 input_blocks middle_block
+    output_blocks in_layers out_layers emb_layers skip_connection time_embed label_emb""".split(),
+    key=len,
+    reverse=True,
+)
+_KOHYA_TOKEN = re.compile("(" + "|".join(_COMPOUND) + r"|[^_]+)(?:_|$)")
+
+_RESNET_PARTS = {
+    "in_layers.2": "conv1",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+    "emb_layers.1": "time_emb_proj",
+}
+_TOP = {
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+}
+
+
+def is_other_model_part(name: str) -> bool:
+    """Whether a name in a file belongs to a text encoder or VAE rather than to the diffusion model."""
+    return name.startswith(_OTHER_PARTS)
+
+
+def diffusers_name(name: str, layers_per_block: int = 2) -> str:
+    """The diffusers spelling of a module name in any spelling; unknown names come back with their prefix taken off.
+
+    Args:
+        layers_per_block: residual blocks per U-Net level, which LDM names are numbered by (2 in every Stable Diffusion).
+    """
+    if name.startswith(_KOHYA_PREFIX):
+        name = ".".join(m[1] for m in _KOHYA_TOKEN.finditer(name[len(_KOHYA_PREFIX) :]))
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return _from_ldm(name, layers_per_block)
+
+
+def _from_ldm(name: str, layers_per_block: int) -> str:
+    if name in _TOP:
+        return _TOP[name]
+    if match := re.fullmatch(r"middle_block\.([012])\.(.+)", name):
+        kind, index = ("attentions", 0) if match[1] == "1" else ("resnets", int(match[1]) // 2)
+        return f"mid_block.{kind}.{index}.{_block_part(match[2])}"
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", name)
+    if not match:
+        return name
+    side, block, position, rest = match[1], int(match[2]), int(match[3]), match[4]
+    if side == "input":
+        level, index = divmod(block - 1, layers_per_block + 1)
+        if index == layers_per_block:
+            return f"down_blocks.{level}.downsamplers.0.conv"  # input_blocks.N.0.op
+        block_name = f"down_blocks.{level}"
+    else:
+        level, index = divmod(block, layers_per_block + 1)
+        block_name = f"up_blocks.{level}"
+        if rest == "conv":
+            return f"{block_name}.upsamplers.0.conv"
+    kind = "resnets" if position == 0 else "attentions"
+    return f"{block_name}.{kind}.{index}.{_block_part(rest)}"
+
+
+def _block_part(rest: str) -> str:
+    return _RESNET_PARTS.get(rest, rest)
