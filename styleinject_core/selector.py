@@ -11,7 +11,8 @@
 
 "," and newlines separate alternatives, "&" binds tighter, "!" negates one term; alternatives that begin with "!" take
 away from what the others selected (from all, if there are none): "up, !to_v". Weights are written `selector = number`,
-one per line or ";", later ones override earlier ones: "down = 0.5; up & cross = 1.2".
+one per line or ";", later ones override earlier ones: "down = 0.5; up & cross = 1.2". A number after "*" multiplies the
+weight the lines before it gave ("up = *0.5"), and a line that begins with "?" may match nothing ("?cross = 0").
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _GROUPS = ("all", "attention", "conv", "linear", "self", "cross", "down", "mid",
 
 class SelectorError(ValueError):
     """A selector that cannot be read or that matches nothing; the message names the term."""
+
+
+class NothingMatchedError(SelectorError):
+    """A selector that can be read and matches nothing."""
 
 
 def select(layers: dict[str, LayerShape], selector: str) -> set[str]:
@@ -53,7 +58,7 @@ def select(layers: dict[str, LayerShape], selector: str) -> set[str]:
             chosen |= _conjunction(layers, alternative)
     selected = (set(layers) if only_removes else chosen) - removed
     if not selected:
-        raise SelectorError(f"layer selector {selector!r} leaves none of the {len(layers)} layers")
+        raise NothingMatchedError(f"layer selector {selector!r} leaves none of the {len(layers)} layers")
     return selected
 
 
@@ -68,13 +73,20 @@ def parse_weights(layers: dict[str, LayerShape], text: str) -> dict[str, float]:
         if not line.strip():
             continue
         selector, equals, number = line.rpartition("=")
+        optional, multiplies = selector.lstrip().startswith("?"), number.lstrip().startswith("*")
         try:
-            weight = float(number)
+            weight = float(number.replace("*", "", 1) if multiplies else number)
         except ValueError:
             weight = math.nan
         if not equals or not math.isfinite(weight):
             raise SelectorError(f'layer weight {line.strip()!r}: expected "selector = number", as in "up & cross = 0.5"')
-        weights.update(dict.fromkeys(select(layers, selector), weight))
+        try:
+            chosen = select(layers, selector.lstrip().removeprefix("?"))
+        except NothingMatchedError:
+            if not optional:
+                raise
+            continue
+        weights.update({name: weights[name] * weight if multiplies else weight for name in chosen})
     return weights
 
 
@@ -87,10 +99,10 @@ def _conjunction(layers: dict[str, LayerShape], text: str) -> set[str]:
         term = term.lstrip("!").strip()
         hits = {name for name, shape in layers.items() if _matches(name, shape, term)} if term else set()
         if not hits:
-            raise SelectorError(_nothing_matched(layers, term))
+            raise NothingMatchedError(_nothing_matched(layers, term))
         matched = matched - hits if negated else matched & hits
     if not matched:
-        raise SelectorError(f"layer selector {text.strip()!r}: no layer satisfies all of its terms at once")
+        raise NothingMatchedError(f"layer selector {text.strip()!r}: no layer satisfies all of its terms at once")
     return matched
 
 
