@@ -12,6 +12,13 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 BASE_STYLE = "twemoji"
+LICENSES = {
+    "twemoji": "CC-BY-4.0",
+    "noto": "Apache-2.0",
+    "openmoji": "CC-BY-SA-4.0",
+    "openmoji-line": "CC-BY-SA-4.0",
+    "fluent3d": "MIT",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,46 @@
+"""Train the adapters that ship with the demo, StyleInject and LoRA of as many parameters for every style.
+
+    python scripts/demo/train_adapters.py [--styles noto openmoji-line] [--steps 600]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from styleinject_core import save_adapter
+from styleinject_core.demo import data, styles
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    others = [style for style in data.styles() if style != data.BASE_STYLE]
+    parser.add_argument("--styles", nargs="+", choices=others, default=others)
+    parser.add_argument("--methods", nargs="+", choices=list(styles.CONFIGS), default=list(styles.CONFIGS))
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    args = parser.parse_args()
+    model = styles.DemoModel()
+    styles.ADAPTERS.mkdir(exist_ok=True)
+    for style in args.styles:
+        for method in args.methods:
+            torch.manual_seed(0)
+            adapter = styles.new_adapter(style, method)
+            with tqdm(total=args.steps, desc=f"{style} {method} ({adapter.parameter_count():,})", mininterval=5) as bar:
+
+                def show(step: int, loss: float, bar: tqdm = bar) -> None:
+                    bar.update()
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+                styles.train_style(model, adapter, style, steps=args.steps, learning_rate=args.learning_rate, on_step=show)
+            note = {"styleinject.steps": str(args.steps), "modelspec.license": data.LICENSES[style]}
+            save_adapter(adapter.half(), styles.adapter_path(style, method), note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Looking at the style router: recording what it does while a model runs."""

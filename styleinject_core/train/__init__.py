@@ -1,0 +1,1 @@
+"""Training adapters: objectives (method, section 4) and the loop."""
