@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
 from comfyui import cache_folder
+from safetensors.torch import save_file
 
 VERSION = 1  # raise when a name, a shape or a value changes
 SEED = 2025

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import configparser
 import functools
+import importlib.util
 import os
 import re
 import shutil
@@ -34,9 +35,10 @@ CLONE_TIMEOUT = 120  # seconds
 # Packages named in ComfyUI's requirements, by import name. torchvision and torchaudio are imported for
 # real: built for another torch they are there and still cannot be loaded.
 IMPORTED = ("torch", "torchvision", "torchaudio")
-PRESENT = ("aiohttp", "alembic", "av", "einops", "numpy", "PIL", "psutil", "pydantic", "pydantic_settings", "safetensors",
-           "scipy", "sentencepiece", "sqlalchemy", "tokenizers", "torchsde", "tqdm", "transformers", "yaml")
+PRESENT = ("aiohttp", "alembic", "av", "einops", "numpy", "PIL", "psutil", "pydantic", "pydantic_settings",
+           "safetensors", "scipy", "sentencepiece", "sqlalchemy", "tokenizers", "torchsde", "tqdm", "transformers", "yaml")
 PRESENT_FOR_SERVER = ("comfyui_frontend_package",)
+PRESENT_FOR_CLIENT = ("aiohttp", "numpy", "PIL", "safetensors", "torch")  # where COMFYUI_PYTHON runs the server
 
 Tier = Literal["nodes", "server", "browser"]
 TIERS: tuple[Tier, ...] = ("nodes", "server", "browser")
@@ -121,7 +123,7 @@ def comfyui_version(root: Path) -> str:
     return found.group(1) if found else "unknown"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def missing_packages(python: str, for_server: bool) -> str:
     """What ``python`` lacks of what ComfyUI imports, as one line; empty where nothing is missing."""
     present = PRESENT + (PRESENT_FOR_SERVER if for_server else ())
@@ -134,7 +136,9 @@ def missing_packages(python: str, for_server: bool) -> str:
         "print('MISSING:' + ', '.join(bad))\n"
     )
     try:
-        done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=180, cwd=tempfile.gettempdir())
+        done = subprocess.run(
+            [python, "-c", script], capture_output=True, text=True, timeout=180, cwd=tempfile.gettempdir()
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"cannot be run: {error}"
     for line in done.stdout.splitlines():
@@ -169,17 +173,15 @@ def clone(target: Path) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def search() -> Search:
     """Look for ComfyUI, once per process. See the module's docstring for the order."""
     named = path_from_environment()
     if named is not None:
         return Search(named, "", (f"COMFYUI_PATH={named}",))
     candidates: list[Path] = []
-    unresolved = Path(__file__).absolute().parent.parent  # where a link in custom_nodes points from
-    for repo in (unresolved, REPO):
-        if repo.parent.name == "custom_nodes":
-            candidates.append(repo.parent.parent)
+    if REPO.parent.name == "custom_nodes":
+        candidates.append(REPO.parent.parent)
     candidates.append(Path.home() / "ComfyUI")
     workspace = comfy_cli_workspace()
     if workspace is not None:
@@ -213,8 +215,10 @@ def problem(tier: Tier) -> str:
     lacking = missing_packages(python, for_server=tier != "nodes")
     if lacking:
         return f"{python} {lacking}"
-    if tier != "nodes" and python != sys.executable and missing_packages(sys.executable, for_server=False):
-        return f"the client needs aiohttp and torch: {sys.executable} {missing_packages(sys.executable, for_server=False)}"
+    if tier != "nodes":
+        absent = [name for name in PRESENT_FOR_CLIENT if importlib.util.find_spec(name) is None]
+        if absent:
+            return f"{sys.executable}, which runs the tests, lacks {', '.join(absent)}"
     return ""
 
 
