@@ -36,7 +36,8 @@ CLONE_TIMEOUT = 120  # seconds
 # real: built for another torch they are there and still cannot be loaded.
 IMPORTED = ("torch", "torchvision", "torchaudio")
 PRESENT = ("aiohttp", "alembic", "av", "einops", "numpy", "PIL", "psutil", "pydantic", "pydantic_settings",
-           "safetensors", "scipy", "sentencepiece", "sqlalchemy", "tokenizers", "torchsde", "tqdm", "transformers", "yaml")
+           "safetensors", "scipy", "sentencepiece", "sqlalchemy", "tokenizers", "torchsde", "tqdm",
+           "transformers", "yaml")
 PRESENT_FOR_SERVER = ("comfyui_frontend_package",)
 PRESENT_FOR_CLIENT = ("aiohttp", "numpy", "PIL", "safetensors", "torch")  # where COMFYUI_PYTHON runs the server
 

@@ -66,7 +66,8 @@ def saved_by_the_editor(checkpoint: str) -> dict:
         "links": [
             [1, 1, 0, 9, 0, "MODEL"], [2, 1, 1, 2, 0, "CLIP"], [3, 1, 1, 3, 0, "CLIP"], [4, 2, 0, 5, 1, "CONDITIONING"],
             [5, 3, 0, 5, 2, "CONDITIONING"], [6, 4, 0, 5, 3, "LATENT"], [7, 5, 0, 6, 0, "LATENT"],
-            [8, 1, 2, 6, 1, "VAE"], [9, 6, 0, 7, 0, "IMAGE"], [10, 6, 0, 8, 0, "IMAGE"], [11, 9, 0, 10, 0, "MODEL"], [12, 10, 0, 5, 0, "MODEL"],
+            [8, 1, 2, 6, 1, "VAE"], [9, 6, 0, 7, 0, "IMAGE"],
+            [10, 6, 0, 8, 0, "IMAGE"], [11, 9, 0, 10, 0, "MODEL"], [12, 10, 0, 5, 0, "MODEL"],
         ],
     }
 
