@@ -9,7 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -29,7 +28,6 @@ def main() -> None:
     styles.ADAPTERS.mkdir(exist_ok=True)
     for style in args.styles:
         for method in args.methods:
-            torch.manual_seed(0)
             adapter = styles.new_adapter(style, method)
             with tqdm(total=args.steps, desc=f"{style} {method} ({adapter.parameter_count():,})", mininterval=5) as bar:
 

@@ -85,6 +85,7 @@ def export(work: Path, target: Path) -> None:
     }
     temporary = target.with_suffix(".tmp")
     save_file(tensors, temporary, metadata)
+    os.chmod(temporary, 0o644)
     os.replace(temporary, target)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 

@@ -42,8 +42,9 @@ def adapter_path(style: str, method: str = "styleinject") -> Path:
     return ADAPTERS / f"{style}-{method}.safetensors"
 
 
-def new_adapter(style: str, method: str = "styleinject") -> Adapter:
+def new_adapter(style: str, method: str = "styleinject", seed: int = 0) -> Adapter:
     """An untrained adapter for the embedded model."""
+    torch.manual_seed(seed)
     metadata = {
         "modelspec.architecture": f"{ARCHITECTURES['demo'].modelspec}/{method}",
         "modelspec.description": f"The demo's emoji in the style {style}",

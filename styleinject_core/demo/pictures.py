@@ -1,0 +1,89 @@
+"""The demo's pictures: image grids with labels, the loss curve, and the router over the sampling steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INK, PAPER, FAINT = "#1b1f24", "white", "#8a9099"
+STYLE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe-Ito
+
+
+def _figure(width: float, height: float):
+    """An empty matplotlib figure that needs no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, facecolor=PAPER)
+
+
+def _save(figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
+    temporary.replace(path)
+
+
+def grid(path: Path, title: str, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], marked: Sequence[bool]) -> None:
+    """Rows of images under column titles.
+
+    Args:
+        rows: (label, images (N, 3, H, W) in [-1, 1]) per row.
+        columns: N column titles; `marked` ones are set in colour and explained below.
+    """
+    count = len(columns)
+    figure = _figure(0.85 * count + 1.6, 0.85 * len(rows) + 1.0)
+    axes = figure.subplots(len(rows), count, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    for row, (label, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="lanczos")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_color("#e3e6ea")
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, color=INK, labelpad=8)
+    for axis, name, mark in zip(axes[0], columns, marked, strict=True):
+        wrapped = name.replace(" ", "\n", 1)
+        axis.set_title(wrapped, fontsize=8, color=STYLE_COLORS[5] if mark else INK, fontweight="bold" if mark else "normal")
+    figure.suptitle(title, fontsize=11, color=INK, y=1.0 + 0.12 / len(rows))
+    if any(marked):
+        note = "Orange: concepts the adapter never saw in this style."
+        figure.text(0.5, 0.04, note, ha="center", fontsize=8, color=STYLE_COLORS[5])
+    _save(figure, path)
+
+
+def loss_curve(path: Path, title: str, losses: Sequence[float]) -> None:
+    """Every step's loss, and its running mean."""
+    figure = _figure(6.4, 3.4)
+    axis = figure.add_subplot()
+    values = torch.tensor(losses)
+    window = max(1, min(25, len(losses) // 4))
+    smooth = values.unfold(0, window, 1).mean(1)
+    axis.plot(range(1, len(losses) + 1), values, color=STYLE_COLORS[4], linewidth=0.7, alpha=0.7, label="each step")
+    axis.plot(range(window, len(losses) + 1), smooth, color=STYLE_COLORS[0], linewidth=2, label=f"mean of {window} steps")
+    axis.set(xlabel="training step", ylabel="loss", title=title)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def router_over_steps(path: Path, title: str, probabilities: Tensor, labels: Sequence[str]) -> None:
+    """Style probabilities over the sampling steps, stacked, one panel per part of the model.
+
+    Args:
+        probabilities: (panels, steps, n), rows sum to 1.
+        labels: a title per panel.
+    """
+    panels, steps, styles = probabilities.shape
+    figure = _figure(3.1 * panels, 3.2)
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis, panel, label in zip(axes, probabilities, labels, strict=True):
+        colors = [STYLE_COLORS[k % len(STYLE_COLORS)] for k in range(styles)]
+        axis.stackplot(range(1, steps + 1), panel.T.numpy(), colors=colors, labels=[f"style {k + 1}" for k in range(styles)])
+        axis.set(xlabel="sampling step", title=label, xlim=(1, steps), ylim=(0, 1))
+    axes[0].set_ylabel("probability s")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=styles, frameon=False, bbox_to_anchor=(0.5, -0.09))
+    figure.suptitle(title, fontsize=11, color=INK, y=1.03)
+    _save(figure, path)
