@@ -31,6 +31,7 @@ REPO = Path(__file__).resolve().parent.parent
 CLONE_URL = "https://github.com/Comfy-Org/ComfyUI"
 CLONE_TAG = "v0.3.64"
 CLONE_TIMEOUT = 120  # seconds
+IMPORT_TIMEOUT = 600  # seconds; importing torch takes minutes on a busy machine with a cold disk
 
 # Packages named in ComfyUI's requirements, by import name. torchvision and torchaudio are imported for
 # real: built for another torch they are there and still cannot be loaded.
@@ -129,6 +130,7 @@ def missing_packages(python: str, for_server: bool) -> str:
     """What ``python`` lacks of what ComfyUI imports, as one line; empty where nothing is missing."""
     present = PRESENT + (PRESENT_FOR_SERVER if for_server else ())
     script = (
+        "import sys; sys.path = [p for p in sys.path if p]\n"  # not what lies in the current folder
         "import importlib, importlib.util\n"
         f"bad = [n for n in {present!r} if importlib.util.find_spec(n) is None]\n"
         f"for n in {IMPORTED!r}:\n"
@@ -138,9 +140,11 @@ def missing_packages(python: str, for_server: bool) -> str:
     )
     try:
         done = subprocess.run(
-            [python, "-c", script], capture_output=True, text=True, timeout=180, cwd=tempfile.gettempdir()
+            [python, "-c", script], capture_output=True, text=True, timeout=IMPORT_TIMEOUT, cwd=tempfile.gettempdir()
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return f"did not import {', '.join(IMPORTED)} within {IMPORT_TIMEOUT} s"
+    except OSError as error:
         return f"cannot be run: {error}"
     for line in done.stdout.splitlines():
         if line.startswith("MISSING:"):
