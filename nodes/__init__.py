@@ -1,0 +1,27 @@
+"""The ComfyUI nodes of StyleInject: each a schema and a few lines that call the core."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import paths
+from .apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjectStrength
+from .load import StyleInjectInfo, StyleInjectLoader
+from .weights import StyleInjectLayerWeights
+
+NODES: list[type[io.ComfyNode]] = [
+    StyleInjectLoadAndApply,
+    StyleInjectLoader,
+    StyleInjectApply,
+    StyleInjectStrength,
+    StyleInjectLayerWeights,
+    StyleInjectInfo,
+]
+
+
+class StyleInjectExtension(ComfyExtension):
+    """The pack, as ComfyUI sees it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        paths.register_folder()
+        return NODES

@@ -1,0 +1,214 @@
+"""The scoped injection: adapters are on a model's layers for the length of one `apply_model` call, and then gone.
+
+Nothing here outlives the objects it belongs to: what is attached to a model is kept in weak dictionaries keyed by that
+model, so a model can be freed while a MODEL that once used it lives on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ..styleinject_core import AdapterMismatchError, Applied, Attachment, MatchReport
+from ..styleinject_core.hosts.architectures import describe
+from ..styleinject_core.override import HostProgram
+
+KEY = "styleinject"
+_COMPILED = "_orig_mod"  # where torch.compile keeps the module it wraps
+_PLAIN_LAYERS = (
+    nn.Linear,
+    nn.Conv2d,
+    comfy.ops.disable_weight_init.Linear,
+    comfy.ops.disable_weight_init.Conv2d,
+    comfy.ops.manual_cast.Linear,
+    comfy.ops.manual_cast.Conv2d,
+)
+_TITLES = {
+    "SD15": "Stable Diffusion 1.x",
+    "SD20": "Stable Diffusion 2.x",
+    "SD21UnclipL": "Stable Diffusion 2.x unCLIP",
+    "SD21UnclipH": "Stable Diffusion 2.x unCLIP",
+    "SDXL": "Stable Diffusion XL",
+    "SDXLRefiner": "Stable Diffusion XL refiner",
+    "SSD1B": "SSD-1B",
+    "SD3": "Stable Diffusion 3",
+}
+
+
+class ComfyProgram(HostProgram):
+    """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch."""
+
+    def __init__(self) -> None:
+        self.images = 0  # rows of the current apply_model call
+
+    def cast(self, parameter: Tensor, x: Tensor) -> Tensor:
+        non_blocking = comfy.model_management.device_supports_non_blocking(x.device)
+        return comfy.model_management.cast_to(parameter, x.dtype, x.device, non_blocking=non_blocking)
+
+    def readable(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether the layer is one of ComfyUI's plain ones and computes with module.weight as it lies there.
+
+        Not so for quantised and fp8 layers, weights that live on another device or in another dtype, and those that
+        a low-VRAM LoRA patches on the way.
+        """
+        if type(module) not in _PLAIN_LAYERS or module._forward_hooks or module._forward_pre_hooks:
+            return False
+        attributes = module.__dict__
+        if "_v" in attributes or any(
+            attributes.get(f"{part}_{kind}") for part in ("weight", "bias") for kind in ("function", "lowvram_function")
+        ):
+            return False
+        return _plain(module.weight, x) and (module.bias is None or _plain(module.bias, x))
+
+    def samples(self, x: Tensor) -> int:
+        return self.images or x.shape[0]
+
+
+def _plain(parameter: Tensor | None, x: Tensor) -> bool:
+    return type(parameter) in (nn.Parameter, Tensor) and parameter.dtype == x.dtype and parameter.device == x.device
+
+
+@dataclass(frozen=True, eq=False)
+class Injection:
+    """One adapter on a MODEL, with its strengths and the part of sampling it is active in.
+
+    Args:
+        applied: the adapter with its strengths; its parameters are the ones ComfyUI loads and offloads.
+        start_percent, end_percent: the part of the sampling schedule, 0 to 1; by noise level, as ControlNet has it.
+
+    Raises:
+        ValueError: percents outside of 0 to 1, or a start after the end.
+    """
+
+    applied: Applied
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    _attached: WeakKeyDictionary[nn.Module, Attachment] = field(default_factory=WeakKeyDictionary, repr=False)
+    _bounds: WeakKeyDictionary[nn.Module, tuple[float, float]] = field(default_factory=WeakKeyDictionary, repr=False)
+
+    def __post_init__(self) -> None:
+        for label in ("start_percent", "end_percent"):
+            value = getattr(self, label)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{self.applied.adapter.name}: {label} is {value}, expected 0 to 1")
+        if self.start_percent > self.end_percent:
+            raise ValueError(
+                f"{self.applied.adapter.name}: start_percent {self.start_percent} is after end_percent {self.end_percent}"
+            )
+
+    def active(self, model: nn.Module, timestep: Tensor) -> bool:
+        """Whether the adapter takes part at this noise level: percent_to_sigma(end) <= sigma <= percent_to_sigma(start)."""
+        if self.applied.strength == 0 or (self.applied.dma == 0 and self.applied.sta == 0):
+            return False
+        if self.start_percent == 0 and self.end_percent == 1:
+            return True
+        sampling = model.model_sampling
+        if sampling not in self._bounds:
+            percents = (self.end_percent, self.start_percent)
+            self._bounds[sampling] = tuple(_float32(sampling.percent_to_sigma(percent)) for percent in percents)
+        lowest, highest = self._bounds[sampling]
+        return lowest <= _float32(timestep.flatten()[0]) <= highest
+
+    def attachment(self, model: nn.Module) -> Attachment:
+        """The adapter matched to the layers of one model, made once per model.
+
+        Args:
+            model: a comfy.model_base.BaseModel.
+
+        Raises:
+            AdapterMismatchError: it does not fit; says what the adapter was made for and what the model is.
+            SelectorError: the layer selector or a layer weight matches nothing.
+        """
+        host = getattr(model.diffusion_model, _COMPILED, model.diffusion_model)
+        if host not in self._attached:
+            adapter = self.applied.adapter
+            names = layer_names(model, host, adapter.names)
+            try:
+                self._attached[host] = Attachment(host, [self.applied], names, ComfyProgram())
+            except AdapterMismatchError as error:
+                raise AdapterMismatchError(
+                    f'adapter "{adapter.name}" was made for {describe(adapter)}, this model is {model_title(model)}. {error}'
+                ) from None
+        return self._attached[host]
+
+    def report(self, model: nn.Module) -> MatchReport:
+        """Which of the adapter's layers found their place in this model."""
+        return self.attachment(model).reports[0]
+
+
+class ApplyModelWrapper:
+    """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters: all of them, in one place."""
+
+    def __init__(self, injections: Iterable[Injection]):
+        self.injections = tuple(injections)
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        model, x, timestep = executor.class_obj, args[0], args[1]
+        patcher = getattr(model, "current_patcher", None)
+        # guiders of two models hand each the wrappers of both
+        if patcher is None or self not in patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+            return executor(*args, **kwargs)
+        with ExitStack() as installed:
+            for injection in self.injections:
+                if injection.active(model, timestep):
+                    attachment = injection.attachment(model)
+                    attachment.program.images = x.shape[0]
+                    installed.enter_context(attachment)
+            return executor(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:
+        return self  # some versions deep-copy a model's options; the adapters in here are not theirs to copy
+
+
+def layer_names(model: nn.Module, host: nn.Module, wanted: Iterable[str]) -> dict[str, str]:
+    """Where in `host`, the model's diffusion model, the layers named in `wanted` are: adapter name -> module name.
+
+    U-Nets by ComfyUI's table of diffusers names; other models by the names that ComfyUI accepts from LoRA files.
+    Layers that are not in the model, or only a slice of one that is, are left out.
+    """
+    modules = {name.replace(f"{_COMPILED}.", ""): name for name, _ in host.named_modules()}
+    known = _unet_names(model.model_config.unet_config)
+    if not known:
+        known = _lora_names(model)
+    names = {}
+    for name in wanted:
+        for spelling in (known.get(name), known.get(f"transformer.{name}"), name, name.removeprefix("diffusion_model.")):
+            if spelling in modules:
+                names[name] = modules[spelling]
+                break
+    return names
+
+
+def _unet_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
+    table = comfy.utils.unet_to_diffusers(unet_config)
+    return {key.removesuffix(".weight"): value.removesuffix(".weight") for key, value in table.items() if key.endswith(".weight")}
+
+
+def _lora_names(model: nn.Module) -> dict[str, str]:
+    """LoRA key -> module name, for whole layers: slices of fused layers come as tuples."""
+    table = comfy.lora.model_lora_keys_unet(model, {})
+    return {
+        key: value.removeprefix("diffusion_model.").removesuffix(".weight") for key, value in table.items() if isinstance(value, str)
+    }
+
+
+def model_title(model: nn.Module) -> str:
+    """What a model is, in words, as far as ComfyUI knows it."""
+    kind = type(model.model_config)
+    return getattr(kind, "title", None) or _TITLES.get(kind.__name__, kind.__name__)
+
+
+def _float32(value: float | Tensor) -> float:
+    """Rounded to float32: sigmas are, and percents that were not would miss a step."""
+    return torch.as_tensor(value, dtype=torch.float32).item()

@@ -1,0 +1,128 @@
+"""Adapters on a MODEL: the one file that touches ModelPatcher.
+
+A MODEL with adapters is a clone that has one APPLY_MODEL wrapper with all of them, and their weights as an additional
+model, so that ComfyUI loads, counts, and offloads them like its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+
+from ..styleinject_core import Adapter, Applied
+from ..styleinject_core.layers import LayerAdapter
+from .injection import KEY, ApplyModelWrapper, Injection
+
+_CACHE = "_comfyui_patchers"
+
+
+def apply_adapter(
+    model: ModelPatcher,
+    adapter: Adapter,
+    *,
+    strength: float,
+    dma: float = 1.0,
+    sta: float = 1.0,
+    layers: str = "all",
+    layer_weights: str = "",
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+) -> tuple[ModelPatcher, Injection]:
+    """A clone of `model` with one more adapter; `model` and `adapter` stay as they are.
+
+    Returns:
+        The clone, and the adapter as it is on it.
+
+    Raises:
+        ValueError: a strength that is no finite number, percents out of order (from Applied, Injection).
+        AdapterMismatchError, SelectorError: the adapter does not fit the model, or a selector matches nothing.
+    """
+    weights = managed_weights(adapter, model)
+    applied = Applied(weights.model, strength, dma, sta, layers, layer_weights)
+    injection = Injection(applied, start_percent, end_percent)
+    injection.attachment(model.model)  # what does not fit is said now, not in mid-sampling
+    clone = _with_injections(model, (*injections_of(model), injection))
+    held = clone.get_additional_models_with_key(KEY)
+    if all(other.model is not weights.model for other in held):
+        clone.set_additional_models(KEY, [*held, weights])
+    return clone, injection
+
+
+def injections_of(model: ModelPatcher) -> tuple[Injection, ...]:
+    """The adapters on a MODEL, in the order they were applied."""
+    return tuple(i for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for i in wrapper.injections)
+
+
+def set_strength(model: ModelPatcher, adapter_name: str, strength: float) -> ModelPatcher:
+    """A clone of `model` whose adapters of that name ("all": every one) have another overall strength.
+
+    Raises:
+        ValueError: no adapter is applied, none of that name, or a strength that is no finite number.
+    """
+    present = injections_of(model)
+    wanted = adapter_name.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+    if not present:
+        raise ValueError("no StyleInject adapter is applied to this model: connect the output of an Apply StyleInject node")
+    chosen = [i for i in present if wanted in ("all", "", i.applied.adapter.name)]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(i.applied.adapter.name for i in present))
+        raise ValueError(f'no adapter named "{adapter_name}" is applied to this model; there are: {names}')
+    rescaled = (
+        Injection(replace(i.applied, strength=strength), i.start_percent, i.end_percent) if i in chosen else i for i in present
+    )
+    return _with_injections(model, tuple(rescaled))
+
+
+def managed_weights(adapter: Adapter, model: ModelPatcher) -> ModelPatcher:
+    """A copy of the adapter in the dtype this model computes in, as a model that ComfyUI loads and offloads.
+
+    One copy per dtype and device is kept with the adapter, for all the models it is applied to, and dies with it.
+    """
+    patchers = adapter.__dict__.setdefault(_CACHE, _Patchers())
+    key = (compute_dtype(model), model.load_device)
+    if key not in patchers:
+        patchers[key] = _new_patcher(adapter, *key, model.offload_device)
+    return patchers[key]
+
+
+class _Patchers(dict):
+    """(dtype, device) -> ModelPatcher; a copy of the adapter it belongs to starts without any."""
+
+    def __deepcopy__(self, memo: dict) -> _Patchers:
+        return _Patchers()
+
+
+def _new_patcher(
+    source: Adapter, dtype: torch.dtype, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """A patcher around a copy of `source` in `dtype`; tensors that have it already are shared, not copied."""
+    layers = {}
+    for name, layer in source.layers.items():
+        parts = {part: value.detach().to(offload_device, dtype) for part, value in layer.tensors().items()}
+        layers[name] = LayerAdapter.from_tensors(layer.shape, layer.config, parts)
+    copy = Adapter(layers, source.config, source.metadata, source.name, source.skipped).requires_grad_(False).eval()
+    kind = ModelPatcher if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    patcher = kind(copy, load_device=load_device, offload_device=offload_device)
+    # how newer versions make copies for other GPUs; from the copy, for a reference to `source` would be a cycle
+    patcher.cached_patcher_init = (_new_patcher, (copy, dtype, load_device, offload_device))
+    return patcher
+
+
+def compute_dtype(model: ModelPatcher) -> torch.dtype:
+    """The dtype a model's layers compute in; float32 where it is none an adapter can be kept in."""
+    base: Any = model.model
+    dtype = getattr(base, "manual_cast_dtype", None) or base.get_dtype()
+    return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
+
+
+def _with_injections(model: ModelPatcher, injections: tuple[Injection, ...]) -> ModelPatcher:
+    clone = model.clone()
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ApplyModelWrapper(injections))
+    return clone

@@ -1,0 +1,86 @@
+"""Where adapter files are: models/styleinject, and models/loras under "loras/"."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+FOLDER = "styleinject"
+SUFFIX = ".safetensors"
+_LORAS = "loras"
+
+
+def register_folder() -> None:
+    """Make models/styleinject known to ComfyUI, beside the folders that extra_model_paths.yaml may have named already."""
+    default = os.path.join(folder_paths.models_dir, FOLDER)
+    folder_paths.add_model_folder_path(FOLDER, default)
+    folders, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (folders, {SUFFIX})  # without it every kind of file would be listed
+    try:
+        os.makedirs(default, exist_ok=True)
+    except OSError:  # a read-only installation keeps its adapters elsewhere
+        pass
+
+
+def adapter_names() -> list[str]:
+    """Every adapter file by the name workflows keep: "/" between folders, models/loras under "loras/"."""
+    return list(_files())
+
+
+def adapter_path(name: str) -> Path:
+    """The file of a name from `adapter_names`, only ever one that is listed there.
+
+    Raises:
+        ValueError: a name that leaves its folder.
+        FileNotFoundError: no such file; names the folders looked in and what is there.
+    """
+    wanted = str(name).replace("\\", "/")
+    if ".." in wanted.split("/") or os.path.isabs(wanted) or ":" in wanted:
+        raise ValueError(f"adapter name {name!r}: expected a file inside {_folders()}, not a path that leads out of it")
+    files = _files()
+    if wanted not in files:
+        raise FileNotFoundError(f"adapter {name!r} not found in {_folders()}; {_choices(list(files))}")
+    folder, native = files[wanted]
+    return Path(folder_paths.get_full_path_or_raise(folder, native))
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the file does: size and time of modification; empty where there is none."""
+    try:
+        status = adapter_path(name).stat()
+    except (OSError, ValueError):
+        return ""
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def problem(name: str) -> str | None:
+    """Why a name cannot be loaded, for the message when a workflow is queued."""
+    try:
+        adapter_path(name)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _files() -> dict[str, tuple[str, str]]:
+    """Name in workflows -> (ComfyUI's folder name, its own spelling of the file there)."""
+    own = {native.replace(os.sep, "/"): (FOLDER, native) for native in _listed(FOLDER)}
+    loras = {f"{_LORAS}/{native.replace(os.sep, '/')}": (_LORAS, native) for native in _listed(_LORAS)}
+    return own | {name: file for name, file in loras.items() if name not in own}
+
+
+def _listed(folder: str) -> list[str]:
+    return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(SUFFIX)]
+
+
+def _folders() -> str:
+    return " or ".join(path for folder in (FOLDER, _LORAS) for path in folder_paths.get_folder_paths(folder))
+
+
+def _choices(names: list[str]) -> str:
+    if not names:
+        return "there are no adapters yet"
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return "there are: " + ", ".join(names[:10]) + more

@@ -1,0 +1,43 @@
+"""What the nodes' schemas share: the category, the two socket types of this pack, fields that newer versions know."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import paths
+
+CATEGORY = "StyleInject"
+STRENGTH_RANGE = {"min": -10.0, "max": 10.0, "step": 0.05, "round": 0.001}
+
+AdapterType = io.Custom("STYLEINJECT_ADAPTER")  # a styleinject_core.Adapter
+LayerWeightsType = io.Custom("STYLEINJECT_LAYER_WEIGHTS")  # text in the core's layer weight language
+
+
+def schema(node_id: str, *, search_aliases: list[str], **values: Any) -> io.Schema:
+    """An io.Schema in this pack's category.
+
+    Args:
+        search_aliases: other words a user may look for; left out where this ComfyUI's schema has no such field.
+        values: fields that every supported version has.
+    """
+    if any(field.name == "search_aliases" for field in fields(io.Schema)):
+        values["search_aliases"] = search_aliases
+    return io.Schema(node_id=node_id, category=CATEGORY, **values)
+
+
+def adapter_name_input() -> io.Combo.Input:
+    """The choice of an adapter file; the list is read anew each time the schema is."""
+    return io.Combo.Input(
+        "adapter_name",
+        options=paths.adapter_names(),
+        tooltip="A StyleInject adapter or a LoRA (.safetensors) from models/styleinject; those from models/loras are "
+        'listed with "loras/" before their name. Press R after adding files.',
+    )
+
+
+def strength_input(tooltip: str, name: str = "strength") -> io.Float.Input:
+    """A strength: 0 is the model without the adapter, 1 the adapter as it was trained."""
+    return io.Float.Input(name, default=1.0, tooltip=tooltip, **STRENGTH_RANGE)
