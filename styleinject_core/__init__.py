@@ -1,8 +1,8 @@
 """StyleInject (arXiv 2401.13942) for PyTorch: adapters that change style without bending what the prompt means.
 
-    from styleinject_core import attach, load_adapter
-    with attach(unet, load_adapter("style.safetensors"), strength=0.8):
-        ...
+from styleinject_core import attach, load_adapter
+with attach(unet, load_adapter("style.safetensors"), strength=0.8):
+    ...
 """
 
 from .adapter import Adapter

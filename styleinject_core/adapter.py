@@ -36,7 +36,7 @@ class Adapter(nn.Module):
             raise ValueError(f"{name}: an adapter needs at least one layer")
         self.config, self.metadata, self.name, self.skipped = config, dict(metadata or {}), name, skipped
         self.names = tuple(layers)
-        self._layers = nn.ModuleList(layers.values())  # module names contain dots, which a ModuleDict refuses
+        self._layers: Any = nn.ModuleList(layers.values())  # module names contain dots, which a ModuleDict refuses
 
     @property
     def layers(self) -> dict[str, LayerAdapter]:

@@ -109,7 +109,9 @@ class Attachment:
                     continue
                 shape = _host_shape(name, module)
                 if shape != layer.shape:
-                    raise AdapterMismatchError(f"{item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}")
+                    raise AdapterMismatchError(
+                        f"{item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}"
+                    )
                 site = Site(name, layer, self.program)
                 sites.append(site)
                 self._places.append((overrides.setdefault(module, Override(module, shape)), site))
@@ -131,8 +133,10 @@ class Attachment:
             scale = item.strength * scales.get(site.name, 0.0)
             site.dma, site.sta = scale * item.dma, scale * item.sta
 
-    def set_strength(self, strength: float, *, adapter: Adapter | None = None, **parts: float) -> None:
-        """Change the strength of one adapter (or of all), installed or not; `dma=` and `sta=` set its parts.
+    def set_strength(
+        self, strength: float, *, adapter: Adapter | None = None, dma: float | None = None, sta: float | None = None
+    ) -> None:
+        """Change the strength of one adapter (or of all), installed or not; parts that are None stay as they are.
 
         Raises:
             ValueError: not a finite number, or an adapter that is not attached here.
@@ -141,7 +145,12 @@ class Attachment:
             raise ValueError(f"{adapter.name} is not attached here: {', '.join(i.adapter.name for i in self.applied)}")
         for index, item in enumerate(self.applied):
             if adapter is None or item.adapter is adapter:
-                self.applied[index] = replace(item, strength=strength, **parts)
+                self.applied[index] = replace(
+                    item,
+                    strength=strength,
+                    dma=item.dma if dma is None else dma,
+                    sta=item.sta if sta is None else sta,
+                )
                 self._refresh(index)
 
     def install(self) -> Attachment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class LayerShape:
         return f"{kind} {self.in_features}->{self.out_features}"
 
     @classmethod
-    def of(cls, module: nn.Module) -> LayerShape | None:
+    def of(cls, module: Any) -> LayerShape | None:
         """The shape of a Linear- or Conv2d-like module, or None for anything else.
 
         Layers are recognised by what they have, not by class: quantised Linears are not nn.Linear.
@@ -144,7 +145,7 @@ class LayerAdapter(nn.Module):
             cast: maps a parameter to a tensor on the device and in the dtype of the call.
             dma, sta: strengths of the low-rank increment and of the AdaIN step.
         """
-        parts = {part: None if (p := getattr(self, part)) is None else cast(p) for part in PARTS}
+        parts: dict[str, Any] = {part: None if (p := getattr(self, part)) is None else cast(p) for part in PARTS}
         c = self.config
         return LayerWeights(
             **parts, router_pool=c.router_pool, sta_form=c.sta, eps=c.eps, dma=dma * c.scale, sta=sta, on_route=on_route

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .functional import dispatch
@@ -68,7 +67,8 @@ class Override:
     """
 
     def __init__(self, module: nn.Module, shape: LayerShape):
-        self.module, self.shape = module, shape
+        self.module: Any = module
+        self.shape = shape
         self.sites: list[Site] = []
         self._class_forward = type(module).forward.__get__(module)
         self._former: Callable[..., Tensor] | None = None  # an instance-level forward somebody set before us
@@ -76,7 +76,7 @@ class Override:
     def install(self, site: Site) -> None:
         """Add a site to the module's active override, this one where there is none yet."""
         attributes = self.module.__dict__
-        active = attributes.get(_ACTIVE)
+        active: Any = attributes.get(_ACTIVE)
         if active is None:
             self._former = attributes.get("forward")
             attributes[_ACTIVE] = attributes["forward"] = self
@@ -90,7 +90,7 @@ class Override:
         Where somebody else has put a forward over ours in the meantime, ours stays below it and passes through.
         """
         attributes = module.__dict__
-        active = attributes.get(_ACTIVE)
+        active: Override | None = attributes.get(_ACTIVE)
         if active is None:
             return
         active.sites[:] = [s for s in active.sites if s is not site]

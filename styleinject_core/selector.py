@@ -133,9 +133,8 @@ def _nothing_matched(layers: dict[str, LayerShape], term: str) -> str:
     present = [g for g in _GROUPS if any(_matches(n, s, g) for n, s in layers.items())]
     blocks = sorted({f"{m[1]}.{m[2]}" for n in layers if (m := re.match(r"(down|up)_blocks\.(\d+)\.", n))})
     ends = sorted({n.rsplit(".", 1)[-1] for n in layers})
-    return (
-        f"layer selector term {term!r} matches none of the {len(layers)} layers; these have: "
-        + ", ".join(_unique([*present, *blocks, *ends[:12]]))
+    return f"layer selector term {term!r} matches none of the {len(layers)} layers; these have: " + ", ".join(
+        _unique([*present, *blocks, *ends[:12]])
     )
 
 

@@ -39,7 +39,7 @@ def as_text(summary: dict[str, Any]) -> str:
     targets = ", ".join(f"{name} x{count}" for name, count in summary["targets"].items())
     lines = [
         f"{summary['name']}: {summary['kind']} for {summary['made_for']}",
-        f"layers       {summary['layers']} ({summary['linear_layers']} linear, {summary['conv_layers']} convolution): {targets}",
+        f"layers       {summary['layers']} ({summary['linear_layers']} Linear, {summary['conv_layers']} Conv2d): {targets}",
         f"rank         {_list(summary['ranks'])}, alpha {'= rank' if config['alpha'] is None else config['alpha']}",
         f"styles       {_list(summary['n_styles'])}, router pool {config['router_pool']}, STA {config['sta']}",
         f"parameters   {summary['parameters']:,} ({summary['bytes'] / 2**20:.1f} MiB, {summary['dtype']})",

@@ -1,6 +1,6 @@
 """Train the adapters that ship with the demo, StyleInject and LoRA of as many parameters for every style.
 
-    python scripts/demo/train_adapters.py [--styles noto openmoji-line] [--steps 600]
+python scripts/demo/train_adapters.py [--styles noto openmoji-line] [--steps 600]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
             adapter = styles.new_adapter(style, method)
             with tqdm(total=args.steps, desc=f"{style} {method} ({adapter.parameter_count():,})", mininterval=5) as bar:
 
-                def show(step: int, loss: float, bar: tqdm = bar) -> None:
+                def show(_: int, loss: float, bar: tqdm = bar) -> None:
                     bar.update()
                     bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 

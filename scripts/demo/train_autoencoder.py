@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from train_common import load_state, save_state
+
 from styleinject_core.demo import data
 from styleinject_core.demo.autoencoder import Autoencoder
-from train_common import load_state, save_state
 
 
 def gradient(x: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,12 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from train_common import load_state, save_state
+
 from styleinject_core.demo import data
 from styleinject_core.demo.autoencoder import Autoencoder
 from styleinject_core.demo.model import BASE_FILE, NOISE_SCHEDULE, build_unet, sample
 from styleinject_core.demo.text import TextEncoder, words
-from train_common import load_state, save_state
 
 SAVE_EVERY = 100
 PICTURE_EVERY = 400
@@ -109,7 +110,8 @@ def main() -> None:
     parser.add_argument("--export", action="store_true")
     args = parser.parse_args()
     if args.export:
-        return export(args.work, BASE_FILE)
+        export(args.work, BASE_FILE)
+        return
 
     from diffusers import DDPMScheduler
 

@@ -28,6 +28,9 @@ class Autoencoder(nn.Module):
     `mean` and `std` (16,) are measured on the training images once the network is trained.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(

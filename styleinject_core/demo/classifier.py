@@ -26,7 +26,7 @@ class Classifier(nn.Module):
             return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
                                  nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())  # fmt: skip
 
-        self.features = nn.Sequential(block(3, 24), block(24, 48), block(48, 96), block(96, 160))  # (B, 160, 4, 4)
+        self.features = nn.Sequential(block(3, 24), block(24, 48), block(48, 96), block(96, 160))  # to 4x4
         self.concept = nn.Linear(160 * 16, concepts)
         self.style = nn.Linear(160, styles)
         self.dropout = nn.Dropout(0.3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,10 +18,11 @@ from .autoencoder import LATENT_CHANNELS, Autoencoder
 from .data import ASSETS
 from .text import WIDTH, TextEncoder
 
+Module = TypeVar("Module", bound=nn.Module)
 BASE_FILE = ASSETS / "base.safetensors"
 
 # diffusers' UNet2DConditionModel arguments; Stable Diffusion 1.5's layout with two levels and one block per level
-UNET_CONFIG = {
+UNET_CONFIG: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
@@ -31,7 +33,7 @@ UNET_CONFIG = {
     "cross_attention_dim": WIDTH,
     "attention_head_dim": 4,
 }
-NOISE_SCHEDULE = {
+NOISE_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -74,7 +76,7 @@ def load_unet(path: Path = BASE_FILE) -> nn.Module:
     return _frozen(build_unet(), read_base(path)[0]["unet"])
 
 
-def _frozen(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def _frozen(module: Module, state: dict[str, Tensor]) -> Module:
     module.load_state_dict(state)
     return module.eval().requires_grad_(False)
 

@@ -72,7 +72,7 @@ def _train(model: DemoModel, out: Path, style: str, steps: int, seed: int) -> Ad
     recent: list[float] = []
     with tqdm(total=steps, unit="step") as bar:
 
-        def show(step: int, loss: float) -> None:
+        def show(_: int, loss: float) -> None:
             recent.append(loss)
             bar.set_postfix(loss=f"{sum(recent[-25:]) / len(recent[-25:]):.3f}", refresh=False)
             bar.update()

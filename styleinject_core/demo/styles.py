@@ -72,7 +72,7 @@ def train_style(
         conditioning = model.text_encoder([*names, ""])  # the last row is the empty prompt
     alphas = alphas_cumprod()
 
-    def loss_of_step(step: int) -> Tensor:
+    def loss_of_step(_: int) -> Tensor:
         rows = torch.randint(len(shown), (batch,))
         prompts = torch.where(torch.rand(batch) < 0.1, len(shown), rows)  # 10 % without a prompt, for guidance
         return fine_tune_loss(

@@ -34,6 +34,8 @@ _LORA_KEY = re.compile(
     r"(?P<module>.+?)(?:_lora\.|\.lora_|\.lora\.)(?P<side>down|up|A|B|mid)(?:\.[^.]+)??\.weight|(?P<alpha>.+)\.alpha"
 )
 
+_OTHER_METHOD = re.compile(r"\.(dora_scale|diff|diff_b)$|\.(hada|lokr)_")
+
 
 class AdapterFileError(ValueError):
     """A file that is no usable adapter, or cannot be written; the message names the file, the tensor and both values."""
@@ -202,12 +204,11 @@ def _layer(path: Path, name: str, parts: dict[str, Tensor], stated: AdapterConfi
     if stated is not None and has_hyper != (stated.sta != "none"):
         raise fail(f"file has {'a' if has_hyper else 'no'} hypernetwork, config says sta = {stated.sta!r}")
     config = stated or AdapterConfig(r=r, n_styles=n, sta="multiplicative" if has_hyper else "none")
-    shape = LayerShape(k, d, tuple(A.shape[3:]) or None)
+    kernel = (A.shape[3], A.shape[4]) if A.ndim == 5 else None
     try:
-        layer = LayerAdapter.from_tensors(shape, config, {part: parts.get(part) for part in PARTS})
+        return LayerAdapter.from_tensors(LayerShape(k, d, kernel), config, {part: parts.get(part) for part in PARTS})
     except UnsupportedLayerError as error:
         raise fail(str(error)) from None
-    return layer
 
 
 def _load_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Adapter:
@@ -217,8 +218,10 @@ def _load_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     for key, tensor in tensors.items():
         match = _LORA_KEY.fullmatch(key)
         if match is None or is_other_model_part(key):
-            if match is None and key.rsplit(".", 1)[-1] in ("dora_scale", "diff", "diff_b") or ".hada_" in key or ".lokr_" in key:
-                raise AdapterFileError(f"{path.name}: {key}: only plain LoRA is read, not DoRA, LoHa, LoKr or weight differences")
+            if _OTHER_METHOD.search(key):
+                raise AdapterFileError(
+                    f"{path.name}: {key}: only plain LoRA is read, not DoRA, LoHa, LoKr or weight differences"
+                )
             skipped.append(key)
             continue
         side = {"down": "A", "A": "A", "up": "B", "B": "B", "mid": "mid", None: "alpha"}[match["side"]]
@@ -245,7 +248,9 @@ def _load_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         config = AdapterConfig(r=A.shape[0], n_styles=1, alpha=value, sta="none")
         layers[name] = _layer(path, name, {"A": A.unsqueeze(0), "B": B.flatten(1)}, config)
     if not layers:
-        raise AdapterFileError(f"{path.name}: {len(skipped)} tensors, none for a U-Net layer (a LoRA for the text encoder only?)")
+        raise AdapterFileError(
+            f"{path.name}: {len(skipped)} tensors, none for a U-Net layer (a LoRA for the text encoder only?)"
+        )
     return Adapter(layers, _whole_config(layers, None), _other_metadata(metadata), path.stem, tuple(skipped))
 
 

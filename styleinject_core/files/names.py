@@ -14,13 +14,16 @@ import re
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
 _KOHYA_PREFIX = "lora_unet_"
-_OTHER_PARTS = ("lora_te", "text_encoder", "text_model", "te1_", "te2_", "conditioner.", "cond_stage_model.", "first_stage_model.")
+_OTHER_PARTS = ("lora_te", "text_encoder", "text_model", "conditioner.", "cond_stage_model.", "first_stage_model.")
 
 # Names that contain an underscore themselves, longest first: kohya writes every dot as an underscore too.
 _COMPOUND = sorted(
-    """down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out conv_in conv_out
-    conv_shortcut conv_norm_out time_emb_proj time_embedding add_embedding linear_1 linear_2 input_blocks middle_block
-    output_blocks in_layers out_layers emb_layers skip_connection time_embed label_emb""".split(),
+    [
+        *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "proj_in", "proj_out", "conv_in", "conv_out"),
+        *("to_q", "to_k", "to_v", "to_out", "conv_shortcut", "conv_norm_out", "time_emb_proj", "linear_1", "linear_2"),
+        *("time_embedding", "add_embedding", "input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb"),
+        *("in_layers", "out_layers", "emb_layers", "skip_connection"),
+    ],
     key=len,
     reverse=True,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers import LayerShape
@@ -29,7 +29,7 @@ class HostLayer:
     forward: Callable[[Tensor], Tensor]
     weight: Tensor | None
     bias: Tensor | None
-    module: nn.Module
+    module: Any
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)

@@ -110,7 +110,9 @@ def test_a_failing_attach_touches_nothing(host):
     before = state(host)
     other = Host()
     other.down_blocks[1].conv1 = nn.Conv2d(4, 8, 3, padding=1)
-    with pytest.raises(AdapterMismatchError, match=r"down_blocks.1.conv1: adapter made for Conv2d 3x3 4->8, model has Conv2d 3x3 4->4"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"down_blocks.1.conv1: adapter made for Conv2d 3x3 4->8, model has Conv2d 3x3 4->4"
+    ):
         attach(host, [trained(host), trained(other, target_modules=("conv1",))])
     with pytest.raises(AdapterMismatchError, match="none of its 1 layers"):
         attach(nn.Sequential(nn.Linear(4, 4)), trained(host, target_modules=("down_blocks.0.conv1",)))

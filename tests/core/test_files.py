@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,7 +120,9 @@ def test_kohya_spelling_of_every_layer(base):
 def test_ldm_styleinject_names_load(tmp_path):
     save_adapter(adapter(), tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
-    ldm = {k.replace(TO_Q, "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"): v for k, v in tensors.items()}
+    ldm = {
+        k.replace(TO_Q, "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"): v for k, v in tensors.items()
+    }
     save_file(ldm, tmp_path / "b.safetensors")
     loaded = load_adapter(tmp_path / "b.safetensors")
     assert set(loaded.names) == {TO_Q, CONV}
@@ -161,7 +164,10 @@ def test_plain_loras_load(tmp_path, spelling):
 def test_convolution_loras_load(tmp_path):
     A, B = torch.randn(4, 3, 3, 3), torch.randn(5, 4, 1, 1)
     name = "lora_unet_" + CONV.replace(".", "_")
-    save_file({name + ".lora_down.weight": A, name + ".lora_up.weight": B, name + ".alpha": torch.tensor(4.0)}, tmp_path / "l.safetensors")
+    save_file(
+        {name + ".lora_down.weight": A, name + ".lora_up.weight": B, name + ".alpha": torch.tensor(4.0)},
+        tmp_path / "l.safetensors",
+    )
     layer = load_adapter(tmp_path / "l.safetensors").layers[CONV]
     assert layer.shape == LayerShape(3, 5, (3, 3)) and torch.equal(layer.A[0], A) and torch.equal(layer.B, B.flatten(1))
 
@@ -242,7 +248,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(tensors, name, metadata):
-        open(name, "wb").write(b"half")
+        Path(name).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("styleinject_core.files.format.save_file", full)
