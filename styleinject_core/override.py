@@ -90,7 +90,7 @@ class Override:
         Where somebody else has put a forward over ours in the meantime, ours stays below it and passes through.
         """
         attributes = module.__dict__
-        active: Override | None = attributes.get(_ACTIVE)
+        active: Any = attributes.get(_ACTIVE)
         if active is None:
             return
         active.sites[:] = [s for s in active.sites if s is not site]

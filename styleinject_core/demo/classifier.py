@@ -23,8 +23,10 @@ class Classifier(nn.Module):
         super().__init__()
 
         def block(inputs: int, outputs: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-                                 nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())  # fmt: skip
+            layers: list[nn.Module] = []
+            for source, stride in ((inputs, 2), (outputs, 1)):
+                layers += [nn.Conv2d(source, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            return nn.Sequential(*layers)
 
         self.features = nn.Sequential(block(3, 24), block(24, 48), block(48, 96), block(96, 160))  # to 4x4
         self.concept = nn.Linear(160 * 16, concepts)
