@@ -90,8 +90,8 @@ class Override:
         Where somebody else has put a forward over ours in the meantime, ours stays below it and passes through.
         """
         attributes = module.__dict__
-        active: Any = attributes.get(_ACTIVE)
-        if active is None:
+        active = attributes.get(_ACTIVE)
+        if not isinstance(active, Override):
             return
         active.sites[:] = [s for s in active.sites if s is not site]
         if active.sites or attributes.get("forward") is not active:

@@ -10,12 +10,18 @@ from . import fold, stack
 from .host import HostLayer
 
 
+# Fold pays above this many output positions of an image per output channel (measured: benchmarks/README.md).
+_LINEAR_RATIO, _CONV_RATIO = 1, 4
+
+
 def prefers_fold(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> bool:
-    """Fold pays where an image has more positions than the layer has output channels, and W0 need not be trained."""
+    """Fold pays where an image has many positions for the layer's channels, and W0 need not be trained."""
     if torch.is_grad_enabled() or not fold.can_fold(host, adapters):
         return False
-    positions = x.shape[2] * x.shape[3] if host.shape.is_conv else x.shape[1]
-    return positions > host.shape.out_features
+    if not host.shape.is_conv:
+        return x.shape[1] > _LINEAR_RATIO * host.shape.out_features
+    stride = host.module.stride
+    return x.shape[2] * x.shape[3] > _CONV_RATIO * host.shape.out_features * stride[0] * stride[1]
 
 
 def forward(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..layers import LayerWeights
 from .collapse import collapse
@@ -30,61 +31,49 @@ def can_fold(host: HostLayer, adapters: list[LayerWeights]) -> bool:
 
 def forward(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:
     """Arguments and result as in `reference.forward`; needs `can_fold`."""
-    precise = statistics_dtype(x)
     is_conv = host.shape.is_conv
-    mean = None if is_conv else x.mean(1, dtype=precise)  # (B, k)
+    mean, taps = _tap_means(x, host) if is_conv else (x.mean(1, dtype=statistics_dtype(x)),) * 2
     collapsed = collapse([(w, route(x, w, host, mean)) for w in adapters])
-    weight = host.weight.unsqueeze(0)  # (1, d, k[, kh, kw])
-    bias = host.bias
-    if collapsed.gain is not None:
-        gain = collapsed.gain  # (B, d)
-        taps = _mean_per_tap(x, host) if is_conv else mean  # (B, k[, kh, kw])
-        centre = taps.flatten(1) @ host.weight.to(precise).flatten(1).mT  # μ - b, (B, d)
+    weight, bias, gain = host.weight.flatten(1), host.bias, collapsed.gain  # W0 as (d, k·kh·kw)
+    if gain is None:
+        folded = weight.expand(x.shape[0], *weight.shape)
+    else:
+        centre = taps.flatten(1) @ weight.to(taps.dtype).mT  # μ - b, (B, d)
         bias = (-gain * centre if bias is None else bias - gain * centre).to(x.dtype)  # (B, d)
-        weight = weight * (1 + gain).to(x.dtype).view(*gain.shape, *(1,) * (weight.ndim - 2))  # (B, d, k[, kh, kw])
-    batch = x.shape[0]
-    flat = weight.flatten(2).expand(batch, -1, -1)  # (B, d, k·kh·kw)
+        folded = weight * (1 + gain).to(x.dtype).unsqueeze(2)  # (B, d, k·kh·kw)
     if collapsed.down is not None:
-        up = collapsed.up.expand(batch, *collapsed.up.shape)
-        flat = torch.baddbmm(flat, up, collapsed.down.flatten(2))
+        up = collapsed.up.expand(x.shape[0], *collapsed.up.shape)
+        add = torch.baddbmm if gain is None else Tensor.baddbmm_  # in place where `folded` is ours: it is W0's size per image
+        folded = add(folded, up, collapsed.down.flatten(2))
+    if bias is not None:
+        bias = bias.expand(x.shape[0], -1)
     if is_conv:
-        if bias is not None:
-            bias = bias.expand(batch, -1).reshape(-1)
-        return per_image_conv(x, host, flat.unflatten(2, host.weight.shape[1:]), bias)
+        return per_image_conv(x, host, folded.unflatten(2, host.weight.shape[1:]), bias)
     if bias is None:
-        return torch.bmm(x, flat.mT)
-    return torch.baddbmm(bias.expand(batch, -1).unsqueeze(1), x, flat.mT)
+        return torch.bmm(x, folded.mT)
+    return torch.baddbmm(bias.unsqueeze(1), x, folded.mT)
 
 
-def _mean_per_tap(x: Tensor, host: HostLayer) -> Tensor:
-    """What every tap of a zero-padded convolution sees, averaged over output positions.
+def _tap_means(x: Tensor, host: HostLayer) -> tuple[Tensor, Tensor]:
+    """The mean of a zero-padded convolution's input, and what every tap of its kernel sees, averaged over output positions.
 
-    W0 applied to it is exactly the mean of W0 x over output positions, border included.
+    W0 applied to the latter is exactly the mean of W0 x over output positions, border included.
 
     Returns:
-        (B, k, kh, kw) in at least float32.
+        (B, k) and (B, k, kh, kw), in at least float32.
     """
-    sums = x.to(statistics_dtype(x))
-    count = 1
-    for axis in (0, 1):  # rows, then columns of what is left: (B, k, H, W) -> (B, k, kh, W) -> (B, k, kh, kw)
-        dim = 2 + axis
-        sums, positions = _tap_sums(sums, dim, host, axis)
-        count *= positions
-    return sums / count
+    x = x.to(statistics_dtype(x))
+    rows, height = _tap_masks(x, host, 0)  # (kh + 1, H)
+    columns, width = _tap_masks(x, host, 1)  # (kw + 1, W)
+    sums = rows @ (x @ columns.mT)  # (B, k, kh + 1, kw + 1): x is read once
+    return sums[:, :, -1, -1] / (x.shape[2] * x.shape[3]), sums[:, :, :-1, :-1] / (height * width)
 
 
-def _tap_sums(x: Tensor, dim: int, host: HostLayer, axis: int) -> tuple[Tensor, int]:
-    """Sums along `dim` of the entries each tap of that axis meets; returns (x with `dim` of size taps, output positions)."""
-    taps, stride = host.shape.kernel[axis], host.module.stride[axis]
-    padding, dilation = host.module.padding[axis], host.module.dilation[axis]
-    size = x.shape[dim]
+def _tap_masks(x: Tensor, host: HostLayer, axis: int) -> tuple[Tensor, int]:
+    """1 where a tap of that axis meets an entry of x, one row per tap and one of ones; and the output's size there."""
+    size, taps, module = x.shape[2 + axis], host.shape.kernel[axis], host.module
+    stride, padding, dilation = module.stride[axis], module.padding[axis], module.dilation[axis]
     positions = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-    seen = []
-    for tap in range(taps):
-        first = tap * dilation - padding
-        skipped = max(0, -(first // stride))  # output positions whose tap lies in the padding before the image
-        begin = first + skipped * stride
-        end = min(size, first + (positions - 1) * stride + 1)
-        seen.append(x.narrow(dim, begin, end - begin)[(slice(None),) * dim + (slice(None, None, stride),)].sum(dim)
-                    if begin < end else x.new_zeros(x.shape[:dim] + x.shape[dim + 1 :]))  # fmt: skip
-    return torch.stack(seen, dim), positions
+    offset = torch.arange(size, device=x.device) + padding - dilation * torch.arange(taps, device=x.device)[:, None]
+    masks = (offset >= 0) & (offset < positions * stride) & (offset % stride == 0)
+    return F.pad(masks.to(x.dtype), (0, 0, 0, 1), value=1.0), positions

@@ -65,7 +65,25 @@ def _add_low_rank(out: Tensor, x: Tensor, host: HostLayer, down: Tensor, up: Ten
 
 
 def per_image_conv(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Image b of x (B, k, H, W) through its own kernel weight[b] (B, c, k, kh, kw): one grouped convolution."""
+    """Image b of x (B, k, H, W) through its own kernel weight[b] (B, c, k, kh, kw), plus bias (B, c).
+
+    A 1x1 kernel is a matrix product. Otherwise one grouped convolution; on a CPU, where those are slow, one
+    convolution per image.
+    """
+    if _is_pointwise(host):
+        weight, pixels = weight.flatten(2), x.flatten(2)
+        out = torch.bmm(weight, pixels) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, pixels)
+        return out.unflatten(2, x.shape[2:])
     batch, channels = weight.shape[:2]
+    if x.device.type == "cpu":
+        biases = [None] * batch if bias is None else bias.unbind()
+        return torch.cat([host.conv(*image) for image in zip(x.split(1), weight.unbind(), biases, strict=True)])
+    bias = None if bias is None else bias.reshape(-1)
     out = host.conv(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), bias, groups=batch)
     return out.view(batch, channels, *out.shape[2:])
+
+
+def _is_pointwise(host: HostLayer) -> bool:
+    """Whether a convolution is a matrix product at each pixel."""
+    module = host.module
+    return host.shape.kernel == (1, 1) and tuple(module.stride) == (1, 1) and module.padding in ((0, 0), "valid", "same")
