@@ -94,7 +94,7 @@ class Override:
         if not isinstance(active, Override):
             return
         active.sites[:] = [s for s in active.sites if s is not site]
-        if active.sites or attributes.get("forward") is not active:
+        if active.sites or active is not attributes.get("forward"):
             return
         del attributes[_ACTIVE]
         if active._former is None:
