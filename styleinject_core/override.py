@@ -94,7 +94,8 @@ class Override:
         if not isinstance(active, Override):
             return
         active.sites[:] = [s for s in active.sites if s is not site]
-        if active.sites or active is not attributes.get("forward"):
+        on_top = attributes.get("forward") is active
+        if active.sites or not on_top:
             return
         del attributes[_ACTIVE]
         if active._former is None:
