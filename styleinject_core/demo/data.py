@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
-BASE_STYLE = "twemoji"
+BASE_STYLE = "openmoji"
 LICENSES = {
     "twemoji": "CC-BY-4.0",
     "noto": "Apache-2.0",
@@ -37,7 +37,7 @@ def _index() -> dict:
 
 
 def styles() -> list[str]:
-    """Names of the drawing styles, the base model's first."""
+    """Names of the drawing styles, in the order of the sheets."""
     return list(_index()["styles"])
 
 

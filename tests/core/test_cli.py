@@ -45,7 +45,7 @@ def test_init_and_info(tmp_path, capsys):
         (["init", "--base", "sd15", "--rank", "0", "OUT"], "r: expected an integer of at least 1, found 0"),
         (["init", "--base", "sd15", "OUT.pt"], "expected a name that ends in .safetensors"),
         (["info", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
-        (["demo", "--style", "oil", "--out", "OUT"], "--style 'oil': expected one of noto, openmoji"),
+        (["demo", "--style", "oil", "--out", "OUT"], "--style 'oil': expected one of twemoji, noto"),
         (["demo", "--no-train", "--steps", "5", "--out", "OUT"], "--steps has no meaning with --no-train"),
     ],
 )

@@ -1,0 +1,88 @@
+"""The embedded model: its data, that it draws what it is asked for, and the demo command's pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from styleinject_core import load_adapter
+from styleinject_core.demo import data, pictures, run, styles
+from styleinject_core.demo.classifier import load_classifier, recognised
+from styleinject_core.hosts.architectures import ARCHITECTURES, architecture_of
+
+
+@pytest.fixture(scope="module")
+def model():
+    return styles.DemoModel()
+
+
+def test_data_is_whole():
+    concepts = data.concepts()
+    assert len(concepts) >= 200
+    assert len({c.name for c in concepts}) == len(concepts)
+    assert 0.1 < sum(c.held_out for c in concepts) / len(concepts) < 0.25
+    for style in data.styles():
+        images = data.images(style)
+        assert images.shape == (len(concepts), 3, 64, 64)
+        assert images.amin() >= -1
+        assert images.amax() <= 1
+        assert (images.flatten(1).std(1) > 0.05).all(), f"{style}: an empty tile"
+        assert data.LICENSES[style]
+    with pytest.raises(ValueError, match="demo style 'apple': expected one of twemoji"):
+        data.images("apple")
+
+
+def test_the_base_model_draws_its_concepts(model):
+    """Not a quality bar: far above chance (1 in 223), which a broken file, sampler or text encoder is not."""
+    chosen = list(range(0, len(data.concepts()), 15))
+    names = [data.concepts()[k].name for k in chosen]
+    images = run._images(model, None, names, seed=0)
+    concept, in_style = recognised(load_classifier(), images, chosen, data.BASE_STYLE)
+    assert concept > 0.5
+    assert in_style > 0.5
+
+
+def test_unknown_words_are_left_out(model):
+    assert model.text_encoder.unknown_words("A Zyzzyva cat") == ["a", "zyzzyva"]
+    assert torch.equal(model.text_encoder(["zyzzyva cat face"]), model.text_encoder(["Cat face!"]))
+
+
+@pytest.mark.parametrize("style", [s for s in data.styles() if s != data.BASE_STYLE])
+def test_shipped_adapters(style):
+    ours, lora = load_adapter(styles.adapter_path(style)), load_adapter(styles.adapter_path(style, "lora"))
+    assert architecture_of(ours) is ARCHITECTURES["demo"]
+    assert int(ours.metadata["styleinject.steps"]) == int(lora.metadata["styleinject.steps"])
+    assert 0.9 < ours.parameter_count() / lora.parameter_count() < 1.1
+    assert ours.metadata["modelspec.license"] == data.LICENSES[style]
+
+
+def test_training_and_drawing_write_their_files(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "SHOWN", 1)
+    adapter = run._train(model, tmp_path, "noto", 2, seed=0)
+    assert adapter.metadata["styleinject.steps"] == "2"
+    assert all("forward" not in m.__dict__ for m in model.unet.modules())
+    run._draw(model, tmp_path, adapter, "noto", seed=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "noto.safetensors", "router.png", "strengths.png"]
+    for picture in tmp_path.glob("*.png"):
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "loss.png" in capsys.readouterr().out
+
+
+def test_strength_zero_draws_the_base_model_bit_for_bit(model):
+    adapter = load_adapter(styles.adapter_path("noto"))
+    base = run._images(model, None, ["cat face"], seed=3)
+    assert torch.equal(run._images(model, adapter, ["cat face"], 3, strength=0.0), base)
+    assert not torch.allclose(run._images(model, adapter, ["cat face"], 3, strength=1.0), base)
+
+
+def test_an_image_does_not_depend_on_the_others_in_its_batch(model):
+    alone = run._images(model, None, ["cat face"], seed=5)
+    beside = run._images(model, None, ["cat face", "red apple"], seed=5)
+    torch.testing.assert_close(alone[0], beside[0], rtol=1e-3, atol=1e-3)
+
+
+def test_router_picture(tmp_path):
+    pictures.router_over_steps(tmp_path / "r.png", "t", torch.softmax(torch.randn(3, 10, 4), -1), ["down", "mid", "up"])
+    assert (tmp_path / "r.png").stat().st_size > 5000
