@@ -39,7 +39,7 @@ class DemoModel:
 
 def adapter_path(style: str, method: str = "styleinject") -> Path:
     """Where the adapter of a style ships."""
-    return ADAPTERS / f"{style}-{method}.safetensors"
+    return ADAPTERS / f"emoji-{style}{'' if method == 'styleinject' else '-' + method}.safetensors"
 
 
 def new_adapter(style: str, method: str = "styleinject", seed: int = 0) -> Adapter:
@@ -49,7 +49,7 @@ def new_adapter(style: str, method: str = "styleinject", seed: int = 0) -> Adapt
         "modelspec.architecture": f"{ARCHITECTURES['demo'].modelspec}/{method}",
         "modelspec.description": f"The demo's emoji in the style {style}",
     }
-    return Adapter.create(ARCHITECTURES["demo"].shapes(), CONFIGS[method], f"{style}-{method}", metadata)
+    return Adapter.create(ARCHITECTURES["demo"].shapes(), CONFIGS[method], adapter_path(style, method).stem, metadata)
 
 
 def train_style(

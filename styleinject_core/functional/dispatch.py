@@ -8,10 +8,12 @@ from torch import Tensor
 from ..layers import LayerWeights
 from . import fold, stack
 from .host import HostLayer
+from .stack import is_pointwise
 
 
-# Fold pays above this many output positions of an image per output channel (measured: benchmarks/README.md).
-_LINEAR_RATIO, _CONV_RATIO = 1, 4
+# From how many output positions of an image per output channel fold is the faster one, measured with rank 32: where the
+# layer is a matrix product, and for larger kernels, whose low-rank part costs less beside them.
+_PRODUCT_RATIO, _KERNEL_RATIO = 0.5, 2
 
 
 def prefers_fold(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> bool:
@@ -19,9 +21,10 @@ def prefers_fold(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> bo
     if torch.is_grad_enabled() or not fold.can_fold(host, adapters):
         return False
     if not host.shape.is_conv:
-        return x.shape[1] > _LINEAR_RATIO * host.shape.out_features
+        return x.shape[1] > _PRODUCT_RATIO * host.shape.out_features
+    ratio = _PRODUCT_RATIO if is_pointwise(host) else _KERNEL_RATIO
     stride = host.module.stride
-    return x.shape[2] * x.shape[3] > _CONV_RATIO * host.shape.out_features * stride[0] * stride[1]
+    return x.shape[2] * x.shape[3] > ratio * host.shape.out_features * stride[0] * stride[1]
 
 
 def forward(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:

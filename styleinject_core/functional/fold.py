@@ -17,7 +17,7 @@ from ..layers import LayerWeights
 from .collapse import collapse
 from .host import HostLayer, statistics_dtype
 from .router import route
-from .stack import per_image_conv
+from .stack import is_pointwise, per_image_conv
 
 
 def can_fold(host: HostLayer, adapters: list[LayerWeights]) -> bool:
@@ -62,7 +62,11 @@ def _tap_means(x: Tensor, host: HostLayer) -> tuple[Tensor, Tensor]:
     Returns:
         (B, k) and (B, k, kh, kw), in at least float32.
     """
-    x = x.to(statistics_dtype(x))
+    precise = statistics_dtype(x)
+    if is_pointwise(host):
+        mean = x.mean((2, 3), dtype=precise)
+        return mean, mean[:, :, None, None]
+    x = x.to(precise)
     rows, height = _tap_masks(x, host, 0)  # (kh + 1, H)
     columns, width = _tap_masks(x, host, 1)  # (kw + 1, W)
     sums = rows @ (x @ columns.mT)  # (B, k, kh + 1, kw + 1): x is read once

@@ -70,7 +70,7 @@ def per_image_conv(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | No
     A 1x1 kernel is a matrix product. Otherwise one grouped convolution; on a CPU, where those are slow, one
     convolution per image.
     """
-    if _is_pointwise(host):
+    if is_pointwise(host):
         weight, pixels = weight.flatten(2), x.flatten(2)
         out = torch.bmm(weight, pixels) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, pixels)
         return out.unflatten(2, x.shape[2:])
@@ -83,7 +83,7 @@ def per_image_conv(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | No
     return out.view(batch, channels, *out.shape[2:])
 
 
-def _is_pointwise(host: HostLayer) -> bool:
+def is_pointwise(host: HostLayer) -> bool:
     """Whether a convolution is a matrix product at each pixel."""
     module = host.module
     return host.shape.kernel == (1, 1) and tuple(module.stride) == (1, 1) and module.padding in ((0, 0), "valid", "same")
