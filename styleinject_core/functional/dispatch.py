@@ -10,7 +10,6 @@ from . import fold, stack
 from .host import HostLayer
 from .stack import is_pointwise
 
-
 # From how many output positions of an image per output channel fold is the faster one, measured with rank 32: where the
 # layer is a matrix product, and for larger kernels, whose low-rank part costs less beside them.
 _PRODUCT_RATIO, _KERNEL_RATIO = 0.5, 2

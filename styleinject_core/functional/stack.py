@@ -67,15 +67,15 @@ def _add_low_rank(out: Tensor, x: Tensor, host: HostLayer, down: Tensor, up: Ten
 def per_image_conv(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Image b of x (B, k, H, W) through its own kernel weight[b] (B, c, k, kh, kw), plus bias (B, c).
 
-    A 1x1 kernel is a matrix product. Otherwise one grouped convolution; on a CPU, where those are slow, one
-    convolution per image.
+    A 1x1 kernel is a matrix product. Otherwise one grouped convolution; on a CPU, where that is slow for large images,
+    one convolution per image.
     """
     if is_pointwise(host):
         weight, pixels = weight.flatten(2), x.flatten(2)
         out = torch.bmm(weight, pixels) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, pixels)
         return out.unflatten(2, x.shape[2:])
     batch, channels = weight.shape[:2]
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= 1024:
         biases = [None] * batch if bias is None else bias.unbind()
         return torch.cat([host.conv(*image) for image in zip(x.split(1), weight.unbind(), biases, strict=True)])
     bias = None if bias is None else bias.reshape(-1)
