@@ -44,8 +44,8 @@ class StyleInjectApply(io.ComfyNode):
                                        "Layer Weights. They multiply the strengths above."),
             ],
             outputs=[
-                io.Model.Output("MODEL", tooltip="The model with the adapter."),
-                io.String.Output("report", tooltip="Which layers matched, which did not, and with what strength."),
+                io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
+                io.String.Output("report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."),
             ],
         )  # fmt: skip
 
@@ -91,7 +91,7 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 adapter_name_input(),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
             ],
-            outputs=[io.Model.Output("MODEL", tooltip="The model with the adapter.")],
+            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter.")],
         )
 
     @classmethod
@@ -125,7 +125,7 @@ class StyleInjectStrength(io.ComfyNode):
                 strength_input("The new strength; it replaces the one the adapter was applied with. Its dma, sta and layer "
                                "strengths stay."),
             ],
-            outputs=[io.Model.Output("MODEL", tooltip="The model with the adapters at the new strength.")],
+            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapters at the new strength.")],
         )  # fmt: skip
 
     @classmethod

@@ -23,7 +23,7 @@ class StyleInjectLoader(io.ComfyNode):
             description="Loads a StyleInject adapter, or a LoRA, for Apply StyleInject and StyleInject Info.",
             search_aliases=["style adapter", "lora", "load style"],
             inputs=[adapter_name_input()],
-            outputs=[AdapterType.Output("adapter", tooltip="The adapter, for Apply StyleInject or StyleInject Info.")],
+            outputs=[AdapterType.Output("adapter", display_name="adapter", tooltip="The adapter, for Apply StyleInject or StyleInject Info.")],
         )
 
     @classmethod
@@ -50,7 +50,7 @@ class StyleInjectInfo(io.ComfyNode):
             description="Shows what an adapter is: the model it was made for, its layers, rank, styles and metadata.",
             search_aliases=["adapter info", "lora info", "metadata"],
             inputs=[AdapterType.Input("adapter", tooltip="The adapter to look into, from Load StyleInject Adapter.")],
-            outputs=[io.String.Output("info", tooltip="The same text as shown in the node.")],
+            outputs=[io.String.Output("info", display_name="info", tooltip="The same text as shown in the node.")],
             is_output_node=True,
         )
 

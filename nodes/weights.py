@@ -41,7 +41,7 @@ class StyleInjectLayerWeights(io.ComfyNode):
                 LayerWeightsType.Input("layer_weights", optional=True, tooltip="Weights from another such node; the ones here "
                                        "are multiplied in."),
             ],
-            outputs=[LayerWeightsType.Output("layer_weights", tooltip="For Apply StyleInject.")],
+            outputs=[LayerWeightsType.Output("weights", display_name="layer_weights", tooltip="For Apply StyleInject.")],
         )  # fmt: skip
 
     @classmethod
