@@ -16,7 +16,7 @@ def unet_shapes(pack: Pack, model: Any) -> dict[str, Any]:
     modules = dict(model.model.diffusion_model.named_modules())
     table = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     found = {}
-    for key, value in table.items():
+    for key, value in sorted(table.items()):  # the table's own order differs from run to run
         module = modules.get(value.removesuffix(".weight"))
         if key.endswith(".weight") and module is not None and (shape := layer_shape.of(module)) is not None:
             found[key.removesuffix(".weight")] = shape
