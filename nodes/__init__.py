@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import paths
 from .apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjectStrength
+from .demo import StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
 from .load import StyleInjectInfo, StyleInjectLoader
 from .weights import StyleInjectLayerWeights
 
@@ -16,6 +17,9 @@ NODES: list[type[io.ComfyNode]] = [
     StyleInjectStrength,
     StyleInjectLayerWeights,
     StyleInjectInfo,
+    StyleInjectDemoModel,
+    StyleInjectDemoPrompt,
+    StyleInjectDemoDecode,
 ]
 
 

@@ -14,6 +14,7 @@ import comfy.model_patcher
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from torch import nn
 
 from ..styleinject_core import Adapter, Applied
 from ..styleinject_core.layers import LayerAdapter
@@ -107,11 +108,18 @@ def _new_patcher(
         parts = {part: value.detach().to(offload_device, dtype) for part, value in layer.tensors().items()}
         layers[name] = LayerAdapter.from_tensors(layer.shape, layer.config, parts)
     copy = Adapter(layers, source.config, source.metadata, source.name, source.skipped).requires_grad_(False).eval()
-    kind = ModelPatcher if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
-    patcher = kind(copy, load_device=load_device, offload_device=offload_device)
+    patcher = wrap(copy, load_device, offload_device, disable_dynamic)
     # how newer versions make copies for other GPUs; from the copy, for a reference to `source` would be a cycle
     patcher.cached_patcher_init = (_new_patcher, (copy, dtype, load_device, offload_device))
     return patcher
+
+
+def wrap(
+    module: nn.Module, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """A ModelPatcher around a module, of the kind this ComfyUI uses for its own models."""
+    kind = ModelPatcher if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    return kind(module, load_device=load_device, offload_device=offload_device)
 
 
 def compute_dtype(model: ModelPatcher) -> torch.dtype:

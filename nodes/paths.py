@@ -1,4 +1,4 @@
-"""Where adapter files are: models/styleinject, and models/loras under "loras/"."""
+"""Where adapter files are: models/styleinject with the demo's own, and models/loras under "loras/"."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from pathlib import Path
 
 import folder_paths
 
+from ..styleinject_core.demo.data import ADAPTERS as DEMO_ADAPTERS
+
 FOLDER = "styleinject"
 SUFFIX = ".safetensors"
 _LORAS = "loras"
 
 
 def register_folder() -> None:
-    """Make models/styleinject known to ComfyUI, beside the folders that extra_model_paths.yaml may have named already."""
+    """Make models/styleinject known to ComfyUI, beside the folders that extra_model_paths.yaml may have named already.
+
+    The last folder looked in is the pack's own, with the adapters of the embedded demo model.
+    """
     default = os.path.join(folder_paths.models_dir, FOLDER)
     folder_paths.add_model_folder_path(FOLDER, default)
+    folder_paths.add_model_folder_path(FOLDER, str(DEMO_ADAPTERS))
     folders, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (folders, {SUFFIX})  # without it every kind of file would be listed
     try:

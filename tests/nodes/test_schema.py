@@ -17,6 +17,9 @@ INPUTS = {
                                 "extra", "layer_weights"],
     "StyleInjectStrength": ["model", "adapter_name", "strength"],
     "StyleInjectInfo": ["adapter"],
+    "StyleInjectDemoModel": [],
+    "StyleInjectDemoPrompt": ["text"],
+    "StyleInjectDemoDecode": ["samples", "upscale"],
 }  # fmt: skip
 OUTPUTS = {
     "StyleInjectLoader": ["STYLEINJECT_ADAPTER"],
@@ -25,6 +28,9 @@ OUTPUTS = {
     "StyleInjectLayerWeights": ["STYLEINJECT_LAYER_WEIGHTS"],
     "StyleInjectStrength": ["MODEL"],
     "StyleInjectInfo": ["STRING"],
+    "StyleInjectDemoModel": ["MODEL"],
+    "StyleInjectDemoPrompt": ["CONDITIONING", "STRING"],
+    "StyleInjectDemoDecode": ["IMAGE"],
 }
 
 
