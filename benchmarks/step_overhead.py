@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,16 +47,16 @@ class Variant:
 
     label: str
     config: AdapterConfig | None = None
-    forward: Callable[[nn.Module, LayerAdapter, Tensor], Tensor] | None = None
+    forward: Callable[[Any, LayerAdapter, Tensor], Tensor] | None = None
 
 
-def naive(module: nn.Module, layer: LayerAdapter, x: Tensor) -> Tensor:
+def naive(module: nn.Linear, layer: LayerAdapter, x: Tensor) -> Tensor:
     """The paper's equations as written."""
     host = HostLayer(layer.shape, partial(type(module).forward, module), module.weight, module.bias, module)
     return reference.forward(x, host, [layer.weights(lambda parameter: parameter, dma=1.0, sta=1.0)])
 
 
-def lora(module: nn.Module, layer: LayerAdapter, x: Tensor) -> Tensor:
+def lora(module: nn.Linear, layer: LayerAdapter, x: Tensor) -> Tensor:
     """LoRA beside the frozen layer, as trainers and unmerged inference run it."""
     low = nn.functional.linear(x, layer.A[0])
     return type(module).forward(module, x) + nn.functional.linear(low, layer.B)
@@ -149,7 +150,7 @@ def time_steps(unet: nn.Module, inputs: tuple[Tensor, ...], adapters: dict[str, 
     for run in range(-1, runs):
         for key in rotated(list(VARIANTS), run):
             with applied(VARIANTS[key], unet, adapters.get(key)):
-                (warm_up if run < 0 else clock).time((key,), lambda: unet(*inputs))
+                (warm_up if run < 0 else clock).time((key,), partial(unet, *inputs))
         progress("whole steps", run + 1, runs)
     return clock
 
@@ -179,7 +180,7 @@ def time_layers(unet: nn.Module, inputs: tuple[Tensor, ...], adapters: dict[str,
             for key in rotated(present, run + index):
                 only = Adapter({"": adapters[key].layers[name]}, adapters[key].config) if key in adapters else None
                 with applied(VARIANTS[key], module, only):
-                    (warm_up if run < 0 else clock).time((key, name), lambda module=module, x=x: module(x))
+                    (warm_up if run < 0 else clock).time((key, name), partial(module, x))
         progress("layers", run + 1, runs)
     return clock
 
