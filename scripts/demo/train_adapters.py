@@ -1,6 +1,6 @@
 """Train the adapters that ship with the demo, StyleInject and LoRA of as many parameters for every style.
 
-python scripts/demo/train_adapters.py [--styles noto openmoji-line] [--steps 600]
+python scripts/demo/train_adapters.py [--styles noto openmoji-line] [--steps 400]
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def main() -> None:
     others = [style for style in data.styles() if style != data.BASE_STYLE]
     parser.add_argument("--styles", nargs="+", choices=others, default=others)
     parser.add_argument("--methods", nargs="+", choices=list(styles.CONFIGS), default=list(styles.CONFIGS))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     model = styles.DemoModel()
-    styles.ADAPTERS.mkdir(exist_ok=True)
+    data.ADAPTERS.mkdir(exist_ok=True)
     for style in args.styles:
         for method in args.methods:
             adapter = styles.new_adapter(style, method)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
+ADAPTERS = ASSETS / "adapters"
 BASE_STYLE = "openmoji"
 LICENSES = {
     "twemoji": "CC-BY-4.0",

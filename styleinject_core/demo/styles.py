@@ -17,7 +17,7 @@ from ..train.loop import TrainSettings, train
 from ..train.objectives import fine_tune_loss
 from . import data
 from .autoencoder import Autoencoder
-from .model import ASSETS, NOISE_SCHEDULE, load_autoencoder, load_text_encoder, load_unet
+from .model import NOISE_SCHEDULE, load_autoencoder, load_text_encoder, load_unet
 from .text import TextEncoder
 
 TARGETS = ("attention", "conv")
@@ -25,7 +25,6 @@ CONFIGS = {
     "styleinject": AdapterConfig(r=4, n_styles=4, target_modules=TARGETS),
     "lora": AdapterConfig(r=16, n_styles=1, sta="none", target_modules=TARGETS),  # as many parameters
 }
-ADAPTERS = ASSETS / "adapters"
 
 
 @dataclass
@@ -39,7 +38,7 @@ class DemoModel:
 
 def adapter_path(style: str, method: str = "styleinject") -> Path:
     """Where the adapter of a style ships."""
-    return ADAPTERS / f"emoji-{style}{'' if method == 'styleinject' else '-' + method}.safetensors"
+    return data.ADAPTERS / f"emoji-{style}{'' if method == 'styleinject' else '-' + method}.safetensors"
 
 
 def new_adapter(style: str, method: str = "styleinject", seed: int = 0) -> Adapter:
