@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..styleinject_core import Adapter, load_adapter
 from ..styleinject_core.hosts.architectures import describe
 from . import paths
 from .injection import Injection, model_title
-from .patcher import apply_adapter, injections_of, set_strength
+from .patcher import ModelPatcher, apply_adapter, injections_of, set_strength
 from .schema import AdapterType, LayerWeightsType, adapter_name_input, schema, strength_input
 
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
@@ -28,26 +27,50 @@ class StyleInjectApply(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
                 AdapterType.Input("adapter", tooltip="The adapter, from Load StyleInject Adapter."),
-                strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained. Negative values and "
-                               "values above 1 are allowed."),
+                strength_input(
+                    "How much of the style: 0 is the model alone, 1 the adapter as trained. Negative values and "
+                    "values above 1 are allowed."
+                ),
                 strength_input("Strength of the learned details (the low-rank part), times strength.", "dma_strength"),
-                strength_input("Strength of the learned contrast and tone (the statistics part), times strength. No "
-                               "effect on a LoRA.", "sta_strength"),
-                io.Float.Input("start_percent", default=0.0, tooltip="When in sampling the adapter begins: 0 is the first "
-                               "step. A later start keeps the composition of the model.", **_PERCENT),
-                io.Float.Input("end_percent", default=1.0, tooltip="When in sampling the adapter ends: 1 is the last step. An "
-                               "earlier end leaves fine detail to the model.", **_PERCENT),
-                io.String.Input("layers", default="all", tooltip='Which layers to use: "all", or groups such as attention, conv, '
-                                'self, cross, down, mid, up, up.1, to_q. Comma for either, & for both, ! for not: '
-                                '"up & cross, mid".'),
-                LayerWeightsType.Input("layer_weights", optional=True, tooltip="Strengths for groups of layers, from StyleInject "
-                                       "Layer Weights. They multiply the strengths above."),
+                strength_input(
+                    "Strength of the learned contrast and tone (the statistics part), times strength. No effect on a LoRA.",
+                    "sta_strength",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    tooltip="When in sampling the adapter begins: 0 is the first "
+                    "step. A later start keeps the composition of the model.",
+                    **_PERCENT,
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    tooltip="When in sampling the adapter ends: 1 is the last step. An "
+                    "earlier end leaves fine detail to the model.",
+                    **_PERCENT,
+                ),
+                io.String.Input(
+                    "layers",
+                    default="all",
+                    tooltip='Which layers to use: "all", or groups such as attention, conv, '
+                    "self, cross, down, mid, up, up.1, to_q. Comma for either, & for both, ! for not: "
+                    '"up & cross, mid".',
+                ),
+                LayerWeightsType.Input(
+                    "layer_weights",
+                    optional=True,
+                    tooltip="Strengths for groups of layers, from StyleInject "
+                    "Layer Weights. They multiply the strengths above.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
-                io.String.Output("report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
@@ -95,11 +118,11 @@ class StyleInjectLoadAndApply(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None = None) -> bool | str:
         return paths.problem(adapter_name) or True
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str, **others: object) -> str:
+    def fingerprint_inputs(cls, adapter_name: str, **_others: object) -> str:
         return paths.fingerprint(adapter_name)
 
     @classmethod
@@ -120,13 +143,17 @@ class StyleInjectStrength(io.ComfyNode):
             search_aliases=["rescale style", "adapter strength"],
             inputs=[
                 io.Model.Input("model", tooltip="A model that has adapters, from Apply StyleInject."),
-                io.String.Input("adapter_name", default="all", tooltip='The adapter\'s file name, or "all" for every adapter on '
-                                "the model."),
-                strength_input("The new strength; it replaces the one the adapter was applied with. Its dma, sta and layer "
-                               "strengths stay."),
+                io.String.Input(
+                    "adapter_name", default="all", tooltip='The adapter\'s file name, or "all" for every adapter on the model.'
+                ),
+                strength_input(
+                    "The new strength; it replaces the one the adapter was applied with. Its dma, sta and layer strengths stay."
+                ),
             ],
-            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapters at the new strength.")],
-        )  # fmt: skip
+            outputs=[
+                io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapters at the new strength.")
+            ],
+        )
 
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
@@ -136,7 +163,7 @@ class StyleInjectStrength(io.ComfyNode):
 def report(model: ModelPatcher, injection: Injection) -> str:
     """What Apply did, for people."""
     applied = injection.applied
-    scales = [scale for scale in applied.layer_scales().values()]
+    scales = list(applied.layer_scales().values())
     lines = [
         str(injection.report(model.model)),
         f"  made for {describe(applied.adapter)}; this model is {model_title(model.model)}",

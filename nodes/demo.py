@@ -10,7 +10,6 @@ import comfy.model_management
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from ..styleinject_core.demo.autoencoder import LATENT_CHANNELS
 from ..styleinject_core.demo.model import NOISE_SCHEDULE, UNET_CONFIG, load_autoencoder, load_text_encoder, read_base
 from ..styleinject_core.demo.text import words
-from .patcher import wrap
+from .patcher import ModelPatcher, wrap
 from .schema import schema
 
 
@@ -121,15 +120,22 @@ class StyleInjectDemoPrompt(io.ComfyNode):
             description="A prompt for the demo model: the name of something there is an emoji of.",
             search_aliases=["demo", "emoji", "text encode"],
             inputs=[
-                io.String.Input("text", default="red apple", tooltip='What to draw: "red apple", "cat face". Left empty it is '
-                                "the negative prompt. At most eight words count."),
+                io.String.Input(
+                    "text",
+                    default="red apple",
+                    tooltip='What to draw: "red apple", "cat face". Left empty it is '
+                    "the negative prompt. At most eight words count.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output("CONDITIONING", display_name="CONDITIONING", tooltip="For the KSampler."),
-                io.String.Output("unknown", display_name="unknown", tooltip="Words of the prompt that the demo model has never "
-                                 "seen, and left out."),
+                io.String.Output(
+                    "unknown",
+                    display_name="unknown",
+                    tooltip="Words of the prompt that the demo model has never seen, and left out.",
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, text: str) -> io.NodeOutput:
@@ -154,11 +160,16 @@ class StyleInjectDemoDecode(io.ComfyNode):
             search_aliases=["demo", "emoji", "vae decode"],
             inputs=[
                 io.Latent.Input("samples", tooltip="Latents from a KSampler with StyleInject Demo Model."),
-                io.Int.Input("upscale", default=4, min=1, max=16, tooltip="How much larger to make the image, for looking at: "
-                             "4 turns 64x64 pixels into 256x256."),
+                io.Int.Input(
+                    "upscale",
+                    default=4,
+                    min=1,
+                    max=16,
+                    tooltip="How much larger to make the image, for looking at: 4 turns 64x64 pixels into 256x256.",
+                ),
             ],
             outputs=[io.Image.Output("IMAGE", display_name="IMAGE", tooltip="The decoded images.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, samples: dict[str, Tensor], upscale: int) -> io.NodeOutput:

@@ -192,14 +192,18 @@ def layer_names(model: nn.Module, host: nn.Module, wanted: Iterable[str]) -> dic
 
 def _unet_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
     table = comfy.utils.unet_to_diffusers(unet_config)
-    return {key.removesuffix(".weight"): value.removesuffix(".weight") for key, value in table.items() if key.endswith(".weight")}
+    return {
+        key.removesuffix(".weight"): value.removesuffix(".weight") for key, value in table.items() if key.endswith(".weight")
+    }
 
 
 def _lora_names(model: nn.Module) -> dict[str, str]:
     """LoRA key -> module name, for whole layers: slices of fused layers come as tuples."""
     table = comfy.lora.model_lora_keys_unet(model, {})
     return {
-        key: value.removeprefix("diffusion_model.").removesuffix(".weight") for key, value in table.items() if isinstance(value, str)
+        key: value.removeprefix("diffusion_model.").removesuffix(".weight")
+        for key, value in table.items()
+        if isinstance(value, str)
     }
 
 

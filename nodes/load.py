@@ -23,11 +23,15 @@ class StyleInjectLoader(io.ComfyNode):
             description="Loads a StyleInject adapter, or a LoRA, for Apply StyleInject and StyleInject Info.",
             search_aliases=["style adapter", "lora", "load style"],
             inputs=[adapter_name_input()],
-            outputs=[AdapterType.Output("adapter", display_name="adapter", tooltip="The adapter, for Apply StyleInject or StyleInject Info.")],
+            outputs=[
+                AdapterType.Output(
+                    "adapter", display_name="adapter", tooltip="The adapter, for Apply StyleInject or StyleInject Info."
+                )
+            ],
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None = None) -> bool | str:
         return paths.problem(adapter_name) or True
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -24,10 +25,8 @@ def register_folder() -> None:
     folder_paths.add_model_folder_path(FOLDER, str(DEMO_ADAPTERS))
     folders, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (folders, {SUFFIX})  # without it every kind of file would be listed
-    try:
+    with contextlib.suppress(OSError):  # a read-only installation keeps its adapters elsewhere
         os.makedirs(default, exist_ok=True)
-    except OSError:  # a read-only installation keeps its adapters elsewhere
-        pass
 
 
 def adapter_names() -> list[str]:
@@ -61,8 +60,10 @@ def fingerprint(name: str) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def problem(name: str) -> str | None:
-    """Why a name cannot be loaded, for the message when a workflow is queued."""
+def problem(name: str | None) -> str | None:
+    """Why a name cannot be loaded, for the message when a workflow is queued; None where it can, or is not known yet."""
+    if name is None:  # it comes from another node
+        return None
     try:
         adapter_path(name)
     except (OSError, ValueError) as error:

@@ -24,10 +24,17 @@ class StyleInjectLayerWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         weights = [
-            io.Float.Input(name, default=1.0, min=-2.0, max=2.0, step=0.05, round=0.001,
-                           tooltip=f"Weight of {meaning}. 1 is as trained, 0 switches it off.")
+            io.Float.Input(
+                name,
+                default=1.0,
+                min=-2.0,
+                max=2.0,
+                step=0.05,
+                round=0.001,
+                tooltip=f"Weight of {meaning}. 1 is as trained, 0 switches it off.",
+            )
             for name, (_, meaning) in _GROUPS.items()
-        ]  # fmt: skip
+        ]
         return schema(
             "StyleInjectLayerWeights",
             display_name="StyleInject Layer Weights",
@@ -36,13 +43,19 @@ class StyleInjectLayerWeights(io.ComfyNode):
             search_aliases=["block weight", "lora block weight", "layer strength"],
             inputs=[
                 *weights,
-                io.String.Input("extra", default="", multiline=True, tooltip="Single weights, one a line, which replace those "
-                                'above for the layers they name: "up.1 & cross = 0.5". With a * they multiply: "to_v = *0.5".'),
-                LayerWeightsType.Input("layer_weights", optional=True, tooltip="Weights from another such node; the ones here "
-                                       "are multiplied in."),
+                io.String.Input(
+                    "extra",
+                    default="",
+                    multiline=True,
+                    tooltip="Single weights, one a line, which replace those "
+                    'above for the layers they name: "up.1 & cross = 0.5". With a * they multiply: "to_v = *0.5".',
+                ),
+                LayerWeightsType.Input(
+                    "layer_weights", optional=True, tooltip="Weights from another such node; the ones here are multiplied in."
+                ),
             ],
             outputs=[LayerWeightsType.Output("weights", display_name="layer_weights", tooltip="For Apply StyleInject.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, extra: str, layer_weights: str = "", **weights: float) -> io.NodeOutput:

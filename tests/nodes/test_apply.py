@@ -30,7 +30,7 @@ def apply(run_node):
 def leftovers(model) -> list[str]:
     """Modules that have an instance-level forward, or anything of ours."""
     modules = model.model.diffusion_model.named_modules()
-    return [name for name, m in modules if any("forward" == key or "styleinject" in key for key in m.__dict__)]
+    return [name for name, m in modules if any(key == "forward" or "styleinject" in key for key in m.__dict__)]
 
 
 def test_adapter_changes_the_result_and_leaves_no_trace(model, adapter, apply, sample) -> None:
@@ -55,7 +55,9 @@ def test_result_is_that_of_the_core(pack, model, adapter, apply, sample) -> None
     settings = {"strength": 0.7, "dma": 1.2, "sta": 0.5, "layers": "!mid", "layer_weights": "up = 0.5"}
     with core.attach(host, core.Applied(adapter, **settings), names=names):
         expected = sample(model)
-    styled = sample(apply(model, adapter, strength=0.7, dma_strength=1.2, sta_strength=0.5, layers="!mid", layer_weights="up = 0.5"))
+    styled = sample(
+        apply(model, adapter, strength=0.7, dma_strength=1.2, sta_strength=0.5, layers="!mid", layer_weights="up = 0.5")
+    )
     assert close(styled, expected)
     assert leftovers(model) == []
 

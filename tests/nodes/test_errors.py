@@ -27,7 +27,7 @@ def test_strength_must_be_finite(model, adapter, run_node, name, value) -> None:
 
 
 @pytest.mark.parametrize(
-    "percents,message",
+    ("percents", "message"),
     [
         ({"start_percent": 0.6, "end_percent": 0.4}, "start_percent 0.6 is after end_percent 0.4"),
         ({"start_percent": -0.1}, "start_percent is -0.1, expected 0 to 1"),
@@ -41,7 +41,7 @@ def test_percents_must_be_in_order(model, adapter, run_node, percents, message) 
 
 
 @pytest.mark.parametrize(
-    "inputs,message",
+    ("inputs", "message"),
     [
         ({"layers": "conv"}, "'conv' matches none of the"),
         ({"layers": " "}, "empty layer selector"),
@@ -73,7 +73,12 @@ def test_another_base_model_is_no_raw_size_mismatch(pack, model, run_node) -> No
     xl = core.Adapter.create(chosen, core.AdapterConfig(r=2, n_styles=2, target_modules=("all",)), "oil")
     with pytest.raises(core.AdapterMismatchError) as error:
         run_node("StyleInjectApply", model=model, adapter=xl)
-    for part in ('"oil" was made for Stable Diffusion XL', "this model is Stable Diffusion 1.x", "Linear 2048->1280", "Linear 64->64"):
+    for part in (
+        '"oil" was made for Stable Diffusion XL',
+        "this model is Stable Diffusion 1.x",
+        "Linear 2048->1280",
+        "Linear 64->64",
+    ):
         assert part in str(error.value)
 
 

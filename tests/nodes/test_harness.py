@@ -12,6 +12,7 @@ from pack_loader import load_pack
 def test_comfyui_is_the_real_one(comfy_base: Path) -> None:
     import comfy.model_management
     import folder_paths
+
     import nodes
 
     root = comfyui.find_comfyui()

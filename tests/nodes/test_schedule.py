@@ -35,10 +35,8 @@ def spied(model, seen: list):
 
 
 @pytest.mark.parametrize("scheduler", ["normal", "karras"])
-@pytest.mark.parametrize("start,end", [(0, 0.5), (0.5, 1), (0.25, 0.75), (0.5, 0.5), (1, 1)])
-def test_active_at_the_steps_of_a_core_schedule(
-    model, adapter, run_node, sample, conditioning, scheduler, start, end
-) -> None:
+@pytest.mark.parametrize(("start", "end"), [(0, 0.5), (0.5, 1), (0.25, 0.75), (0.5, 0.5), (1, 1)])
+def test_active_at_the_steps_of_a_core_schedule(model, adapter, run_node, sample, conditioning, scheduler, start, end) -> None:
     """The same steps as ComfyUI's own timestep range for a conditioning, of which the batch has one row more."""
     ranged = [[features, {**options, "start_percent": start, "end_percent": end}] for features, options in conditioning(2)]
     patched = run_node("StyleInjectApply", model=model, adapter=adapter, start_percent=start, end_percent=end)[0]
