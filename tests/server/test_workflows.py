@@ -195,15 +195,15 @@ def test_a_bad_file_name_is_refused_when_queued(client, checkpoint, adapters, na
 
 
 def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
-    """As committed, with fewer steps: the same seed with and without the adapter, four pictures each."""
+    """As committed, with fewer steps: the same seed with and without the adapter."""
     graph = example("emoji_demo.json")
     for node in graph.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 6
     run = client.queue(graph)
     pictures = [client.fetch_image(image) for image in run.images]
-    assert len(pictures) == 8
-    assert all(picture.shape == (256, 256, 3) and picture.std() > 5 for picture in pictures)
+    assert len(pictures) == 2
+    assert all(picture.shape == (512, 512, 3) and picture.std() > 5 for picture in pictures)
     colours = [picture.max(2).astype(int) - picture.min(2) for picture in pictures]
     saturation = {image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colours, strict=True)}
     assert saturation[False] < 0.5 * saturation[True], "line art has less colour than the base model's drawings"
