@@ -83,7 +83,7 @@ def _frozen(module: Module, state: dict[str, Tensor]) -> Module:
 
 @torch.no_grad()
 def sample(
-    unet: nn.Module, context: Tensor, null_context: Tensor, *, seed: int, steps: int = 25, guidance: float = 3.0, callback=None
+    unet: nn.Module, context: Tensor, null_context: Tensor, *, seed: int, steps: int = 16, guidance: float = 3.0, callback=None
 ) -> Tensor:
     """Sample latents with diffusers' DPM-Solver++ and classifier-free guidance.
 

@@ -81,9 +81,10 @@ def router_over_steps(path: Path, title: str, probabilities: Tensor, labels: Seq
     for axis, panel, label in zip(axes, probabilities, labels, strict=True):
         colors = [STYLE_COLORS[k % len(STYLE_COLORS)] for k in range(styles)]
         axis.stackplot(range(1, steps + 1), panel.T.numpy(), colors=colors, labels=[f"style {k + 1}" for k in range(styles)])
-        axis.set(xlabel="sampling step", title=label, xlim=(1, steps), ylim=(0, 1))
+        axis.set(xlabel="sampling step", xlim=(1, steps), ylim=(0, 1))
+        axis.set_title(label, fontsize=8)
     axes[0].set_ylabel("probability s")
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=styles, frameon=False, bbox_to_anchor=(0.5, -0.09))
-    figure.suptitle(title, fontsize=11, color=INK, y=1.03)
+    figure.legend(handles, names, loc="lower center", ncols=styles, frameon=False, bbox_to_anchor=(0.5, -0.16))
+    figure.suptitle(title, fontsize=11, color=INK, y=1.04)
     _save(figure, path)

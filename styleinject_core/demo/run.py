@@ -21,7 +21,7 @@ from .styles import DemoModel, adapter_path, new_adapter, train_style
 STEPS = 200
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 SHOWN = 6  # concepts of each kind in the picture
-PANELS = ("down", "mid", "up")
+PARTS = ("down", "mid", "up")
 
 
 def run(out: Path, style: str, *, steps: int | None = None, train: bool = True, seed: int = 0) -> None:
@@ -54,7 +54,7 @@ def run(out: Path, style: str, *, steps: int | None = None, train: bool = True, 
         adapter = _train(model, out, style, steps or STEPS, seed)
         rows.append((f"StyleInject, {steps or STEPS} steps, just trained", adapter))
     _draw(model, out, adapter, style, seed)
-    _measure(model, rows, style, seed)
+    _measure(model, rows, style, seed, samples=2 if train else 1)
     print(f"\nPictures and adapter are in {out}{'/' if not str(out).endswith('/') else ''} ({time.monotonic() - began:.0f} s)")
 
 
@@ -101,19 +101,22 @@ def _draw(model: DemoModel, out: Path, adapter: Adapter, style: str, seed: int) 
     with attach(model.unet, adapter) as attachment, record(attachment) as trace:
         _sample(model, names, seed)
     routed = trace.stacked()
-    panels = torch.stack([_panel(routed, part) for part in PANELS])
-    title = f"What the style router of {style} does while it samples"
-    pictures.router_over_steps(out / "router.png", title, panels, [f"{part} blocks" for part in PANELS])
+    layers = [_liveliest(routed, part) for part in PARTS]
+    panels = torch.stack([routed[name].mean(1) for name in layers])  # (panels, steps, n), averaged over the images
+    title = f"The style router of {style} while it samples: the liveliest layer of each part"
+    pictures.router_over_steps(out / "router.png", title, panels, [name.replace(".", " ", 1) for name in layers])
     print("  strengths.png, router.png")
 
 
-def _panel(routed: dict[str, Tensor], part: str) -> Tensor:
-    """s of one part of the model, averaged over its layers and images: (steps, n)."""
-    return torch.stack([s.mean(1) for name, s in routed.items() if name.startswith(f"{part}_block")]).mean(0)
+def _liveliest(routed: dict[str, Tensor], part: str) -> str:
+    """The layer of one part of the U-Net whose probabilities (steps, B, n) change most over the steps."""
+    return max(
+        (name for name in routed if name.startswith(f"{part}_block")), key=lambda name: routed[name].std(0).mean().item()
+    )
 
 
-def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style: str, seed: int) -> None:
-    """Print how often a classifier recognises concept and style in samples of the held-out concepts."""
+def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style: str, seed: int, samples: int) -> None:
+    """Print how often a classifier recognises concept and style in `samples` of each held-out concept."""
     from tqdm import tqdm
 
     held_out = [k for k, concept in enumerate(data.concepts()) if concept.held_out]
@@ -121,11 +124,11 @@ def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style
     classifier = load_classifier()
     results = []
     for label, adapter in tqdm(rows, desc="Measuring", leave=False):
-        shares = [recognised(classifier, _images(model, adapter, names, seed + k), held_out, style) for k in (1, 2)]
+        shares = [recognised(classifier, _images(model, adapter, names, seed + k + 1), held_out, style) for k in range(samples)]
         concept, drawn = (sum(column) / len(shares) for column in zip(*shares, strict=True))
         results.append((label, 0 if adapter is None else adapter.parameter_count(), concept, drawn))
     truth = recognised(classifier, data.images(style)[held_out], held_out, style)
-    print(f"\n{len(names)} concepts never shown in {style}, two samples each; what a classifier of all styles sees:\n")
+    print(f"\n{len(names)} concepts never shown in {style}, {samples} each; what a classifier of all styles sees:\n")
     print(f"  {'':44} {'parameters':>10}  {'concept':>8}  {'style':>8}")
     for label, parameters, concept, drawn in results:
         print(f"  {label:44} {parameters:>10,}  {concept:>8.0%}  {drawn:>8.0%}")
