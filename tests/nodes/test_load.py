@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ def model(tiny_unet_model):
 
 
 @pytest.fixture
-def folders(pack, comfy_base, monkeypatch) -> dict[str, Path]:
-    """models/styleinject and models/loras, empty and known to ComfyUI."""
+def folders(pack, comfy_base) -> Iterator[dict[str, Path]]:
+    """models/styleinject and models/loras, empty and known to ComfyUI, without the adapters that come with the pack."""
     import folder_paths
 
     found = {}
@@ -26,7 +27,10 @@ def folders(pack, comfy_base, monkeypatch) -> dict[str, Path]:
         folder.mkdir(parents=True, exist_ok=True)
         assert str(folder) in folder_paths.get_folder_paths(kind)
         found[kind] = folder
+    registered = folder_paths.folder_names_and_paths["styleinject"]
+    folder_paths.folder_names_and_paths["styleinject"] = ([str(found["styleinject"])], {".safetensors"})
     yield found
+    folder_paths.folder_names_and_paths["styleinject"] = registered
     for folder in found.values():
         for file in sorted(folder.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
@@ -49,16 +53,23 @@ def test_folder_is_registered_once_and_for_safetensors_only(pack, folders) -> No
 
     paths = pack.submodule("nodes.paths")
     elsewhere = str(folders["styleinject"] / "elsewhere")
-    before = folder_paths.folder_names_and_paths["styleinject"]
-    try:
-        folder_paths.folder_names_and_paths["styleinject"] = ([elsewhere], set())  # as extra_model_paths.yaml does
-        paths.register_folder()
-        paths.register_folder()
-        found, extensions = folder_paths.folder_names_and_paths["styleinject"]
-        assert found == [elsewhere, str(folders["styleinject"])]
-        assert extensions == {".safetensors"}
-    finally:
-        folder_paths.folder_names_and_paths["styleinject"] = before
+    folder_paths.folder_names_and_paths["styleinject"] = ([elsewhere], set())  # as extra_model_paths.yaml does
+    paths.register_folder()
+    paths.register_folder()
+    found, extensions = folder_paths.folder_names_and_paths["styleinject"]
+    assert found == [elsewhere, str(folders["styleinject"]), str(paths.DEMO_ADAPTERS)]
+    assert extensions == {".safetensors"}
+
+
+def test_adapters_that_come_with_the_pack_fit_the_demo_model(pack, run_node) -> None:
+    shipped = sorted(path.name for path in pack.submodule("nodes.paths").DEMO_ADAPTERS.glob("*.safetensors"))
+    assert shipped
+    assert set(shipped) <= set(pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"])
+    (demo,) = run_node("StyleInjectDemoModel")
+    for name in shipped:
+        (adapter,) = run_node("StyleInjectLoader", adapter_name=name)
+        _, report = run_node("StyleInjectApply", model=demo, adapter=adapter)
+        assert f"{len(adapter.names)} of {len(adapter.names)} layers matched" in report
 
 
 def test_adapters_and_loras_are_listed(folders, listed) -> None:

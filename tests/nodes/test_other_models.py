@@ -1,0 +1,79 @@
+"""Models that are no Stable Diffusion U-Net: whatever matches by name, and a clear word about the rest."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import tiny_model
+import torch
+from random_adapters import close
+
+WIDTH = 64
+
+
+@pytest.fixture(scope="module")
+def flux():
+    """A Flux-type MODEL: one double block and one single block of 64 channels, weights random."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    from comfy.ldm.flux.model import FluxParams
+
+    newer = {"txt_ids_dims": []} if any(f.name == "txt_ids_dims" for f in fields(FluxParams)) else {}
+    with torch.inference_mode():
+        config = comfy.supported_models.Flux(
+            {
+                **newer,
+                "image_model": "flux",
+                "in_channels": 16,
+                "out_channels": 16,
+                "patch_size": 2,
+                "vec_in_dim": WIDTH,
+                "context_in_dim": tiny_model.CONTEXT,
+                "hidden_size": WIDTH,
+                "mlp_ratio": 2.0,
+                "num_heads": 2,
+                "depth": 1,
+                "depth_single_blocks": 1,
+                "axes_dim": [8, 12, 12],
+                "theta": 10000,
+                "qkv_bias": True,
+                "guidance_embed": False,
+            }
+        )
+        config.set_inference_dtype(torch.float32, None)
+        base = config.get_model({}, "", device=torch.device("cpu"))
+        tiny_model.fill(base.diffusion_model, 0)
+    cpu = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
+
+
+def draw(model) -> torch.Tensor:
+    import nodes
+
+    with torch.inference_mode():
+        prompt, latent = tiny_model.conditioning(0), {"samples": torch.zeros(1, 16, 8, 8)}
+        return nodes.KSampler().sample(model, 5, 2, 1.0, "euler", "simple", prompt, prompt, latent)[0]["samples"]
+
+
+def test_layers_match_by_comfyuis_and_by_diffusers_names(pack, flux, run_node) -> None:
+    core = pack.submodule("styleinject_core")
+    square = core.LayerShape(WIDTH, WIDTH)
+    names = {
+        "double_blocks.0.img_attn.proj": square,  # as in ComfyUI
+        "transformer_blocks.0.attn.to_add_out": square,  # diffusers, a layer of its own: txt_attn.proj
+        "transformer_blocks.0.attn.to_q": square,  # diffusers, a slice of img_attn.qkv: not supported
+    }
+    adapter = core.Adapter.create(names, core.AdapterConfig(r=4, n_styles=3, target_modules=("all",)), "ink")
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if not name.endswith(".A"):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    patched, report = run_node("StyleInjectApply", model=flux, adapter=adapter)
+    assert "2 of 3 layers matched" in report
+    assert "not in this model (1): transformer_blocks.0.attn.to_q" in report
+    assert "this model is Flux" in report
+    vanilla = draw(flux)
+    assert not close(draw(patched), vanilla, 1e-3)
+    assert torch.equal(draw(flux), vanilla)
