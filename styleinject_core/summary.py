@@ -6,13 +6,13 @@ from collections import Counter
 from typing import Any
 
 from .adapter import Adapter
+from .files.names import kind_of_layer
 from .hosts.architectures import describe
 
 
 def summarize(adapter: Adapter) -> dict[str, Any]:
     """Layers, ranks, styles, parameter counts and metadata of an adapter, as plain values for JSON."""
     layers = adapter.layers
-    values = adapter.config.to_dict()
     return {
         "name": adapter.name,
         "made_for": describe(adapter),
@@ -20,17 +20,16 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
         "layers": len(layers),
         "linear_layers": sum(not layer.shape.is_conv for layer in layers.values()),
         "conv_layers": sum(layer.shape.is_conv for layer in layers.values()),
-        "targets": dict(Counter(name.rsplit(".", 1)[-1] if not name[-1].isdigit() else ".".join(name.rsplit(".", 2)[-2:])
-                                for name in layers)),
+        "targets": dict(Counter(map(kind_of_layer, layers))),
         "ranks": sorted({layer.config.r for layer in layers.values()}),
         "n_styles": sorted({layer.config.n_styles for layer in layers.values()}),
         "dtype": str(next(iter(layers.values())).A.dtype).removeprefix("torch."),
         "parameters": adapter.parameter_count(),
         "bytes": sum(p.numel() * p.element_size() for p in adapter.parameters()),
-        "config": values,
+        "config": adapter.config.to_dict(),
         "metadata": dict(sorted(adapter.metadata.items())),
         "skipped": list(adapter.skipped),
-    }  # fmt: skip
+    }
 
 
 def as_text(summary: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from .classifier import load_classifier, recognised
 from .model import sample
 from .styles import DemoModel, adapter_path, new_adapter, train_style
 
-STEPS = 200
+STEPS = 140
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 SHOWN = 6  # concepts of each kind in the picture
 PARTS = ("down", "mid", "up")

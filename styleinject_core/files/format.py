@@ -23,7 +23,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..layers import PARTS, LayerAdapter, LayerShape, UnsupportedLayerError
-from .names import diffusers_name, is_other_model_part
+from .names import diffusers_name, is_other_model_part, kind_of_layer
 
 FORMAT_VERSION = 1
 _FILE_PARTS = {"A": "A", "B": "B", "router.weight": "router_weight", "router.bias": "router_bias",
@@ -261,7 +261,7 @@ def _whole_config(layers: dict[str, LayerAdapter], stated: AdapterConfig | None)
 
 
 def _targets(layers: dict[str, LayerAdapter]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(re.sub(r"^.*\.([a-z]\w*(\.\d+)?)$", r"\1", name) for name in layers))
+    return tuple(dict.fromkeys(map(kind_of_layer, layers)))
 
 
 def _other_metadata(metadata: dict[str, str]) -> dict[str, str]:

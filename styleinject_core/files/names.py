@@ -50,6 +50,12 @@ def is_other_model_part(name: str) -> bool:
     return name.startswith(_OTHER_PARTS)
 
 
+def kind_of_layer(name: str) -> str:
+    """The end of a module name that says what the layer is: "to_q", "conv1", "to_out.0"."""
+    parent, _, last = name.rpartition(".")
+    return f"{parent.rpartition('.')[2]}.{last}" if last.isdigit() else last
+
+
 def diffusers_name(name: str, layers_per_block: int = 2) -> str:
     """The diffusers spelling of a module name in any spelling; unknown names come back with their prefix taken off.
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from styleinject_core import Adapter, AdapterConfig, AdapterFileError, LayerShape, attach, load_adapter, save_adapter
-from styleinject_core.files.names import diffusers_name
+from styleinject_core.files.names import diffusers_name, kind_of_layer
 from styleinject_core.hosts.architectures import ARCHITECTURES, architecture_of
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -282,3 +282,10 @@ def test_lora_parameter_counts_are_the_papers(rank, count):
     with torch.device("meta"):
         made = Adapter.create(ARCHITECTURES["sd15"].shapes(), AdapterConfig(r=rank, n_styles=1, sta="none"))
     assert made.parameter_count() == count
+
+
+def test_kind_of_layer():
+    assert kind_of_layer(TO_Q) == "to_q"
+    assert kind_of_layer("mid_block.resnets.0.conv1") == "conv1"
+    assert kind_of_layer("a.attn1.to_out.0") == "to_out.0"
+    assert kind_of_layer("conv_in") == "conv_in"
