@@ -289,3 +289,20 @@ def test_kind_of_layer():
     assert kind_of_layer("mid_block.resnets.0.conv1") == "conv1"
     assert kind_of_layer("a.attn1.to_out.0") == "to_out.0"
     assert kind_of_layer("conv_in") == "conv_in"
+
+
+def test_golden_output(tmp_path):
+    """One layer's output from a saved file, pinned: a change of what files mean is seen here."""
+    config = AdapterConfig(r=2, n_styles=2, alpha=1.0, target_modules=("all",))
+    made = Adapter.create({"to_q": LayerShape(3, 2)}, config)
+    for p in made.parameters():
+        p.data = torch.linspace(-0.5, 0.5, p.numel()).view(p.shape)
+    save_adapter(made, tmp_path / "a.safetensors")
+    host = torch.nn.ModuleDict({"to_q": torch.nn.Linear(3, 2)})
+    host["to_q"].weight.data = torch.tensor([[1.0, -1.0, 0.5], [0.25, 2.0, -1.0]])
+    host["to_q"].bias.data = torch.tensor([0.5, -0.5])
+    x = torch.tensor([[[1.0, 2.0, 3.0], [-1.0, 0.5, 2.0], [0.0, 1.0, -1.0]]])
+    expected = torch.tensor([[-0.078895, 1.653348], [-0.172493, -3.702431], [-0.277744, 4.419125]])  # by hand, in numpy
+    with torch.no_grad(), attach(host, load_adapter(tmp_path / "a.safetensors")):
+        found = host["to_q"](x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
