@@ -224,7 +224,7 @@ def table(steps: Clock, layers: Clock, adapters: dict[str, Adapter], memory: dic
             names = list(adapters[key].layers)
             own = sum(layers.quartile(key, n) for n in names) / sum(layers.quartile("frozen", n) for n in names)
         extra = memory[key]["peak"] - memory["frozen"]["peak"]
-        cells = [variant.label, f"{whole:.2f}", f"{own:.2f}", f"+{extra:,.0f} MiB", f"{memory[key]['weights']:,.0f} MiB"]
+        cells = [variant.label, f"{whole:.2f}", f"{own:.2f}", f"{extra:+,.0f} MiB", f"{memory[key]['weights']:,.0f} MiB"]
         if key == "frozen":
             cells[3] = f"{memory[key]['peak']:,.0f} MiB"
         lines.append("| " + " | ".join(cells) + " |")
