@@ -85,7 +85,7 @@ def base_model(state: dict[str, Tensor]) -> comfy.model_base.BaseModel:
 def demo_model(disable_dynamic: bool = False) -> ModelPatcher:
     """The embedded model as a MODEL."""
     load_device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    patcher = wrap(base_model(read_base()[0]["unet"]), load_device, offload_device, disable_dynamic)
+    patcher = wrap(base_model(read_base("unet")[0]), load_device, offload_device, disable_dynamic)
     patcher.cached_patcher_init = (demo_model, ())
     return patcher
 

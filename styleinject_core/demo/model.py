@@ -42,26 +42,30 @@ NOISE_SCHEDULE: dict[str, Any] = {
 }
 
 
-def read_base(path: Path = BASE_FILE) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The embedded model's file as ({"unet" | "text_encoder" | "autoencoder": state dict}, vocabulary), in float32."""
-    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}, "autoencoder": {}}
+def read_base(part: str, path: Path = BASE_FILE) -> tuple[dict[str, Tensor], list[str]]:
+    """One part of the embedded model's file: "unet", "text_encoder" or "autoencoder"; the others are not read.
+
+    Returns:
+        (the part's state dict in float32, the vocabulary of the text encoder).
+    """
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            part, name = key.split(".", 1)
-            parts[part][name] = file.get_tensor(key).float()
-        vocabulary = json.loads(file.metadata()["vocabulary"])
-    return parts, vocabulary
+        state = {
+            key.removeprefix(f"{part}."): file.get_tensor(key).float()
+            for key in file.keys()  # noqa: SIM118 - safe_open is no mapping
+            if key.startswith(f"{part}.")
+        }
+        return state, json.loads(file.metadata()["vocabulary"])
 
 
 def load_text_encoder(path: Path = BASE_FILE) -> TextEncoder:
     """The embedded model's text encoder, frozen."""
-    parts, vocabulary = read_base(path)
-    return _frozen(TextEncoder(vocabulary), parts["text_encoder"])
+    state, vocabulary = read_base("text_encoder", path)
+    return _frozen(TextEncoder(vocabulary), state)
 
 
 def load_autoencoder(path: Path = BASE_FILE) -> Autoencoder:
     """The embedded model's autoencoder, frozen."""
-    return _frozen(Autoencoder(), read_base(path)[0]["autoencoder"])
+    return _frozen(Autoencoder(), read_base("autoencoder", path)[0])
 
 
 def build_unet() -> nn.Module:
@@ -73,7 +77,7 @@ def build_unet() -> nn.Module:
 
 def load_unet(path: Path = BASE_FILE) -> nn.Module:
     """The embedded model's U-Net, frozen (needs the `demo` extra)."""
-    return _frozen(build_unet(), read_base(path)[0]["unet"])
+    return _frozen(build_unet(), read_base("unet", path)[0])
 
 
 def _frozen(module: Module, state: dict[str, Tensor]) -> Module:

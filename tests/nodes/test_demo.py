@@ -46,7 +46,7 @@ def random_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_unet_equals_the_diffusers_one(pack) -> None:
     """Pinned: what diffusers' UNet2DConditionModel(**UNET_CONFIG) gives for these weights and inputs."""
-    state = pack.submodule("styleinject_core.demo.model").read_base()[0]["unet"]
+    state = pack.submodule("styleinject_core.demo.model").read_base("unet")[0]
     generator = torch.Generator().manual_seed(1)
     x, context = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 8, 128, generator=generator)
     timesteps = torch.tensor([900.0, 13.0])
