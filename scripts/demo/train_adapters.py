@@ -9,11 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from styleinject_core import save_adapter
 from styleinject_core.demo import data, styles
+from styleinject_core.train.watch import ProgressBar
 
 
 def main() -> None:
@@ -29,13 +28,9 @@ def main() -> None:
     for style in args.styles:
         for method in args.methods:
             adapter = styles.new_adapter(style, method)
-            with tqdm(total=args.steps, desc=f"{style} {method} ({adapter.parameter_count():,})", mininterval=5) as bar:
-
-                def show(_: int, loss: float, bar: tqdm = bar) -> None:
-                    bar.update()
-                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
-                styles.train_style(model, adapter, style, steps=args.steps, learning_rate=args.learning_rate, on_step=show)
+            print(f"{style} {method} ({adapter.parameter_count():,} parameters)")
+            with ProgressBar(args.steps) as bar:
+                styles.train_style(model, adapter, style, steps=args.steps, learning_rate=args.learning_rate, observer=bar)
             note = {"styleinject.steps": str(args.steps), "modelspec.license": data.LICENSES[style]}
             save_adapter(adapter.half(), styles.adapter_path(style, method), note)
 

@@ -7,6 +7,7 @@ an autoencoder for 64x64 pixels, trained on emoji by `scripts/demo/train_base.py
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..files import load_adapter
 from .autoencoder import LATENT_CHANNELS, Autoencoder
-from .data import ASSETS
+from .data import ADAPTERS, ASSETS, BASE_STYLE, styles
 from .text import WIDTH, TextEncoder
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -75,9 +77,30 @@ def build_unet() -> nn.Module:
     return UNet2DConditionModel(**UNET_CONFIG)
 
 
-def load_unet(path: Path = BASE_FILE) -> nn.Module:
-    """The embedded model's U-Net, frozen (needs the `demo` extra)."""
-    return _frozen(build_unet(), read_base("unet", path)[0])
+def load_unet(style: str = BASE_STYLE, path: Path = BASE_FILE) -> nn.Module:
+    """The embedded model's U-Net, frozen (needs the `demo` extra).
+
+    Args:
+        style: what it draws; see `read_unet`.
+    """
+    return _frozen(build_unet(), read_unet(style, path))
+
+
+def read_unet(style: str = BASE_STYLE, path: Path = BASE_FILE) -> dict[str, Tensor]:
+    """The U-Net's state dict, float32. For another style than the base's, the LoRA of that style is merged into it: a
+    checkpoint like any other, which shares the base's text encoder.
+
+    Raises:
+        ValueError: an unknown style.
+    """
+    if style not in styles():
+        raise ValueError(f"demo style {style!r}: expected one of {', '.join(styles())}")
+    state = read_base("unet", path)[0]
+    if style != BASE_STYLE:
+        for name, layer in load_adapter(ADAPTERS / f"emoji-{style}-lora.safetensors").layers.items():
+            low_rank = layer.B.detach().float() @ layer.A.detach().float()[0].flatten(1)  # (d, r) @ (r, k·kh·kw)
+            state[f"{name}.weight"] += layer.config.scale * low_rank.view_as(state[f"{name}.weight"])
+    return state
 
 
 def _frozen(module: Module, state: dict[str, Tensor]) -> Module:
@@ -87,7 +110,15 @@ def _frozen(module: Module, state: dict[str, Tensor]) -> Module:
 
 @torch.no_grad()
 def sample(
-    unet: nn.Module, context: Tensor, null_context: Tensor, *, seed: int, steps: int = 16, guidance: float = 3.0, callback=None
+    unet: nn.Module,
+    context: Tensor,
+    null_context: Tensor,
+    *,
+    seed: int,
+    steps: int = 16,
+    guidance: float = 3.0,
+    size: int = UNET_CONFIG["sample_size"],
+    callback: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Sample latents with diffusers' DPM-Solver++ and classifier-free guidance.
 
@@ -95,17 +126,17 @@ def sample(
         unet: the diffusers U-Net, with or without an adapter attached.
         context, null_context: (B, 8, 128) and (1, 8, 128) from the text encoder.
         seed: seeds the initial noise; image k of the batch depends only on the seed and k.
+        size: side of the latents, 8 for the 64x64 pixels the model was trained on.
         callback: called with the step index before every U-Net call.
 
     Returns:
-        Latents (B, 16, 8, 8).
+        Latents (B, 16, size, size).
     """
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
-    size = UNET_CONFIG["sample_size"]
     latents = torch.stack([torch.randn(LATENT_CHANNELS, size, size, generator=generator) for _ in context])
     both = torch.cat([context, null_context.expand_as(context)])
     for k, t in enumerate(scheduler.timesteps):

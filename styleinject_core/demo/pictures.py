@@ -1,11 +1,10 @@
-"""The demo's pictures: image grids with labels, the loss curve, and the router over the sampling steps."""
+"""The demo's pictures: image grids with labels, and the router over the sampling steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 INK, PAPER, FAINT = "#1b1f24", "white", "#8a9099"
@@ -50,21 +49,6 @@ def grid(path: Path, title: str, rows: Sequence[tuple[str, Tensor]], columns: Se
     if any(marked):
         note = "Orange: concepts the adapter never saw in this style."
         figure.text(0.5, 0.04, note, ha="center", fontsize=8, color=STYLE_COLORS[5])
-    _save(figure, path)
-
-
-def loss_curve(path: Path, title: str, losses: Sequence[float]) -> None:
-    """Every step's loss, and its running mean."""
-    figure = _figure(6.4, 3.4)
-    axis = figure.add_subplot()
-    values = torch.tensor(losses)
-    window = max(1, min(25, len(losses) // 4))
-    smooth = values.unfold(0, window, 1).mean(1)
-    axis.plot(range(1, len(losses) + 1), values, color=STYLE_COLORS[4], linewidth=0.7, alpha=0.7, label="each step")
-    axis.plot(range(window, len(losses) + 1), smooth, color=STYLE_COLORS[0], linewidth=2, label=f"mean of {window} steps")
-    axis.set(xlabel="training step", ylabel="loss", title=title)
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
     _save(figure, path)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..attach import Applied, attach
 from ..files import load_adapter, save_adapter
-from ..router.trace import record
+from ..router.recorder import record
+from ..router.trace import RouterTrace
+from ..train.watch import ProgressBar, loss_plot
 from . import data, pictures
 from .classifier import load_classifier, recognised
 from .model import sample
@@ -64,23 +66,14 @@ def _steps(adapter: Adapter) -> str:
 
 def _train(model: DemoModel, out: Path, style: str, steps: int, seed: int) -> Adapter:
     """Train, with a progress bar; write the adapter and the loss curve."""
-    from tqdm import tqdm
-
     adapter = new_adapter(style, seed=seed)
     shown = sum(not concept.held_out for concept in data.concepts())
     print(f"Learning {style} from {shown} drawings: {adapter.parameter_count():,} parameters on {len(adapter.names)} layers")
-    recent: list[float] = []
-    with tqdm(total=steps, unit="step") as bar:
-
-        def show(_: int, loss: float) -> None:
-            recent.append(loss)
-            bar.set_postfix(loss=f"{sum(recent[-25:]) / len(recent[-25:]):.3f}", refresh=False)
-            bar.update()
-
-        losses = train_style(model, adapter, style, steps=steps, seed=seed, on_step=show)
+    with ProgressBar(steps) as bar:
+        losses = train_style(model, adapter, style, steps=steps, seed=seed, observer=bar)
     path = out / f"{style}.safetensors"
     save_adapter(adapter, path, {"styleinject.steps": str(steps), "modelspec.license": data.LICENSES[style]})
-    pictures.loss_curve(out / "loss.png", f"Fine-tuning StyleInject on {style}", losses)
+    loss_plot(out / "loss.png", f"Fine-tuning StyleInject on {style}", losses)
     print(f"  {path.name}, loss.png")
     return load_adapter(path)  # what a user would load
 
@@ -98,21 +91,21 @@ def _draw(model: DemoModel, out: Path, adapter: Adapter, style: str, seed: int) 
     title = f"StyleInject: the same prompts and noise, the style {style} by strength"
     pictures.grid(out / "strengths.png", title, rows, names, [concepts[k].held_out for k in chosen])
 
-    with attach(model.unet, adapter) as attachment, record(attachment) as trace:
+    with attach(model.unet, adapter) as attachment, record(attachment, roles=("positive", "negative")) as recording:
         _sample(model, names, seed)
-    routed = trace.stacked()
-    layers = [_liveliest(routed, part) for part in PARTS]
-    panels = torch.stack([routed[name].mean(1) for name in layers])  # (panels, steps, n), averaged over the images
+    trace = recording.trace()
+    by_step = trace.by_step().mean(2)  # (steps, layers, n), averaged over the images and both prompts
+    layers = [_liveliest(trace, by_step, part) for part in PARTS]
+    panels = torch.stack([by_step[:, trace.layers.index(name)] for name in layers])  # (panels, steps, n)
     title = f"The style router of {style} while it samples: the liveliest layer of each part"
     pictures.router_over_steps(out / "router.png", title, panels, [name.replace(".", " ", 1) for name in layers])
     print("  strengths.png, router.png")
 
 
-def _liveliest(routed: dict[str, Tensor], part: str) -> str:
-    """The layer of one part of the U-Net whose probabilities (steps, B, n) change most over the steps."""
-    return max(
-        (name for name in routed if name.startswith(f"{part}_block")), key=lambda name: routed[name].std(0).mean().item()
-    )
+def _liveliest(trace: RouterTrace, by_step: Tensor, part: str) -> str:
+    """The layer of one part of the U-Net whose probabilities (steps, layers, n) change most over the steps."""
+    change = dict(zip(trace.layers, by_step.std(0).mean(1).tolist(), strict=True))
+    return max((name for name in trace.layers if name.startswith(f"{part}_block")), key=change.__getitem__)
 
 
 def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style: str, seed: int, samples: int) -> None:

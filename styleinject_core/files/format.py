@@ -73,12 +73,15 @@ def load_adapter(path: str | Path) -> Adapter:
     return Adapter(layers, _whole_config(layers, config), _other_metadata(metadata), path.stem, tuple(skipped))
 
 
-def save_adapter(adapter: Adapter, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+def save_adapter(
+    adapter: Adapter, path: str | Path, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Write an adapter; the file appears whole or not at all.
 
     Args:
         path: ends in .safetensors; the folder must exist.
         metadata: entries for the header (ModelSpec and others) over those the adapter carries.
+        dtype: what to store the tensors in; None keeps theirs.
 
     Raises:
         AdapterFileError: a wrong suffix, a missing folder, values that are not finite, or a disk that refuses.
@@ -89,9 +92,10 @@ def save_adapter(adapter: Adapter, path: str | Path, metadata: dict[str, str] | 
     tensors = {}
     for name, layer in adapter.layers.items():
         for part, value in layer.tensors().items():
-            if not torch.isfinite(value).all():
+            stored = value.detach().to("cpu", dtype).contiguous()
+            if not torch.isfinite(stored).all():
                 raise AdapterFileError(f"{path.name}: {name}: {part} has NaN or Inf values, nothing was written")
-            tensors[f"{name}.styleinject_{_NAME_OF_PART[part]}"] = value.detach().cpu().contiguous()
+            tensors[f"{name}.styleinject_{_NAME_OF_PART[part]}"] = stored
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": path.stem,

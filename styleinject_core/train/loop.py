@@ -1,84 +1,308 @@
-"""The training loop: AdamW on the adapter's parameters, everything else frozen."""
+"""The training loop: the adapter's parameters on any task, with checkpoints from which it goes on bit for bit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
+from .checkpoints import RunFolder, TrainState
+from .draws import Draws
+from .optimizers import evaluating, make_optimizer, set_rate
+from .parallel import Processes
+from .settings import TrainSettings
+
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and why."""
+    """Training cannot go on; the message says at which step, why, and what is on disk."""
+
+
+class Task(Protocol):
+    """What is trained for: where the adapter goes, and its loss."""
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in float16, whose small gradients vanish unless the loss is scaled."""
+        ...
+
+    def installed(self, adapter: Adapter) -> AbstractContextManager[Any]:
+        """The adapter on the model; held open over forward and backward passes."""
+        ...
+
+    def loss(self, draws: Draws) -> Tensor:
+        """The scalar loss of forward pass `draws.index`."""
+        ...
+
+    def validation_loss(self) -> float:
+        """The loss on the same examples, noise and times each time."""
+        ...
+
+    def plan(self) -> dict[str, Any]:
+        """What of the task decides which adapter comes out: JSON values."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, where it is no function of the step."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """What the loop needs beyond the loss.
+class Progress:
+    """Where training stands after a step. `loss` is the mean over the step's forward passes."""
 
-    Args:
-        steps: optimiser steps.
-        learning_rate: AdamW's, after `warmup` steps of linear rise; it falls to 0 along a cosine where `decay` is set.
-        clip: largest norm of the gradient over all parameters.
-    """
-
+    step: int
     steps: int
-    learning_rate: float = 1e-4
-    warmup: int = 0
-    decay: bool = False
-    weight_decay: float = 1e-2
-    clip: float = 1.0
+    loss: float
+    rate: float
+    seconds_per_step: float
+    validation: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, found {self.steps}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate: expected a positive number, found {self.learning_rate}")
+    @property
+    def seconds_left(self) -> float:
+        return (self.steps - self.step) * self.seconds_per_step
 
-    def rate(self, step: int) -> float:
-        """The factor of the learning rate at a step."""
-        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.decay else 1.0
-        return rise * fall
+
+class Observer:
+    """Who watches a run; by default nobody. An exception from `progress` stops the run after a checkpoint."""
+
+    def progress(self, progress: Progress) -> None:
+        """After every step."""
+
+    def sample(self, step: int) -> None:
+        """Every `sample_every` steps, with the adapter on the model and gradients off."""
+
+    def problem(self, message: str) -> None:
+        """Something went wrong that training survives."""
+
+
+@dataclass
+class Result:
+    """How a run ended: the history of all its steps, resumed ones included."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int | None = None
+    resumed_from: int = 0
+    stopped_early: bool = False
 
 
 def train(
-    module: nn.Module,
-    loss_of_step: Callable[[int], Tensor],
+    adapter: Adapter,
+    task: Task,
     settings: TrainSettings,
-    on_step: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Minimise a loss over a module's trainable parameters.
+    *,
+    run: RunFolder | None = None,
+    observer: Observer | None = None,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> Result:
+    """Train an adapter in place; with a run folder, from its newest state on.
+
+    With validation, the adapter is in the end the one of the best validation loss.
 
     Args:
-        module: its parameters that require gradients are trained.
-        loss_of_step: step -> scalar loss, drawing its own batch and noise.
-        on_step: called after every step with the steps done and the loss.
-
-    Returns:
-        The loss of every step.
+        adapter: float32, on the device it trains on.
 
     Raises:
-        TrainingError: a loss that is NaN or Inf; the parameters are those of the last good step.
+        TrainingError: a loss or gradient that is NaN or Inf; the parameters are those of the last good step.
+        CheckpointError: the run folder holds the state of another plan.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.rate)
-    losses: list[float] = []
-    with torch.enable_grad():
-        for step in range(settings.steps):
-            loss = loss_of_step(step)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingError(f"the loss became {value} at step {step + 1} of {settings.steps}: lower the learning rate")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, settings.clip)
-            optimizer.step()
-            schedule.step()
-            losses.append(value)
-            if on_step is not None:
-                on_step(step + 1, value)
-    return losses
+    loop = _Loop(adapter, task, settings, run if processes.is_main else None, observer or Observer(), processes)
+    if run is not None:
+        loop.resume(run)
+    with torch.inference_mode(False), torch.enable_grad(), task.installed(adapter):
+        loop.go()
+    return loop.result
+
+
+class _Loop:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        task: Task,
+        settings: TrainSettings,
+        run: RunFolder | None,
+        observer: Observer,
+        processes: Processes,
+    ):
+        self.adapter, self.task, self.settings, self.run = adapter, task, settings, run
+        self.observer, self.processes = observer, processes
+        self.parameters = [p for p in adapter.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, settings)
+        device = self.parameters[0].device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=task.half)
+        self.result = Result()
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+        self.waited = 0  # measurements since the best one
+        self.saved_at = 0
+        self.torn = False  # in the optimiser's step: some parameters are a step ahead of others
+        self.seconds: float | None = None
+
+    # the run on disk
+
+    def plan(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings.result_fields(),
+            "adapter": {**self.adapter.config.to_dict(), "layer_names": len(self.adapter.names)},
+            "processes": self.processes.world,
+            **self.task.plan(),
+        }
+
+    def resume(self, run: RunFolder) -> None:
+        state = run.load_state(self.plan())
+        if state is None:
+            if self.run is not None:
+                run.history(until=0)
+            return
+        parts = state.parts
+        self.adapter.load_state_dict(parts["adapter"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        self.scaler.load_state_dict(parts["scaler"])
+        self.task.load_state_dict(parts["task"])
+        if parts["best"] is not None:
+            self.result.best_step, value, tensors = parts["best"]
+            self.best = (value, tensors)
+        self.waited = parts["waited"]
+        self.result.stopped_early = self._patience_is_over()
+        lines = run.history(until=state.step if self.run is not None else None)
+        self.result.losses = [line["loss"] for line in lines if line["step"] <= state.step]
+        self.result.validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
+        self.result.step = self.result.resumed_from = self.saved_at = state.step
+
+    def save(self) -> None:
+        """A checkpoint of the step reached. What the disk refuses is reported, and training goes on: it may be mended."""
+        if self.run is None or self.saved_at == self.result.step:
+            return
+        best = None if self.best is None else [self.result.best_step, *self.best]
+        parts = {
+            "adapter": self.adapter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "task": self.task.state_dict(),
+            "best": best,
+            "waited": self.waited,
+        }
+        with self._surviving("checkpoint"):
+            with evaluating(self.optimizer):
+                self.run.save_adapter(self.adapter, self.run.adapter_file(self.result.step), self.result.step)
+            self.run.save_state(TrainState(self.result.step, self.plan(), parts))
+            self.saved_at = self.result.step
+
+    def _surviving(self, what: str) -> AbstractContextManager[None]:
+        return _Surviving(self.observer, f"{what} of step {self.result.step}")
+
+    # the steps
+
+    def go(self) -> None:
+        settings = self.settings
+        try:
+            while self.result.step < settings.steps and not self.result.stopped_early:
+                self.step()
+                if settings.checkpoint_every and self.result.step % settings.checkpoint_every == 0:
+                    self.save()
+        except TrainingError as error:
+            raise TrainingError(f"{error}. {self._on_disk()}") from None
+        except BaseException:
+            if not self.torn:
+                self.save()
+            raise
+        self.save()
+        if self.best is not None:
+            self.adapter.load_state_dict(self.best[1])
+        elif hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()  # a schedule-free optimiser's own average is the result
+
+    def step(self) -> None:
+        began, settings, step = time.perf_counter(), self.settings, self.result.step
+        rate = set_rate(self.optimizer, settings, step)
+        loss = self._gradients(step)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.processes.average([*gradients, loss])
+        norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip or math.inf)
+        value = float(loss)
+        if not (math.isfinite(value) and (self.task.half or math.isfinite(float(norm)))):
+            what = f"gradient became {float(norm)}" if math.isfinite(value) else f"loss became {value}"
+            raise TrainingError(f"the {what} at step {step + 1} of {settings.steps}: lower the learning rate")
+        self.torn = True
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.result.step += 1
+        self.torn = False
+        self.result.losses.append(value)
+        line: dict[str, Any] = {"step": self.result.step, "loss": value, "rate": rate}
+        if settings.validate_every and self.result.step % settings.validate_every == 0:
+            line["validation"] = self._validate()
+        if self.run is not None:
+            with self._surviving("loss"):
+                self.run.append(line)
+        if settings.sample_every and self.result.step % settings.sample_every == 0 and self.processes.is_main:
+            with evaluating(self.optimizer), torch.no_grad():
+                self.observer.sample(self.result.step)
+        taken = time.perf_counter() - began
+        self.seconds = taken if self.seconds is None else 0.9 * self.seconds + 0.1 * taken
+        validation = line.get("validation")
+        self.observer.progress(Progress(self.result.step, settings.steps, value, rate, self.seconds, validation))
+
+    def _gradients(self, step: int) -> Tensor:
+        """Gradients of one optimiser step, averaged over its forward passes; returns their mean loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        passes = self.settings.accumulation
+        total = torch.zeros((), device=self.parameters[0].device)
+        for k in range(passes):
+            loss = self.task.loss(Draws(self.settings.seed, step * passes + k, self.processes)) / passes
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _validate(self) -> float:
+        with evaluating(self.optimizer), torch.no_grad():
+            value = self.task.validation_loss()
+            self.result.validation.append((self.result.step, value))
+            if self.best is None or value < self.best[0]:
+                tensors = {name: tensor.detach().clone() for name, tensor in self.adapter.state_dict().items()}
+                self.best, self.result.best_step, self.waited = (value, tensors), self.result.step, 0
+                if self.run is not None:
+                    with self._surviving("best adapter"):
+                        self.run.save_adapter(self.adapter, self.run.best_file, self.result.step)
+            else:
+                self.waited += 1
+        self.result.stopped_early = self._patience_is_over()
+        return value
+
+    def _patience_is_over(self) -> bool:
+        return 0 < self.settings.patience <= self.waited
+
+    def _on_disk(self) -> str:
+        if self.run is None:
+            return "The adapter is as it was after the last good step"
+        if not self.run.state_file.exists():
+            return "No checkpoint had been written yet"
+        return f"The last checkpoint is step {self.saved_at}, in {self.run.path.name}"
+
+
+class _Surviving(suppress):
+    """Passes what the disk refuses to the observer instead of raising it."""
+
+    def __init__(self, observer: Observer, what: str):
+        from ..files import AdapterFileError
+
+        super().__init__(AdapterFileError, OSError)
+        self.observer, self.what = observer, what
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        survived = bool(super().__exit__(kind, error, trace))
+        if survived:
+            self.observer.problem(f"{self.what}: {error}")
+        return survived

@@ -1,47 +1,127 @@
-"""Training objectives (method, section 4), on latents and noise schedules in diffusers' terms."""
+"""Training objectives (method, section 4): fine-tuning, and distilling one model into another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z_t, t, conditioning) -> prediction
+from .noise import NoiseSchedule, min_snr_weight, target
 
 
 def fine_tune_loss(
-    denoise: Denoiser,
+    prediction: Tensor,
+    schedule: NoiseSchedule,
     latents: Tensor,
-    conditioning: Tensor,
     noise: Tensor,
-    timesteps: Tensor,
-    alphas_cumprod: Tensor,
-    prediction_type: str,
+    times: Tensor,
+    min_snr_gamma: float = 0.0,
 ) -> Tensor:
-    """E‖target - prediction‖², the plain fine-tuning objective.
+    """E‖target - prediction‖²: fine-tuning, and both halves of DreamBooth.
 
     Args:
-        denoise: the model with the adapter attached.
-        latents: clean latents z_0, (B, C, H, W).
+        prediction: the model's, for z_t, like latents.
+        latents: clean latents x0, (B, C, H, W).
         noise: ε ~ N(0, 1), like latents.
-        timesteps: (B,) indices into the schedule.
-        alphas_cumprod: ᾱ of the noise schedule, (T,).
-        prediction_type: "epsilon", "v_prediction" or "sample" (x0).
+        times: (B,).
+        min_snr_gamma: weights samples by min(SNR, γ); 0 leaves all alike.
+
+    Returns:
+        A scalar in float32.
+    """
+    weight = min_snr_weight(schedule, times, min_snr_gamma) if min_snr_gamma > 0 else None
+    return weighted_error(prediction, target(schedule, latents, noise, times), weight)
+
+
+def weighted_error(prediction: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean squared error of (B, ...), samples weighted by (B,); a scalar in float32."""
+    error = (prediction.float() - wanted.float()).square().flatten(1).mean(1)  # (B,)
+    return error.mean() if weight is None else (error * weight.to(error)).mean()
+
+
+def distil_loss(
+    student: Tensor,
+    teacher: Tensor,
+    student_features: Mapping[str, Tensor],
+    teacher_features: Mapping[str, Tensor],
+    output_weight: float = 1.0,
+    feature_weight: float = 1.0,
+) -> Tensor:
+    """λ_out ‖ε_T - ε_S‖² + λ_feat Σ_l ‖f_T^l - f_S^l‖², each a mean over its elements.
+
+    Args:
+        student, teacher: predictions of the same type at the same z_t.
+        student_features, teacher_features: outputs of the U-Nets' blocks by name; empty without the feature loss.
 
     Raises:
-        ValueError: an unknown prediction type.
+        ValueError: the two have other blocks, or blocks of other sizes; names the first.
     """
-    alpha_bar = alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
-    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    match prediction_type:
-        case "epsilon":
-            target = noise
-        case "v_prediction":
-            target = signal * noise - sigma * latents
-        case "sample":
-            target = latents
-        case _:
-            raise ValueError(f"prediction_type: expected epsilon, v_prediction or sample, found {prediction_type!r}")
-    prediction = denoise(signal * latents + sigma * noise, timesteps, conditioning)
-    return torch.nn.functional.mse_loss(prediction.float(), target.float())
+    loss = output_weight * weighted_error(student, teacher)
+    if different := sorted(student_features.keys() ^ teacher_features.keys()):
+        raise ValueError(f"block {different[0]} is in only one of teacher and student: set feature_weight to 0")
+    for name, feature in student_features.items():
+        if feature.shape != teacher_features[name].shape:
+            raise ValueError(
+                f"block {name}: the teacher's features are {tuple(teacher_features[name].shape)}, "
+                f"the student's {tuple(feature.shape)}: set feature_weight to 0"
+            )
+        loss = loss + feature_weight * weighted_error(feature, teacher_features[name])
+    return loss
+
+
+@contextmanager
+def block_features(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect what blocks put out, with gradients where they are on; the dict holds the last call of each.
+
+    with block_features(model.blocks()) as features:
+        prediction = model.predict(noisy, times, conditioning)
+    """
+    features: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            features[name] = output[0] if isinstance(output, (tuple, list)) else output
+
+        return hook
+
+    handles = [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def checkpointed(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Gradient checkpointing: blocks keep their inputs only and run again in the backward pass.
+
+    Hold it open until after the backward pass, and enter it inside of the attachment, so that the second run has the
+    adapter too.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    former: dict[nn.Module, Any] = {}
+
+    def again(run: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return run(*args, **kwargs)
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+        return forward
+
+    try:
+        for block in blocks.values():
+            former[block] = block.__dict__.get("forward")
+            block.forward = again(block.forward)
+        yield
+    finally:
+        for block, forward in former.items():
+            if forward is None:
+                del block.__dict__["forward"]
+            else:
+                block.forward = forward

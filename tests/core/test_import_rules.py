@@ -12,12 +12,12 @@ CORE = ROOT / "styleinject_core"
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 OPTIONAL = {
     "diffusers": {"demo/model.py"},
-    "matplotlib": {"demo/pictures.py"},
-    "tqdm": {"demo/run.py"},
-    "PIL": {"demo/data.py"},
-    "numpy": {"demo/data.py"},
+    "matplotlib": {"demo/pictures.py", "train/watch.py"},
+    "tqdm": {"demo/run.py", "train/watch.py"},
+    "PIL": {"demo/data.py", "train/images.py"},
+    "numpy": {"demo/data.py", "train/images.py"},
     "peft": set(),
-    "accelerate": set(),
+    "accelerate": {"train/parallel.py"},
     "sklearn": set(),
     "transformers": set(),
 }

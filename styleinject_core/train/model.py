@@ -1,0 +1,161 @@
+"""What training needs from a model, whatever program it lives in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..attach import Applied, Attachment
+from .noise import NoiseSchedule
+
+Conditioning = dict[str, Tensor]  # what a prompt becomes; every tensor has one row per prompt
+
+_BLOCK = re.compile(
+    r"(down_blocks|up_blocks)\.\d+\.(resnets|attentions|motion_modules|downsamplers|upsamplers)\.\d+"
+    r"|mid_block\.(resnets|attentions)\.\d+"
+    r"|(input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+"  # LDM's and ComfyUI's spelling of the same
+    r"|(transformer_blocks|single_transformer_blocks|joint_blocks|double_blocks|single_blocks|layers|blocks)\.\d+"
+)
+
+
+class TrainingModel:
+    """A frozen model with an adapter's place in it.
+
+    Args:
+        denoiser: the U-Net (or DiT), whose layers adapters name.
+        schedule: its training noise and what it predicts.
+    """
+
+    def __init__(self, denoiser: nn.Module, schedule: NoiseSchedule):
+        self.denoiser, self.schedule = denoiser, schedule
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in float16."""
+        return next(self.denoiser.parameters()).dtype == torch.float16
+
+    def attachment(self, adapter: Adapter) -> Attachment:
+        """The adapter matched to the denoiser. Raises AdapterMismatchError."""
+        return Attachment(self.denoiser, [Applied(adapter)])
+
+    def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction at z_t, of the schedule's type; (B, C, H, W)."""
+        raise NotImplementedError
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks whose features teacher and student are compared by, and that are checkpointed."""
+        found: dict[str, nn.Module] = {}
+        for name, module in self.denoiser.named_modules():
+            if _BLOCK.fullmatch(name):
+                found[name] = module
+        return found
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass sees, B examples of one size.
+
+    Args:
+        latents: x0, (B, C, H, W) float32.
+        conditioning: the captions, a row each.
+        teacher: the same captions for a teacher with another text encoder.
+        prior: a batch of class images beside it (DreamBooth).
+    """
+
+    latents: Tensor
+    conditioning: Conditioning
+    teacher: Conditioning | None = None
+    prior: Batch | None = field(default=None, repr=False)
+
+
+def rows(conditioning: Mapping[str, Tensor], index: Tensor | Sequence[int]) -> Conditioning:
+    """The prompts of some rows."""
+    index = torch.as_tensor(index)
+    return {key: value[index.to(value.device)] for key, value in conditioning.items()}
+
+
+def joined(conditionings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
+    """Prompts one under the other.
+
+    Token sequences of different length (B, L, C) are repeated to their least common multiple, which attention does not
+    notice: its keys and values are repeated together.
+
+    Raises:
+        ValueError: prompts of different kinds (keys), or of other sizes than length.
+    """
+    import math
+
+    keys = list(conditionings[0])
+    result = {}
+    for other in conditionings:
+        if list(other) != keys:
+            raise ValueError(f"conditionings of different kinds: one has {', '.join(keys)}, one has {', '.join(other)}")
+    for key in keys:
+        values = [c[key] for c in conditionings]
+        if values[0].ndim == 3:
+            length = math.lcm(*(v.shape[1] for v in values))
+            values = [v.repeat(1, length // v.shape[1], 1) for v in values]
+        if len({v.shape[1:] for v in values}) > 1:
+            raise ValueError(f"conditioning {key!r} has sizes {', '.join(str(tuple(v.shape[1:])) for v in values)}")
+        result[key] = torch.cat(values)
+    return result
+
+
+def where(mask: Tensor, conditioning: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Conditioning:
+    """Each row from `conditioning`, or from the one row of `other` where mask (B,) is set."""
+    both = joined([conditioning, other])
+    count = len(mask)
+    return rows(both, torch.where(mask, count, torch.arange(count)))
+
+
+def conditioning_hash(conditioning: Mapping[str, Tensor]) -> str:
+    """A fingerprint of prompts, for recognising a run's data."""
+    return tensors_hash(conditioning.values())
+
+
+def tensors_hash(tensors: Any) -> str:
+    """A fingerprint of tensors' shapes and values."""
+    import hashlib
+
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TextToImageModel(TrainingModel):
+    """A training model with its encoders: it takes pictures and captions.
+
+    Args:
+        name: what to call it in messages and in the adapter's metadata; no path.
+    """
+
+    architecture = "unknown"  # as in ModelSpec's field
+    pixels_per_latent = 8
+
+    def __init__(self, denoiser: nn.Module, schedule: NoiseSchedule, name: str):
+        super().__init__(denoiser, schedule)
+        self.name = name
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> latents."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> (B, 3, H, W) in [-1, 1]."""
+        raise NotImplementedError
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts -> conditioning, a row each."""
+        raise NotImplementedError
+
+    def sample(self, prompts: Sequence[str], resolution: int, seed: int, steps: int = 20, guidance: float = 5.0) -> Tensor:
+        """Latents of one square picture per prompt, with classifier-free guidance; seed + k seeds picture k."""
+        raise NotImplementedError

@@ -1,0 +1,95 @@
+"""What a training run is told beyond its data and objective."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adamw", "adamw8bit", "schedulefree", "prodigy")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The loop's settings; the paper's values are the defaults where it gives any.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: images per forward pass and process.
+        accumulation: forward passes per optimiser step, their gradients averaged.
+        learning_rate: the optimiser's; "prodigy" wants 1.
+        schedule: "constant", or "cosine" or "linear" down to 0 at the last step.
+        warmup: steps over which the rate rises from 0.
+        optimizer: "adamw", or one of a library that must be installed: "adamw8bit" (bitsandbytes), "schedulefree"
+            (schedulefree), "prodigy" (prodigyopt).
+        clip: largest norm of the gradient over all parameters; 0 for none.
+        min_snr_gamma: weights samples by min(SNR, γ), 5 as a rule; 0 leaves all alike.
+        caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
+        gradient_checkpointing: keeps the inputs of blocks only and runs them again in the backward pass: slower, smaller.
+        seed: of the adapter, the noise, and the order of the data.
+        checkpoint_every: steps between checkpoints; 0 writes only the last.
+        sample_every: steps between validation pictures; 0 for none.
+        validate_every: steps between measurements of the validation loss; 0 for none.
+        patience: stop after so many measurements without a better validation loss; 0 never does.
+
+    Raises:
+        ValueError: a value out of its range; names it.
+    """
+
+    steps: int = 1000
+    batch_size: int = 1
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    optimizer: str = "adamw"
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    min_snr_gamma: float = 0.0
+    caption_dropout: float = 0.1
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: int = 1000
+    sample_every: int = 0
+    validate_every: int = 0
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        counts = ("warmup", "seed", "checkpoint_every", "sample_every", "validate_every", "patience")
+        for name in (*counts, "clip", "weight_decay", "min_snr_gamma"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, "0 or more", value)
+        rate = self.learning_rate
+        _require(math.isfinite(rate) and rate > 0, "learning_rate", "a positive number", rate)
+        _require(0 <= self.caption_dropout <= 1, "caption_dropout", "0 to 1", self.caption_dropout)
+        _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        _require(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
+        _require(not (self.patience and not self.validate_every), "patience", "validate_every with it", self.validate_every)
+
+    def rate(self, step: int) -> float:
+        """The factor of the learning rate at a step, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        match self.schedule:
+            case "cosine":
+                fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+            case "linear":
+                fall = 1 - step / self.steps
+            case _:
+                fall = 1.0
+        return rise * fall
+
+    def result_fields(self) -> dict[str, Any]:
+        """The settings that decide which adapter comes out; a resumed run must have the same.
+
+        How often to save and look does not matter, and a constant rate may go on for more steps.
+        """
+        free = {"checkpoint_every", "sample_every"} | ({"steps"} if self.schedule == "constant" else set())
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+
+def _require(holds: bool, name: str, expected: str, found: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {found!r}")

@@ -1,0 +1,197 @@
+"""Where training batches come from: latents in memory, a folder or a stream of images that are encoded on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .buckets import BatchOrder
+from .data import ImageFolder
+from .images import Example
+from .model import Batch, Conditioning, conditioning_hash, joined, rows, tensors_hash
+from .parallel import Processes
+from .webdataset import ImageStream
+
+
+class Source(Protocol):
+    """Batches by number, the same however often and by however many processes they are asked for."""
+
+    def batch(self, index: int) -> Batch:
+        """This process's rows of batch `index`, counted from 0; in order for streams."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What the data is, for the file's metadata and to recognise it at a resume: no paths."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class LatentSource:
+    """Latents and prompts in memory.
+
+    Args:
+        latents: x0 of each example, (C, H, W); sizes may differ, a batch has one size.
+        conditioning: one row per example, or a single one for all.
+        teacher: the same prompts for a teacher with another text encoder.
+
+    Raises:
+        ValueError: no latents, or another number of prompts than of latents.
+    """
+
+    def __init__(
+        self,
+        latents: Sequence[Tensor],
+        conditioning: Conditioning,
+        teacher: Conditioning | None = None,
+        *,
+        batch_size: int = 1,
+        seed: int = 0,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
+    ):
+        if not latents:
+            raise ValueError("no training images: expected at least one latent")
+        self.latents = list(latents)
+        self.conditioning = _a_row_each(conditioning, len(self.latents), "conditionings")
+        self.teacher = None if teacher is None else _a_row_each(teacher, len(self.latents), "teacher conditionings")
+        sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in self.latents]
+        self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
+
+    def batch(self, index: int) -> Batch:
+        chosen = self.order.batch(index)
+        latents = torch.stack([self.latents[k].float() for k in chosen])
+        teacher = None if self.teacher is None else rows(self.teacher, chosen)
+        return Batch(latents, rows(self.conditioning, chosen), teacher)
+
+    def summary(self) -> dict[str, Any]:
+        both = [self.conditioning, *([self.teacher] if self.teacher is not None else [])]
+        return {
+            "images": len(self.latents),
+            "latents": tensors_hash(self.latents),
+            "prompts": "/".join(conditioning_hash(c) for c in both),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class _Encoding:
+    """Pictures and captions through a model's encoders, one by one, so that no batch changes what comes out."""
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        encode_text: Callable[[str], Conditioning],
+        encode_teacher_text: Callable[[str], Conditioning] | None = None,
+    ):
+        self._encode, self._encode_text, self._encode_teacher_text = encode, encode_text, encode_teacher_text
+        self._prompts: dict[str, tuple[Conditioning, Conditioning | None]] = {}
+
+    def latents(self, example: Example) -> Tensor:
+        with torch.no_grad():
+            return self._encode(example.pixels.unsqueeze(0))[0].float().cpu()
+
+    def batch(self, latents: Sequence[Tensor], captions: Sequence[str]) -> Batch:
+        for caption in captions:
+            if caption not in self._prompts:
+                with torch.no_grad():
+                    teacher = self._encode_teacher_text(caption) if self._encode_teacher_text else None
+                    self._prompts[caption] = (self._encode_text(caption), teacher)
+        own = [self._prompts[caption] for caption in captions]
+        teachers = [teacher for _, teacher in own if teacher is not None]
+        return Batch(torch.stack(list(latents)), joined([c for c, _ in own]), joined(teachers) if teachers else None)
+
+    def forget_prompts(self) -> None:
+        self._prompts.clear()
+
+
+class FolderSource:
+    """A folder of images, encoded when first seen and kept; those whose crop changes are encoded each time.
+
+    Args:
+        encode: (1, 3, H, W) in [-1, 1] -> latents (1, C, h, w).
+        encode_text, encode_teacher_text: a caption -> its conditioning, one row.
+    """
+
+    def __init__(
+        self,
+        folder: ImageFolder,
+        encode: Callable[[Tensor], Tensor],
+        encode_text: Callable[[str], Conditioning],
+        encode_teacher_text: Callable[[str], Conditioning] | None = None,
+        *,
+        batch_size: int = 1,
+        seed: int = 0,
+        processes: Processes = Processes(),  # noqa: B008 - frozen
+    ):
+        self.folder = folder
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
+        self._kept: dict[int, tuple[Tensor, str]] = {}
+        self.order = BatchOrder(folder.sizes, batch_size, seed, processes.rank, processes.world)
+
+    def batch(self, index: int) -> Batch:
+        seen = [self._example(k, index) for k in self.order.batch(index)]
+        return self._encoding.batch([latents for latents, _ in seen], [caption for _, caption in seen])
+
+    def _example(self, k: int, index: int) -> tuple[Tensor, str]:
+        if k in self._kept:
+            return self._kept[k]
+        example = self.folder.read(k, index)
+        own = (self._encoding.latents(example), example.caption)
+        if self.folder.center_crop and not self.folder.flip:
+            self._kept[k] = own
+        return own
+
+    def summary(self) -> dict[str, Any]:
+        known = self.folder.summary()
+        del known["skipped"]  # grows while broken images are met
+        return known
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class StreamSource:
+    """A stream of images that is read once through; batches are asked for in order."""
+
+    def __init__(
+        self,
+        stream: ImageStream,
+        encode: Callable[[Tensor], Tensor],
+        encode_text: Callable[[str], Conditioning],
+        encode_teacher_text: Callable[[str], Conditioning] | None = None,
+    ):
+        self.stream = stream
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
+
+    def batch(self, index: int) -> Batch:
+        examples = self.stream.next_batch()
+        self._encoding.forget_prompts()  # a stream's captions have no end
+        return self._encoding.batch([self._encoding.latents(e) for e in examples], [e.caption for e in examples])
+
+    def summary(self) -> dict[str, Any]:
+        return self.stream.summary()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+
+
+def _a_row_each(conditioning: Conditioning, count: int, what: str) -> Conditioning:
+    found = len(next(iter(conditioning.values())))
+    if found not in (1, count):
+        raise ValueError(f"{count} latents and {found} {what}: expected as many as latents, or one for all")
+    return rows(conditioning, [0] * count) if found == 1 else conditioning

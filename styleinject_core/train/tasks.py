@@ -1,0 +1,181 @@
+"""The three ways of making an adapter (method, section 4), on any model: fine-tuning, DreamBooth, distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from .draws import VALIDATION, Draws
+from .model import Batch, Conditioning, TrainingModel, where
+from .noise import add_noise, predicted_sample, prediction_of
+from .objectives import block_features, checkpointed, distil_loss, fine_tune_loss
+from .settings import TrainSettings
+from .source import Source
+
+
+class FineTune:
+    """E‖target - prediction‖² on images and captions; with class images beside each batch, DreamBooth.
+
+    Args:
+        model: the frozen model that the adapter is for.
+        source: training batches.
+        empty: the empty prompt, one row, for caption dropout; None leaves every caption.
+        prior: class images, one batch beside each of `source`'s (DreamBooth); their loss is weighted by `prior_weight`.
+        validation: batches that are never trained on; all of the first `validation_batches` are measured.
+    """
+
+    objective = "fine-tune"
+
+    def __init__(
+        self,
+        model: TrainingModel,
+        source: Source,
+        settings: TrainSettings,
+        empty: Conditioning | None = None,
+        *,
+        prior: Source | None = None,
+        prior_weight: float = 1.0,
+        validation: Source | None = None,
+        validation_batches: int = 4,
+    ):
+        if settings.validate_every and validation is None:
+            raise ValueError("validate_every is set, but there are no validation images")
+        self.model, self.source, self.settings, self.empty = model, source, settings, empty
+        self.prior, self.prior_weight = prior, prior_weight
+        self.validation, self.validation_batches = validation, validation_batches
+
+    @property
+    def half(self) -> bool:
+        return self.model.half
+
+    @contextmanager
+    def installed(self, adapter: Adapter) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self.model.attachment(adapter))
+            if self.settings.gradient_checkpointing:
+                stack.enter_context(checkpointed(self.model.blocks()))
+            yield
+
+    def loss(self, draws: Draws) -> Tensor:
+        loss = self._batch_loss(self.source.batch(draws.index), draws)
+        if self.prior is not None:
+            loss = loss + self.prior_weight * self._batch_loss(self.prior.batch(draws.index), draws)
+        return loss
+
+    def validation_loss(self) -> float:
+        assert self.validation is not None
+        losses = []
+        for k in range(self.validation_batches):
+            draws = Draws(self.settings.seed, VALIDATION - k)
+            losses.append(float(self._batch_loss(self.validation.batch(k), draws, dropout=0.0)))
+        return sum(losses) / len(losses)
+
+    def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
+        times, noise, noisy = self._noisy(batch.latents, draws)
+        conditioning = _captions(batch.conditioning, self.empty, self._dropped(batch, draws, dropout))
+        prediction = self.model.predict(noisy, times, conditioning)
+        latents, gamma = batch.latents.to(noisy), self.settings.min_snr_gamma
+        return fine_tune_loss(prediction, self.model.schedule, latents, noise, times, gamma)
+
+    def _noisy(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        schedule = self.model.schedule
+        times = schedule.times(draws.uniform(len(latents)))
+        noise = draws.normal(latents)
+        return times, noise, add_noise(schedule, latents, noise, times)
+
+    def _dropped(self, batch: Batch, draws: Draws, dropout: float | None) -> Tensor:
+        """Which captions of a batch are replaced by the empty one, (B,)."""
+        return draws.uniform(len(batch.latents)) < (self.settings.caption_dropout if dropout is None else dropout)
+
+    def plan(self) -> dict[str, Any]:
+        plan: dict[str, Any] = {"objective": self.objective, "data": self.source.summary()}
+        if self.prior is not None:
+            plan["prior"] = {"weight": self.prior_weight, **self.prior.summary()}
+        if self.validation is not None:
+            plan["validation"] = {"batches": self.validation_batches, **self.validation.summary()}
+        return plan
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"source": self.source.state_dict(), "prior": self.prior.state_dict() if self.prior else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.source.load_state_dict(state["source"])
+        if self.prior is not None:
+            self.prior.load_state_dict(state["prior"])
+
+
+class DreamBooth(FineTune):
+    """A few images of one subject, and its class as the base model draws it (Ruiz et al., arXiv 2208.12242)."""
+
+    objective = "dreambooth"
+
+
+class Distil(FineTune):
+    """The student learns what the teacher predicts: λ_out ‖ε_T - ε_S‖² + λ_feat Σ_l ‖f_T^l - f_S^l‖², no task loss.
+
+    With text encoders of their own (`Batch.teacher`), set `feature_weight` to 0: only the outputs are compared.
+
+    Args:
+        model: the student's.
+        teacher: another model over the same latents; it may predict something else (ε, v, x0).
+
+    Raises:
+        ValueError: teacher and student are one model.
+    """
+
+    objective = "distil"
+
+    def __init__(
+        self,
+        model: TrainingModel,
+        teacher: TrainingModel,
+        source: Source,
+        settings: TrainSettings,
+        empty: Conditioning | None = None,
+        teacher_empty: Conditioning | None = None,
+        *,
+        output_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        validation: Source | None = None,
+        validation_batches: int = 4,
+    ):
+        if teacher.denoiser is model.denoiser:
+            raise ValueError("teacher and student are the same model: there is nothing to learn")
+        if (empty is None) != (teacher_empty is None) and teacher_empty is not None:
+            raise ValueError("the teacher has an empty prompt, the student has none: give both, or none")
+        if settings.min_snr_gamma:
+            raise ValueError("min_snr_gamma weights the error of fine-tuning; a distillation has no such term: leave it at 0")
+        super().__init__(model, source, settings, empty, validation=validation, validation_batches=validation_batches)
+        self.teacher, self.teacher_empty = teacher, teacher_empty
+        self.output_weight, self.feature_weight = output_weight, feature_weight
+
+    def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
+        times, _, noisy = self._noisy(batch.latents, draws)
+        dropped = self._dropped(batch, draws, dropout)
+        conditioning = for_teacher = _captions(batch.conditioning, self.empty, dropped)
+        if batch.teacher is not None:
+            for_teacher = _captions(batch.teacher, self.teacher_empty, dropped)
+        with torch.no_grad(), self._features(self.teacher) as wanted:
+            teacher = self.teacher.predict(noisy, times, for_teacher)
+        with self._features(self.model) as features:
+            student = self.model.predict(noisy, times, conditioning)
+        if self.teacher.schedule.prediction_type != self.model.schedule.prediction_type:
+            sample = predicted_sample(self.teacher.schedule, teacher, noisy, times)
+            teacher = prediction_of(self.model.schedule, sample, noisy, times)
+        return distil_loss(student, teacher, features, wanted, self.output_weight, self.feature_weight)
+
+    def _features(self, model: TrainingModel) -> Any:
+        return block_features(model.blocks()) if self.feature_weight else nullcontext({})
+
+    def plan(self) -> dict[str, Any]:
+        return {**super().plan(), "output_weight": self.output_weight, "feature_weight": self.feature_weight}
+
+
+def _captions(conditioning: Conditioning, empty: Conditioning | None, dropped: Tensor) -> Conditioning:
+    """Conditioning with the dropped rows replaced by the empty prompt, where there is one."""
+    return conditioning if empty is None or not dropped.any() else where(dropped, conditioning, empty)
