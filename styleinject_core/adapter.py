@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,8 @@ from torch import nn
 from .config import AdapterConfig
 from .layers import LayerAdapter, LayerShape, UnsupportedLayerError
 from .selector import select
+
+STYLE_NAMES = "styleinject.style_names"  # metadata: a JSON list
 
 
 class Adapter(nn.Module):
@@ -47,6 +51,30 @@ class Adapter(nn.Module):
     def shapes(self) -> dict[str, LayerShape]:
         """The host layers by module name, as the selector wants them."""
         return {name: layer.shape for name, layer in self.layers.items()}
+
+    @property
+    def style_names(self) -> tuple[str, ...]:
+        """A name per style: those in the metadata, "style 3" where there is none. (A list that cannot be read is none.)"""
+        names: Any = None
+        with contextlib.suppress(json.JSONDecodeError):
+            names = json.loads(self.metadata.get(STYLE_NAMES, "[]"))
+        count = max(layer.config.n_styles for layer in self.layers.values())
+        given = [str(name).strip() for name in names] if isinstance(names, list) else []
+        return tuple((given[k] if k < len(given) else "") or f"style {k + 1}" for k in range(count))
+
+    def with_style_names(self, names: Sequence[str]) -> Adapter:
+        """The same adapter, its tensors shared, with a name per style in its metadata; empty names leave styles unnamed.
+
+        Raises:
+            ValueError: more names than styles, or two that are the same.
+        """
+        given = [name.strip() for name in names]
+        if len(given) > len(self.style_names):
+            raise ValueError(f"{self.name}: {len(given)} names for {len(self.style_names)} styles")
+        if twice := {name for name in given if name and given.count(name) > 1}:
+            raise ValueError(f"{self.name}: two styles cannot both be named {sorted(twice)[0]!r}")
+        metadata = {**self.metadata, STYLE_NAMES: json.dumps(given, ensure_ascii=False)}
+        return Adapter(self.layers, self.config, metadata, self.name, self.skipped)
 
     def parameter_count(self) -> int:
         """Trainable numbers in all layers."""

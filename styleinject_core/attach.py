@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import ref
 
 from torch import nn
 
@@ -93,6 +94,7 @@ class Attachment:
         program: HostProgram | None = None,
     ):
         self.program = program or HostProgram()
+        self._host = ref(host)  # weak: hosts may be freed while something remembers what was attached to them
         self.applied = list(applied)
         self.reports: list[MatchReport] = []
         self.sites: list[list[Site]] = []  # one list per adapter
@@ -125,6 +127,14 @@ class Attachment:
                 )
         for index in range(len(self.applied)):
             self._refresh(index)
+
+    @property
+    def host(self) -> nn.Module:
+        """The model the adapters are matched to. Raises ReferenceError: it is gone."""
+        host = self._host()
+        if host is None:
+            raise ReferenceError("the model these adapters were attached to is gone")
+        return host
 
     def _refresh(self, index: int) -> None:
         item = self.applied[index]

@@ -41,7 +41,9 @@ class HostProgram:
 class Site:
     """One adapter on one module, with the strengths of its two parts (0 where it is switched off).
 
-    `on_route`, where set, is given the style probabilities (B, n) or (B, L, n) of each call and returns those to use.
+    `on_route`, where set, is given the style probabilities (B, n) or (B, L, n) of each call and returns those to use;
+    `on_call`, where set, is given the input as tokens or image, the frozen layer's output where the form in use computed
+    it, the frozen layer and the call's weights, after the call. `tap` keeps the `router.tap.Tap` that serves both.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Site:
     dma: float = 1.0
     sta: float = 1.0
     on_route: Callable[[Tensor], Tensor] | None = None
+    on_call: Callable[[Tensor, Tensor | None, HostLayer, LayerWeights], None] | None = None
+    tap: Any = None
 
     def weights(self, x: Tensor) -> LayerWeights:
         return self.layer.weights(
@@ -112,16 +116,27 @@ class Override:
             return original(x, *args, **kwargs)
         program = sites[0].program
         tokens = x if self.shape.is_conv else as_tokens(x, program.samples(x))
+        watched, h = any(site.on_call is not None for site in sites), None
 
         def frozen(y: Tensor) -> Tensor:
-            if y is not tokens or tokens.shape == x.shape:
+            nonlocal h
+            if y is not tokens:
                 return original(y, *args, **kwargs)
-            return original(x, *args, **kwargs).reshape(*tokens.shape[:-1], -1)
+            out = original(x, *args, **kwargs)
+            if tokens.shape != x.shape:
+                out = out.reshape(*tokens.shape[:-1], -1)
+            h = out if watched else None
+            return out
 
         readable = self._former is None and program.readable(self.module, x)
         weight, bias = (self.module.weight, self.module.bias) if readable else (None, None)
         host = HostLayer(self.shape, frozen, weight, bias, self.module)
-        out = dispatch.forward(tokens, host, [site.weights(x) for site in sites])
+        weights = [site.weights(x) for site in sites]
+        out = dispatch.forward(tokens, host, weights)
+        if watched:
+            for site, own in zip(sites, weights, strict=True):
+                if site.on_call is not None:
+                    site.on_call(tokens, h, host, own)
         return out if tokens.shape == x.shape else out.reshape(*x.shape[:-1], -1)
 
 

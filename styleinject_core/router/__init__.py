@@ -1,1 +1,1 @@
-"""Looking at the style router: recording what it does while a model runs."""
+"""The style router: recording what it does while a model runs, looking at it, and steering it."""
