@@ -15,8 +15,9 @@ from .host import statistics_dtype
 class Collapsed:
     """The per-image parameters of a layer.
 
-    down: A_eff of every adapter side by side, (B, R, k[, kh, kw]) with R the sum of their ranks.
-    up: their up-projections side by side, each times its strength and alpha / r, (d, R).
+    down: A_eff of every adapter side by side, each times its strength and alpha / r, (B, R, k[, kh, kw]) with R the sum
+        of their ranks.
+    up: their up-projections side by side, (d, R).
     gain: Σ_j sta_j · G_j with G = f_s(σ)/σ - 1, multiplicative adapters only, (B, d).
     Each is None where no adapter contributes.
     """
@@ -37,9 +38,9 @@ def collapse(routed: list[tuple[LayerWeights, Tensor]]) -> Collapsed:
     downs, ups, gain = [], [], None
     for weights, s in routed:
         if weights.dma != 0:
-            mixed = s @ weights.A.flatten(1)  # (B, r·k·kh·kw)
+            mixed = (s * weights.dma) @ weights.A.flatten(1)  # (B, r·k·kh·kw); scaled where it is smallest
             downs.append(mixed.unflatten(1, weights.A.shape[1:]))
-            ups.append(weights.B * weights.dma)
+            ups.append(weights.B)
         if weights.adapts_statistics and weights.sta_form == "multiplicative":
             own = hyper(s, weights) * weights.sta  # (B, d)
             gain = own if gain is None else gain + own

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..layers import LayerWeights
+from ..layers import PARTS, LayerWeights
 from . import fold, stack
 from .host import HostLayer
 from .stack import is_pointwise
@@ -13,15 +15,21 @@ from .stack import is_pointwise
 # From how many output positions of an image per output channel fold is the faster one, measured with rank 32: where the
 # layer is a matrix product, and for larger kernels, whose low-rank part costs less beside them.
 _PRODUCT_RATIO, _KERNEL_RATIO = 0.5, 2
+# Under autograd, for matrix products: from here on fold's backward pass is no slower than stack's, and what it keeps for
+# it is little more than x, where stack keeps h too. For larger kernels the gradient of W_eff costs more than it saves.
+_TRAINING_RATIO = 3
 
 
 def prefers_fold(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> bool:
     """Fold pays where an image has many positions for the layer's channels, and W0 need not be trained."""
-    if torch.is_grad_enabled() or not fold.can_fold(host, adapters):
+    if not fold.can_fold(host, adapters):
         return False
+    product, training = not host.shape.is_conv or is_pointwise(host), torch.is_grad_enabled()
+    if training and (host.weight.requires_grad or not product):
+        return False
+    ratio = _TRAINING_RATIO if training else _PRODUCT_RATIO if product else _KERNEL_RATIO
     if not host.shape.is_conv:
-        return x.shape[1] > _PRODUCT_RATIO * host.shape.out_features
-    ratio = _PRODUCT_RATIO if is_pointwise(host) else _KERNEL_RATIO
+        return x.shape[1] > ratio * host.shape.out_features
     stride = host.module.stride
     return x.shape[2] * x.shape[3] > ratio * host.shape.out_features * stride[0] * stride[1]
 
@@ -32,5 +40,31 @@ def forward(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:
     active = [w for w in adapters if w.dma != 0 or w.adapts_statistics]
     if not active:
         return host(x)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # torch knows no autocast for meta tensors
+        return _under_autocast(x, host, active)
     form = fold if prefers_fold(x, host, active) else stack
     return form.forward(x, host, active)
+
+
+def _under_autocast(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:
+    """The frozen layer as autocast runs it, and around it the forms as on a model in autocast's dtype.
+
+    They choose the precision of each step themselves: autocast would take router and softmax down to half precision.
+    """
+    device, low = x.device.type, torch.get_autocast_dtype(x.device.type)
+    lowered = x.to(low)
+
+    def frozen(y: Tensor) -> Tensor:
+        with torch.autocast(device, low):
+            return host.forward(x if y is lowered else y)
+
+    readable = host.weight is not None and host.weight.dtype == low
+    weight, bias = (host.weight, host.bias) if readable else (None, None)
+    with torch.autocast(device, enabled=False):
+        return forward(lowered, replace(host, forward=frozen, weight=weight, bias=bias), [_cast(w, low) for w in adapters])
+
+
+def _cast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    parts = {part: tensor.to(dtype) for part in PARTS if (tensor := getattr(weights, part)) is not None}
+    return replace(weights, **parts)

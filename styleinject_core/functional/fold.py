@@ -4,7 +4,8 @@
 
 No pass over h at all: μ is W0 applied to the mean input, for a convolution to the mean of what each of its taps sees.
 Exact, but it reads W0, needs G to be known without σ, and costs a product of the size of W0 per image: for many
-positions, inference, multiplicative STA and a router that works per image.
+positions, multiplicative STA and a router that works per image. In training it spares keeping h: the gradient of W_eff
+is one product per image, and every other gradient comes from that.
 """
 
 from __future__ import annotations

@@ -178,6 +178,70 @@ def test_gradients_equal_the_references():
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("form", [stack, fold], ids=["stack", "fold"])
+@pytest.mark.parametrize(
+    ("build", "case"), [(linear_case, (2, 130, 8, 6)), (conv_case, CONVS[6]), (conv_case, CONVS[2])], ids=str
+)
+def test_gradients_on_a_frozen_layer(build, case, form):
+    """What training takes, for several adapters and strengths: nothing of the frozen layer, everything else."""
+    module, x = build(*case)
+    module, x = module.double().requires_grad_(False), x.double().requires_grad_()
+    layers = [trained_layer(module, seed, r=3, n_styles=seed + 1, alpha=4.0).double() for seed in range(3)]
+    target = torch.randn_like(module(x))
+    grads = []
+    for candidate in (reference, form):
+        parts = [weights(layer, x, dma=0.7, sta=1.2) for layer in layers]
+        loss = (candidate.forward(x, host_of(module), parts) - target).square().sum()
+        grads.append(torch.autograd.grad(loss, [x, *(p for layer in layers for p in layer.parameters())], allow_unused=True))
+    for expected, found in zip(*grads, strict=True):
+        assert (expected is None) == (found is None)  # the router of a single style changes nothing
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("build", "case"), [(linear_case, (2, 130, 32, 16)), (linear_case, (2, 77, 24, 48)), (conv_case, CONVS[1])], ids=str
+)
+def test_float32_adapter_under_mixed_precision(build, case, base, autocast):
+    """On a bfloat16 model, and under autocast on any: outputs agree with and without gradients, which come in float32."""
+    module, x = build(*case)
+    module = module.to(base).requires_grad_(False)
+    layer = trained_layer(module, r=4, n_styles=3)
+    x = x if autocast else x.to(base)  # under autocast normalisation layers give float32, whatever the model's dtype
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = dispatch.forward(x, host_of(module), [weights(layer, x)])
+        out.float().square().mean().backward()
+        with torch.no_grad():
+            inferred = dispatch.forward(x, host_of(module), [weights(layer, x)])
+    copied = copy.deepcopy(layer)
+    truth = oracle(x, module, [copied])
+    bound = BOUNDS[torch.bfloat16 if autocast else base]
+    assert out.dtype == inferred.dtype == (torch.bfloat16 if autocast else base)
+    assert relative_error(out, truth) < bound and relative_error(inferred, truth) < bound
+    copied = copied.double()
+    copied.zero_grad()
+    x = x.double()
+    exact = reference.forward(x, host_of(copy.deepcopy(module).double()), [weights(copied, x)])
+    exact.square().mean().backward()
+    for found, expected in zip(layer.parameters(), copied.parameters(), strict=True):
+        assert found.grad.dtype == torch.float32
+        assert (found.grad - expected.grad).norm() < bound * expected.grad.norm()
+
+
+def test_router_is_precise_under_autocast():
+    """Logits in float32: in bfloat16 probabilities would be off by a hundredth."""
+    module, x = linear_case(2, 20, 64, 8)
+    layer, seen = trained_layer(module, r=2, n_styles=4), []
+    part = layer.weights(lambda p: p.to(torch.bfloat16).float(), dma=1.0, sta=1.0, on_route=lambda s: seen.append(s) or s)
+    x = x.bfloat16().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        dispatch.forward(x, host_of(module), [part])
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(seen[0], reference.route(x, part, host_of(module)), rtol=1e-5, atol=1e-6)
+
+
 def test_dispatch_folds_only_where_it_may():
     module, x = linear_case(2, 300, 16, 8)
     layer = trained_layer(module, r=2, n_styles=3)
@@ -187,3 +251,8 @@ def test_dispatch_folds_only_where_it_may():
         unreadable = HostLayer(LayerShape.of(module), module.forward, None, None, module)
         assert not dispatch.prefers_fold(x, unreadable, [weights(layer, x)])
     assert not dispatch.prefers_fold(x, host_of(module), [weights(layer, x)]), "training must keep the graph"
+    module.requires_grad_(False)
+    assert dispatch.prefers_fold(x, host_of(module), [weights(layer, x)]), "many positions: fold keeps x alone"
+    assert not dispatch.prefers_fold(x[:, :20], host_of(module), [weights(layer, x)])
+    conv, image = conv_case(*CONVS[1])
+    assert not dispatch.prefers_fold(image, host_of(conv.requires_grad_(False)), [weights(trained_layer(conv), image)])
