@@ -296,8 +296,12 @@ def test_summary_has_counts_and_no_names(folder, tmp_path):
     changed = ImageFolder(elsewhere, **SMALL).summary()
     assert changed.pop("content") != summary["content"]
     (elsewhere / "p0.txt").write_text("picture number 0")
-    (elsewhere / "p0.png").write_bytes(png(50, 50, 77))
-    assert ImageFolder(elsewhere, **SMALL).summary()["content"] != summary["content"]
+    hashes = set()
+    for end in (b"", b"a", b"b"):  # another length, and another end
+        (elsewhere / "p0.png").write_bytes(png(50, 50, 0) + end)
+        hashes.add(ImageFolder(elsewhere, **SMALL).summary()["content"])
+    assert len(hashes) == 3
+    assert summary["content"] in hashes
 
 
 def test_system_files_are_passed_over(folder):
@@ -394,21 +398,22 @@ def test_more_pixels_than_pillow_likes(tmp_path, monkeypatch):
 
 
 def test_broken_pixels_are_stood_in_for(folder):
-    (folder / "p3.png").write_bytes(truncated(png(64, 64, 3)))
+    (folder / "p0.png").write_bytes(truncated(png(50, 50)))
     said = []
+    index = 1  # after more/p9.png
     data = ImageFolder(folder, warn=said.append, **SMALL)
     assert not data.skipped
     assert len(data) == 10
-    index = [f"p{k}.png" for k in range(9)].index("p3.png") + 1
     same = next(k for k in [*range(index + 1, 10), *range(index)] if data.size(k) == data.size(index))
+    assert same != index + 1  # a neighbour of another shape is passed over
     for _ in range(2):
         stand_in = data[index]
         assert stand_in.name == data[same].name
         assert stand_in.caption == data[same].caption
         assert torch.equal(stand_in.pixels, data[same].pixels)
     assert len(said) == 1
-    assert said[0].startswith("p3.png: cannot be decoded: ")
-    with pytest.raises(CorruptError, match=r"^p3\.png"):
+    assert said[0].startswith("p0.png: cannot be decoded: ")
+    with pytest.raises(CorruptError, match=r"^p0\.png"):
         ImageFolder(folder, on_corrupt="stop", **SMALL).read(index)
 
 
@@ -468,6 +473,13 @@ def test_each_sample_once_per_epoch_and_one_size_per_batch(shards, shuffle):
     data = stream(shards, batch_size=3, shuffle=shuffle)
     for _ in range(40):
         assert len({e.pixels.shape for e in data.next_batch()}) == 1
+
+
+def test_crops_of_a_stream_change_with_the_epoch(shards):
+    data = stream(shards, batch_size=1, shuffle=0, center_crop=False)
+    epochs = [[data.next_batch()[0].pixels for _ in range(24)] for _ in range(3)]
+    for wide in (1, 4):  # 90 x 50 and 33 x 37 leave room
+        assert len({tuple(epoch[wide].flatten().tolist()) for epoch in epochs}) == 3
 
 
 def test_a_stream_is_a_function_of_its_seed(shards):
@@ -581,6 +593,7 @@ def test_broken_samples(tmp_path):
                "6: cannot be decoded"]  # fmt: skip
     assert [line.startswith(f"a.tar/{reason}") for line, reason in zip(said, reasons, strict=True)] == [True] * 6
     assert list(data.skipped) == [f"a.tar/{k}" for k in range(1, 7)]
+    assert take(stream(tmp_path, batch_size=2, shuffle=0, warn=len), 1) == [[("a.tar/0", "zero")] * 2]  # and round the end
     take(data, 4)
     assert len(said) == 6  # once each, however many epochs
     ranks = [stream(tmp_path, batch_size=1, shuffle=0, rank=r, world=3, warn=said.append) for r in range(3)]
