@@ -15,8 +15,8 @@ from .stack import is_pointwise
 # From how many output positions of an image per output channel fold is the faster one, measured with rank 32: where the
 # layer is a matrix product, and for larger kernels, whose low-rank part costs less beside them.
 _PRODUCT_RATIO, _KERNEL_RATIO = 0.5, 2
-# Under autograd, for matrix products: from here on fold's backward pass is no slower than stack's, and what it keeps for
-# it is little more than x, where stack keeps h too. For larger kernels the gradient of W_eff costs more than it saves.
+# Under autograd, for matrix products: from here on fold takes about stack's time, and keeps little more than x for the
+# backward pass, where stack keeps h too. For larger kernels the gradient of W_eff costs more than it saves.
 _TRAINING_RATIO = 3
 
 
