@@ -8,6 +8,7 @@ from . import paths
 from .apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjectStrength
 from .demo import StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
 from .load import StyleInjectInfo, StyleInjectLoader
+from .router_record import StyleInjectLoadRouterTrace, StyleInjectRouterMonitor, StyleInjectRouterTrace
 from .weights import StyleInjectLayerWeights
 
 NODES: list[type[io.ComfyNode]] = [
@@ -17,6 +18,9 @@ NODES: list[type[io.ComfyNode]] = [
     StyleInjectStrength,
     StyleInjectLayerWeights,
     StyleInjectInfo,
+    StyleInjectRouterMonitor,
+    StyleInjectRouterTrace,
+    StyleInjectLoadRouterTrace,
     StyleInjectDemoModel,
     StyleInjectDemoPrompt,
     StyleInjectDemoDecode,

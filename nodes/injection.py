@@ -6,7 +6,7 @@ model, so a model can be freed while a MODEL that once used it lives on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,6 +142,10 @@ class Injection:
                 ) from None
         return self._attached[host]
 
+    def adapted_layers(self, model: nn.Module) -> set[str]:
+        """The layers of this model that the adapter changes: matched, selected, and of a weight that is not 0."""
+        return {site.name for site in self.attachment(model).sites[0] if site.dma != 0 or site.sta != 0}
+
     def report(self, model: nn.Module) -> MatchReport:
         """Which of the adapter's layers found their place in this model."""
         return self.attachment(model).reports[0]
@@ -159,16 +163,36 @@ class ApplyModelWrapper:
         # guiders of two models hand each the wrappers of both
         if patcher is None or self not in patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
             return executor(*args, **kwargs)
+        options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
+        now = options.get(KEY)  # a sampling.Pass, where the model is monitored or steered
         with ExitStack() as installed:
             for injection in self.injections:
                 if injection.active(model, timestep):
                     attachment = injection.attachment(model)
                     attachment.program.images = x.shape[0]
                     installed.enter_context(attachment)
+                    if now is not None:
+                        installed.enter_context(now.routed(injection, attachment, x, timestep, options.get("cond_or_uncond")))
             return executor(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:
         return self  # some versions deep-copy a model's options; the adapters in here are not theirs to copy
+
+
+def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[Injection]:
+    """The adapters of that name ("all": every one).
+
+    Raises:
+        ValueError: no adapter is applied, or none of that name.
+    """
+    wanted = adapter_name.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+    if not injections:
+        raise ValueError("no StyleInject adapter is applied to this model: connect the output of an Apply StyleInject node")
+    found = [i for i in injections if wanted in ("all", "", i.applied.adapter.name)]
+    if not found:
+        names = ", ".join(dict.fromkeys(i.applied.adapter.name for i in injections))
+        raise ValueError(f'no adapter named "{adapter_name}" is applied to this model; there are: {names}')
+    return found
 
 
 def layer_names(model: nn.Module, host: nn.Module, wanted: Iterable[str]) -> dict[str, str]:

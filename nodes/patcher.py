@@ -18,7 +18,9 @@ from torch import nn
 
 from ..styleinject_core import Adapter, Applied
 from ..styleinject_core.layers import LayerAdapter
-from .injection import KEY, ApplyModelWrapper, Injection
+from .injection import KEY, ApplyModelWrapper, Injection, select_adapters
+from .monitor import Monitor
+from .sampling import SampleWrapper, calc_cond_batch_wrapper
 
 _CACHE = "_comfyui_patchers"
 
@@ -67,13 +69,7 @@ def set_strength(model: ModelPatcher, adapter_name: str, strength: float) -> Mod
         ValueError: no adapter is applied, none of that name, or a strength that is no finite number.
     """
     present = injections_of(model)
-    wanted = adapter_name.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
-    if not present:
-        raise ValueError("no StyleInject adapter is applied to this model: connect the output of an Apply StyleInject node")
-    chosen = [i for i in present if wanted in ("all", "", i.applied.adapter.name)]
-    if not chosen:
-        names = ", ".join(dict.fromkeys(i.applied.adapter.name for i in present))
-        raise ValueError(f'no adapter named "{adapter_name}" is applied to this model; there are: {names}')
+    chosen = select_adapters(present, adapter_name)
     rescaled = (
         Injection(replace(i.applied, strength=strength), i.start_percent, i.end_percent) if i in chosen else i for i in present
     )
@@ -129,8 +125,35 @@ def compute_dtype(model: ModelPatcher) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
 
 
-def _with_injections(model: ModelPatcher, injections: tuple[Injection, ...]) -> ModelPatcher:
+def monitored(model: ModelPatcher, monitor: Monitor) -> ModelPatcher:
+    """A clone of `model` whose sampling runs a monitor records.
+
+    Raises:
+        ValueError: no adapter that it could record is applied.
+    """
+    present = select_adapters(injections_of(model), monitor.adapter_name)
+    names = [i.applied.adapter.name for i in present]
+    if not any(layer.router_weight is not None for i in present for layer in i.applied.adapter.layers.values()):
+        raise ValueError(f"{', '.join(names)}: a LoRA has no style router, there is nothing to monitor")
+    return _with_injections(model, injections_of(model), (*_monitors_of(model), monitor))
+
+
+def _monitors_of(model: ModelPatcher) -> tuple[Monitor, ...]:
+    return tuple(m for wrapper in model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY) for m in wrapper.monitors)
+
+
+def _with_injections(
+    model: ModelPatcher, injections: tuple[Injection, ...], monitors: tuple[Monitor, ...] | None = None
+) -> ModelPatcher:
+    """A clone with these adapters; its monitors stay unless others are given."""
+    monitors = _monitors_of(model) if monitors is None else monitors
+    wrappers: dict[str, Any] = {WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections)}
+    if monitors:
+        wrappers[WrappersMP.OUTER_SAMPLE] = SampleWrapper(injections, monitors)
+        wrappers[WrappersMP.CALC_COND_BATCH] = calc_cond_batch_wrapper
     clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, ApplyModelWrapper(injections))
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
+        clone.remove_wrappers_with_key(kind, KEY)
+        if kind in wrappers:
+            clone.add_wrapper_with_key(kind, KEY, wrappers[kind])
     return clone

@@ -1,4 +1,4 @@
-"""What the nodes' schemas share: the category, the two socket types of this pack, fields that newer versions know."""
+"""What the nodes' schemas share: the category, the socket types of this pack, fields that newer versions know."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ CATEGORY = "StyleInject"
 STRENGTH_RANGE = {"min": -10.0, "max": 10.0, "step": 0.05, "round": 0.001}
 
 AdapterType = io.Custom("STYLEINJECT_ADAPTER")  # a styleinject_core.Adapter
+TraceType = io.Custom("STYLEINJECT_TRACE")  # a monitor.Monitor, or a sequence of the core's RouterTrace
 LayerWeightsType = io.Custom("STYLEINJECT_LAYER_WEIGHTS")  # text in the core's layer weight language
 
 
@@ -41,3 +42,19 @@ def adapter_name_input() -> io.Combo.Input:
 def strength_input(tooltip: str, name: str = "strength") -> io.Float.Input:
     """A strength: 0 is the model without the adapter, 1 the adapter as it was trained."""
     return io.Float.Input(name, default=1.0, tooltip=tooltip, **STRENGTH_RANGE)
+
+
+def trace_input(name: str = "trace") -> Any:
+    """A trace: a monitor's, or kept ones."""
+    return TraceType.Input(name, tooltip="From StyleInject Router Monitor, Keep Router Trace or Load Router Trace.")
+
+
+def after_input(name: str = "after") -> Any:
+    """What makes a node wait for the sampler, and tells which of a monitor's runs is meant."""
+    return io.MultiType.Input(
+        name,
+        types=[io.Latent, io.Image],
+        optional=True,
+        tooltip="For a trace from a monitor: the LATENT of the sampler that used the monitored model. It makes this node wait "
+        "until the trace is filled, and finds that sampler's run. An IMAGE works too; then the latest run is taken.",
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -73,6 +73,7 @@ class Recorder:
     Args:
         adapter: whose routers are recorded; a LoRA has none.
         styles: a name per style, for the trace.
+        layers: which layers to record; None for all that have a router.
         every: the increments of a layer are measured in every so-manieth call, its neighbours' in others; 0 for never.
         limit: bytes of probabilities after which recording stops, and the trace says so.
 
@@ -80,10 +81,20 @@ class Recorder:
         TraceError: the adapter has no router.
     """
 
-    def __init__(self, adapter: Adapter, styles: Sequence[str], *, every: int = 1, limit: int = LIMIT):
+    def __init__(
+        self,
+        adapter: Adapter,
+        styles: Sequence[str],
+        layers: Collection[str] | None = None,
+        *,
+        every: int = 1,
+        limit: int = LIMIT,
+    ):
         self.adapter, self.styles, self.limit = adapter.name, tuple(styles), limit
-        self.layers = tuple(name for name, layer in adapter.layers.items() if layer.router_weight is not None)
-        if not self.layers:
+        routed = [name for name, layer in adapter.layers.items() if layer.router_weight is not None]
+        self.layers = tuple(name for name in routed if layers is None or name in layers)
+        self._convolutions = tuple(name for name in self.layers if adapter.layers[name].shape.is_conv)
+        if not routed:
             raise TraceError(f"{adapter.name} has no style router (it is a LoRA): there is nothing to record")
         self.note = ""
         self._every, self._index = every, {name: k for k, name in enumerate(self.layers)}
@@ -196,6 +207,7 @@ class Recorder:
         return RouterTrace(
             self.adapter,
             self.layers,
+            self._convolutions,
             self.styles,
             tuple(roles),
             torch.stack(probabilities) if probabilities else torch.empty(*shape, len(self.styles)),

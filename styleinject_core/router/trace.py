@@ -13,10 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files.format import atomic_save
+from ..layers import LayerShape
+from ..selector import select
 
 FORMAT_VERSION = 1
 _TENSORS = ("probabilities", "sizes", "steps", "sigmas")
-_TEXTS = ("adapter", "label", "note", "finished", "total_steps", "layers", "styles", "roles")
+_TEXTS = ("adapter", "label", "note", "finished", "total_steps", "layers", "convolutions", "styles", "roles")
+_LISTS = ("layers", "convolutions", "styles", "roles")
 
 
 class TraceError(ValueError):
@@ -33,6 +36,7 @@ class RouterTrace:
     Args:
         adapter: the adapter's name.
         layers: the layers that have a router, in the adapter's order.
+        convolutions: those of them that are convolutions.
         styles: a name per style.
         roles: what conditioning each row is: "positive", "negative", a guider's own name, "cond 0" where unknown.
         probabilities: s, (rows, layers, images, n); NaN where a layer was not called or has fewer styles.
@@ -46,6 +50,7 @@ class RouterTrace:
 
     adapter: str
     layers: tuple[str, ...]
+    convolutions: tuple[str, ...]
     styles: tuple[str, ...]
     roles: tuple[str, ...]
     probabilities: Tensor
@@ -90,6 +95,19 @@ class RouterTrace:
             done = int(self.steps.max()) + 1 if len(self.steps) else 0
             parts.insert(0, f"interrupted at step {done} of {self.total_steps}")
         return "; ".join(parts)
+
+    def only(self, selector: str) -> RouterTrace:
+        """The trace of the layers that a layer selector leaves. Raises SelectorError: it matches none."""
+        shapes = {name: LayerShape(1, 1, (1, 1) if name in self.convolutions else None) for name in self.layers}
+        chosen = select(shapes, selector)
+        places = [k for k, name in enumerate(self.layers) if name in chosen]
+        return replace(
+            self,
+            layers=tuple(self.layers[k] for k in places),
+            convolutions=tuple(name for name in self.convolutions if name in chosen),
+            probabilities=self.probabilities[:, places],
+            sizes=self.sizes[:, places],
+        )
 
     def rows(self, role: str | None = None) -> Tensor:
         """Indices of the rows of a role, of all for None. Raises TraceError: there is no such role."""
@@ -160,7 +178,7 @@ def load_trace(path: str | Path) -> RouterTrace:
                 )
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         texts: dict[str, Any] = {name: json.loads(header[f"styleinject_trace.{name}"]) for name in _TEXTS}
-        texts |= {name: tuple(map(str, texts[name])) for name in ("layers", "styles", "roles")}
+        texts |= {name: tuple(map(str, texts[name])) for name in _LISTS}
         return RouterTrace(**texts, **tensors)
     except SafetensorError as error:
         raise TraceError(f"{path.name}: damaged, or not a whole safetensors file ({error})") from None

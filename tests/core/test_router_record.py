@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from styleinject_core import Adapter, AdapterConfig, AdapterFileError, attach, save_adapter
+from styleinject_core import Adapter, AdapterConfig, AdapterFileError, SelectorError, attach, load_adapter, save_adapter
 from styleinject_core.functional import reference
 from styleinject_core.functional.host import HostLayer
 from styleinject_core.functional.router import route
@@ -291,7 +291,7 @@ def trace():
     probabilities = torch.softmax(torch.randn(4, 2, 2, STYLES, generator=generator), -1)
     probabilities[1, 1] = math.nan
     return RouterTrace(
-        "ink $x^2$ <b>", ("down_blocks.0.to_q", "mid_block.to_v"), ("flat", "glänzend", "style 3"), ("positive", "negative") * 2,
+        "ink $x^2$ <b>", ("down_blocks.0.conv1", "mid_block.to_v"), ("down_blocks.0.conv1",), ("flat", "glänzend", "style 3"), ("positive", "negative") * 2,
         probabilities, torch.rand(4, 2, 2, 2, generator=generator), torch.tensor([0, 0, 1, 1]), torch.tensor([9.0, 9.0, 1.0, 1.0]),
         total_steps=3, finished=False, label="seed 1", note="a note",
     )  # fmt: skip
@@ -300,7 +300,7 @@ def trace():
 def test_save_and_load(trace, tmp_path):
     save_trace(trace, tmp_path / "t.safetensors")
     again = load_trace(tmp_path / "t.safetensors")
-    for name in ("adapter", "layers", "styles", "roles", "total_steps", "finished", "label", "note"):
+    for name in ("adapter", "layers", "convolutions", "styles", "roles", "total_steps", "finished", "label", "note"):
         assert getattr(again, name) == getattr(trace, name)
     for name in ("probabilities", "sizes", "steps", "sigmas"):
         torch.testing.assert_close(getattr(again, name), getattr(trace, name), equal_nan=True, rtol=0, atol=0)
@@ -331,9 +331,17 @@ def test_file_errors(trace, host, tmp_path):
         load_trace(tmp_path / "swap.safetensors")
 
 
+@pytest.mark.parametrize(("selector", "left"), [("all", 2), ("conv", 1), ("mid", 1), ("!to_v", 1)])
+def test_the_layers_that_a_selector_leaves(trace, selector, left):
+    part = trace.only(selector)
+    assert len(part.layers) == part.sizes.shape[1] == left
+    with pytest.raises(SelectorError, match="'cross' matches none of the 2 layers"):
+        trace.only("cross")
+
+
 def test_a_trace_checks_its_shapes(trace):
     with pytest.raises(TraceError, match=r"layers: found 1, expected 2"):
-        RouterTrace(trace.adapter, ("one",), trace.styles, trace.roles, trace.probabilities, trace.sizes, trace.steps, trace.sigmas, 3)
+        RouterTrace(trace.adapter, ("one",), (), trace.styles, trace.roles, trace.probabilities, trace.sizes, trace.steps, trace.sigmas, 3)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -345,8 +353,6 @@ def test_style_names(host, tmp_path):
     assert named.style_names == ("flat ink", "style 2", "glossy")
     assert named.layers["to_q"] is adapter.layers["to_q"] and adapter.style_names[0] == "style 1"
     save_adapter(named, tmp_path / "a.safetensors")
-    from styleinject_core import load_adapter
-
     assert load_adapter(tmp_path / "a.safetensors").style_names == ("flat ink", "style 2", "glossy")
     with pytest.raises(ValueError, match="ink: 4 names for 3 styles"):
         adapter.with_style_names("abcd")

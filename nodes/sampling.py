@@ -1,0 +1,170 @@
+"""A sampling run as the router's nodes see it: what lasts exactly as long as the run, and which rows are whose.
+
+A run is made in a WrappersMP.OUTER_SAMPLE wrapper and travels in the run's own copy of `transformer_options`; a
+CALC_COND_BATCH wrapper adds which conditionings are being worked out; `injection.ApplyModelWrapper` finds both there. So
+nothing outlives the run, and two runs, or the threads of several GPUs, cannot mix theirs up. A model without monitor and
+without router control has neither wrapper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..styleinject_core import Attachment
+from ..styleinject_core.router.tap import tapped
+from .injection import KEY, Injection
+from .monitor import Monitor
+
+UNKNOWN = "unknown"  # the role of rows that are not the conditionings ComfyUI was asked for
+
+
+class Run:
+    """One sampling run of one MODEL.
+
+    Args:
+        guider: ComfyUI's, which knows its conditionings by name.
+        sigmas: the schedule, one more than there are steps; on the CPU.
+        injections: the adapters on the MODEL.
+        monitors: who wants to know.
+    """
+
+    def __init__(self, guider: Any, sigmas: Tensor, injections: Sequence[Injection], monitors: Sequence[Monitor]) -> None:
+        self.guider, self.sigmas, self.steps = guider, sigmas, max(1, len(sigmas) - 1)
+        model, gpu = guider.model_patcher.model, guider.model_patcher.load_device.type != "cpu"
+        self.observations = [o for monitor in monitors for o in monitor.observe(injections, model, self.steps, gpu)]
+        self._seen: dict[int, int] = {}  # observation -> calls that the live feed has shown
+
+    def roles(self, conds: Sequence[Any]) -> tuple[str, ...]:
+        """The name of each conditioning: the guider's for that very list, or for one made of its entries; else its place."""
+        known: dict[str, Any] = getattr(self.guider, "conds", None) or {}
+        by_entry = {entry.get("uuid"): name for name, entries in known.items() for entry in entries or ()}
+        found = []
+        for place, entries in enumerate(conds):
+            name = next((name for name, own in known.items() if entries is not None and entries is own), None)
+            names = {by_entry.get(entry.get("uuid")) for entry in entries or ()} if name is None else {name}
+            found.append(names.pop() if len(names) == 1 and None not in names else f"cond {place}")
+        return tuple(found)
+
+    def stepped(self, step: int) -> None:
+        """Show what has happened since the last step in the browser."""
+        for place, observation in enumerate(self.observations):
+            recorder = observation.recorder
+            latest = recorder.since(self._seen.get(place, 0))
+            self._seen[place] = recorder.recorded
+            if latest is not None:
+                observation.feed.step(step, self.steps, float(self.sigmas[min(step, self.steps - 1)]), *latest)
+
+    def close(self, result: Tensor | None, label: str) -> None:
+        """Hand what was recorded to the monitors; `result` is None where the run did not come to its end."""
+        self.guider = None
+        for observation in self.observations:
+            observation.feed.close(result is not None)
+        for monitor in {id(o.monitor): o.monitor for o in self.observations}.values():
+            own = [o for o in self.observations if o.monitor is monitor]
+            monitor.keep([o.trace(self.sigmas[:-1], result is not None, label) for o in own], result)
+
+    def __deepcopy__(self, memo: dict) -> Run:
+        return self
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is being worked out for a run: the roles of the conditionings by their index, and the images of each."""
+
+    run: Run
+    roles: tuple[str, ...] = ()
+    images: int = 0
+
+    def of_rows(self, rows: int, cond_or_uncond: Sequence[int] | None) -> tuple[str, ...]:
+        """The role of each equal part of a batch of `rows`; one part, unknown, where it is not what was asked for."""
+        entries = list(cond_or_uncond or ())
+        if not entries or rows != self.images * len(entries) or max(entries) >= len(self.roles):
+            return (UNKNOWN,)
+        return tuple(self.roles[entry] for entry in entries)
+
+    @contextmanager
+    def routed(
+        self, injection: Injection, attachment: Attachment, x: Tensor, sigma: Tensor, cond_or_uncond: Sequence[int] | None
+    ) -> Iterator[None]:
+        """Record one adapter for the length of one model call."""
+        roles = self.of_rows(x.shape[0], cond_or_uncond)
+        observed = [o.recorder for o in self.run.observations if o.injection is injection]
+        calls = [recorder.begin(roles, sigma.flatten()[0]) for recorder in observed]
+        with tapped(attachment.sites[0], [call for call in calls if call is not None]):
+            yield
+        for recorder, call in zip(observed, calls, strict=True):
+            recorder.end(call)
+
+    def __deepcopy__(self, memo: dict) -> Pass:
+        return self
+
+
+class SampleWrapper:
+    """The OUTER_SAMPLE wrapper of a MODEL that is monitored or steered."""
+
+    def __init__(self, injections: Sequence[Injection], monitors: Sequence[Monitor]):
+        self.injections, self.monitors = tuple(injections), tuple(monitors)
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        if self not in guider.model_patcher.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+            return executor(*args, **kwargs)
+        arguments = _Arguments(args, kwargs)
+        sigmas = arguments[3, "sigmas"].detach().float().cpu()
+        run = Run(guider, sigmas, self.injections, self.monitors)
+        guider.model_options.setdefault("transformer_options", {})[KEY] = Pass(run)
+        arguments[5, "callback"] = _calling(run, arguments[5, "callback"])
+        result = None
+        try:
+            result = executor(*arguments.args, **arguments.kwargs)
+            return result
+        finally:
+            run.stepped(run.steps - 1)  # what samplers did after their last callback
+            run.close(result, f"seed {arguments[7, 'seed']}, {run.steps} steps")
+
+    def __deepcopy__(self, memo: dict) -> SampleWrapper:
+        return self
+
+
+def calc_cond_batch_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Say which conditionings are being worked out, to the model calls inside."""
+    arguments = _Arguments(args, kwargs)
+    options = arguments[4, "model_options"]
+    transformer_options = options.get("transformer_options", {})
+    now = transformer_options.get(KEY)
+    if isinstance(now, Pass):
+        now = replace(now, roles=now.run.roles(arguments[1, "conds"]), images=arguments[2, "x_in"].shape[0])
+        arguments[4, "model_options"] = {**options, "transformer_options": {**transformer_options, KEY: now}}
+    return executor(*arguments.args, **arguments.kwargs)
+
+
+class _Arguments:
+    """A call's arguments, each by its position and its name: wrappers may be given them either way."""
+
+    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]):
+        self.args, self.kwargs = list(args), dict(kwargs)
+
+    def __getitem__(self, key: tuple[int, str]) -> Any:
+        position, name = key
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+    def __setitem__(self, key: tuple[int, str], value: Any) -> None:
+        position, name = key
+        if position < len(self.args):
+            self.args[position] = value
+        else:
+            self.kwargs[name] = value
+
+
+def _calling(run: Run, callback: Callable[..., Any] | None) -> Callable[..., Any]:
+    def stepped(step: int, *args: Any, **kwargs: Any) -> Any:
+        run.stepped(step)
+        return None if callback is None else callback(step, *args, **kwargs)
+
+    return stepped
