@@ -46,8 +46,8 @@ class TrainState:
 class RunFolder:
     """The folder of one training run.
 
-    state.safetensors, the newest state; step-001000.safetensors, the adapters on the way; best.safetensors; loss.jsonl,
-    one line per step; pictures in samples/.
+    resume.state, the newest state (safetensors inside, but no file that a list of adapters would show);
+    step-001000.safetensors, the adapters on the way; best.safetensors; loss.jsonl, one line per step; pictures in samples/.
 
     Args:
         path: created where it is missing; its parent must exist.
@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def state_file(self) -> Path:
-        return self.path / "state.safetensors"
+        return self.path / "resume.state"
 
     @property
     def loss_file(self) -> Path:

@@ -124,6 +124,21 @@ def train(
     return loop.result
 
 
+def run_plan(
+    adapter: Adapter,
+    task: Task,
+    settings: TrainSettings,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> dict[str, Any]:
+    """What decides which adapter comes out of a run; a state is resumed by a run of the same plan only."""
+    return {
+        "settings": settings.result_fields(),
+        "adapter": {**adapter.config.to_dict(), "layer_names": len(adapter.names)},
+        "processes": processes.world,
+        **task.plan(),
+    }
+
+
 class _Loop:
     """The state of one call of `train`."""
 
@@ -152,12 +167,7 @@ class _Loop:
     # the run on disk
 
     def plan(self) -> dict[str, Any]:
-        return {
-            "settings": self.settings.result_fields(),
-            "adapter": {**self.adapter.config.to_dict(), "layer_names": len(self.adapter.names)},
-            "processes": self.processes.world,
-            **self.task.plan(),
-        }
+        return run_plan(self.adapter, self.task, self.settings, self.processes)
 
     def resume(self, run: RunFolder) -> None:
         state = run.load_state(self.plan())

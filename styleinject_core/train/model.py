@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ class TrainingModel:
     def half(self) -> bool:
         """Whether it computes in float16."""
         return next(self.denoiser.parameters()).dtype == torch.float16
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where noise and losses are."""
+        return next(self.denoiser.parameters()).device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells frozen models apart, for recognising a run's: a hash of a little of every parameter."""
+        return tensors_hash(parameter.flatten()[:64] for parameter in self.denoiser.parameters())
 
     def attachment(self, adapter: Adapter) -> Attachment:
         """The adapter matched to the denoiser. Raises AdapterMismatchError."""

@@ -76,15 +76,15 @@ class FineTune:
         return sum(losses) / len(losses)
 
     def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
-        times, noise, noisy = self._noisy(batch.latents, draws)
+        latents = batch.latents.to(self.model.device)
+        times, noise, noisy = self._noisy(latents, draws)
         conditioning = _captions(batch.conditioning, self.empty, self._dropped(batch, draws, dropout))
         prediction = self.model.predict(noisy, times, conditioning)
-        latents, gamma = batch.latents.to(noisy), self.settings.min_snr_gamma
-        return fine_tune_loss(prediction, self.model.schedule, latents, noise, times, gamma)
+        return fine_tune_loss(prediction, self.model.schedule, latents, noise, times, self.settings.min_snr_gamma)
 
     def _noisy(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         schedule = self.model.schedule
-        times = schedule.times(draws.uniform(len(latents)))
+        times = schedule.times(draws.uniform(len(latents))).to(latents.device)
         noise = draws.normal(latents)
         return times, noise, add_noise(schedule, latents, noise, times)
 
@@ -93,7 +93,7 @@ class FineTune:
         return draws.uniform(len(batch.latents)) < (self.settings.caption_dropout if dropout is None else dropout)
 
     def plan(self) -> dict[str, Any]:
-        plan: dict[str, Any] = {"objective": self.objective, "data": self.source.summary()}
+        plan: dict[str, Any] = {"objective": self.objective, "model": self.model.fingerprint, "data": self.source.summary()}
         if self.prior is not None:
             plan["prior"] = {"weight": self.prior_weight, **self.prior.summary()}
         if self.validation is not None:
@@ -155,7 +155,7 @@ class Distil(FineTune):
         self.output_weight, self.feature_weight = output_weight, feature_weight
 
     def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
-        times, _, noisy = self._noisy(batch.latents, draws)
+        times, _, noisy = self._noisy(batch.latents.to(self.model.device), draws)
         dropped = self._dropped(batch, draws, dropout)
         conditioning = for_teacher = _captions(batch.conditioning, self.empty, dropped)
         if batch.teacher is not None:
@@ -173,7 +173,8 @@ class Distil(FineTune):
         return block_features(model.blocks()) if self.feature_weight else nullcontext({})
 
     def plan(self) -> dict[str, Any]:
-        return {**super().plan(), "output_weight": self.output_weight, "feature_weight": self.feature_weight}
+        weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}
+        return {**super().plan(), "teacher": self.teacher.fingerprint, **weights}
 
 
 def _captions(conditioning: Conditioning, empty: Conditioning | None, dropped: Tensor) -> Conditioning:

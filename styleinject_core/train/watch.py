@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from .loop import Observer, Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _BLUE, _SKY, _ORANGE = "#0072B2", "#56B4E9", "#E69F00"  # Okabe-Ito
 
@@ -37,7 +43,7 @@ class ProgressBar(Observer):
     def problem(self, message: str) -> None:
         self.bar.write(f"warning: {message}")
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -70,6 +76,17 @@ def loss_figure(title: str, losses: Sequence[float], validation: Sequence[tuple[
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
     return figure
+
+
+def figure_pixels(figure: Any) -> Tensor:
+    """A matplotlib figure as pixels, (H, W, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    return pixels.view(height, width, 4)[..., :3]
 
 
 def running_mean(losses: Sequence[float]) -> list[float]:
