@@ -1,4 +1,4 @@
-"""The command line: styleinject init | info | demo."""
+"""The command line: styleinject init | info | demo | train | dreambooth | distill."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .hosts.architectures import ARCHITECTURES
 from .layers import UnsupportedLayerError
 from .selector import SelectorError
 from .summary import as_text, summarize
+from .train.loop import TrainingError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (AdapterFileError, SelectorError, UnsupportedLayerError, ValueError, OSError) as error:
+    except (AdapterFileError, SelectorError, UnsupportedLayerError, ValueError, OSError, ImportError, TrainingError) as error:
         print(f"styleinject {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -59,6 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-train", action="store_true", help="use the adapter that ships with the demo")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+    for name, help_text in (
+        ("train", "fine-tune an adapter on images and captions"),
+        ("dreambooth", "learn one subject from a few images"),
+        ("distill", "learn what another checkpoint does"),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml", help="its folder is where paths start")
+        command.add_argument("--template", action="store_true", help="print a config with every field, its default and meaning")
+        command.add_argument("--dry-run", action="store_true", help="print layers, parameters, memory and time; write nothing")
+        command.set_defaults(run=_train)
     return parser
 
 
@@ -94,6 +105,20 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo.run import run
 
     run(options.out, options.style, steps=options.steps, train=not options.no_train, seed=options.seed)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .commands import config
+    from .commands.run import run
+
+    kind = {"train": config.TrainConfig, "dreambooth": config.DreamBoothConfig, "distill": config.DistilConfig}[options.command]
+    if options.template:
+        print(config.template(kind), end="")
+        return 0
+    if options.config is None:
+        raise ValueError(f"expected a config file; write one with: styleinject {options.command} --template > my.toml")
+    run(kind, options.config, options.dry_run)
     return 0
 
 

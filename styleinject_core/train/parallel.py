@@ -56,6 +56,7 @@ def launched_processes() -> Processes:
 
     Raises:
         ImportError: several processes, but accelerate is not installed.
+        RuntimeError: the processes could not be connected.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
@@ -63,7 +64,9 @@ def launched_processes() -> Processes:
         from accelerate import PartialState
     except ImportError as error:
         raise ImportError("training in several processes needs a package: pip install accelerate") from error
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes == 1:
+        raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate connected one process: check its launcher")
     return Processes(state.process_index, state.num_processes)
 
 

@@ -23,6 +23,7 @@ class TrainSettings:
         warmup: steps over which the rate rises from 0.
         optimizer: "adamw", or one of a library that must be installed: "adamw8bit" (bitsandbytes), "schedulefree"
             (schedulefree), "prodigy" (prodigyopt).
+        weight_decay: the optimiser's.
         clip: largest norm of the gradient over all parameters; 0 for none.
         min_snr_gamma: weights samples by min(SNR, γ), 5 as a rule; 0 leaves all alike.
         caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.

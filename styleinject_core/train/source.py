@@ -119,6 +119,7 @@ class FolderSource:
     Args:
         encode: (1, 3, H, W) in [-1, 1] -> latents (1, C, h, w).
         encode_text, encode_teacher_text: a caption -> its conditioning, one row.
+        chosen: which of the folder's images; None takes all.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class FolderSource:
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
         *,
+        chosen: Sequence[int] | None = None,
         batch_size: int = 1,
         seed: int = 0,
         processes: Processes = Processes(),  # noqa: B008 - frozen
@@ -135,10 +137,12 @@ class FolderSource:
         self.folder = folder
         self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
         self._kept: dict[int, tuple[Tensor, str]] = {}
-        self.order = BatchOrder(folder.sizes, batch_size, seed, processes.rank, processes.world)
+        self.chosen = list(range(len(folder))) if chosen is None else list(chosen)
+        sizes = [folder.sizes[k] for k in self.chosen]
+        self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
 
     def batch(self, index: int) -> Batch:
-        seen = [self._example(k, index) for k in self.order.batch(index)]
+        seen = [self._example(self.chosen[k], index) for k in self.order.batch(index)]
         return self._encoding.batch([latents for latents, _ in seen], [caption for _, caption in seen])
 
     def _example(self, k: int, index: int) -> tuple[Tensor, str]:
@@ -153,6 +157,8 @@ class FolderSource:
     def summary(self) -> dict[str, Any]:
         known = self.folder.summary()
         del known["skipped"]  # grows while broken images are met
+        if len(self.chosen) < len(self.folder):
+            known["chosen"] = len(self.chosen)
         return known
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,19 +11,22 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "styleinject_core"
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 OPTIONAL = {
-    "diffusers": {"demo/model.py"},
+    "diffusers": {"demo/model.py", "train/pipeline.py"},
     "matplotlib": {"demo/pictures.py", "train/watch.py"},
-    "tqdm": {"demo/run.py", "train/watch.py"},
-    "PIL": {"demo/data.py", "train/images.py"},
+    "tqdm": {"demo/run.py", "train/watch.py", "commands/build.py"},
+    "PIL": {"demo/data.py", "commands/run.py", "train/images.py"},
     "numpy": {"demo/data.py", "train/images.py"},
     "peft": set(),
     "accelerate": {"train/parallel.py"},
     "sklearn": set(),
     "transformers": set(),
+    "bitsandbytes": {"train/optimizers.py"},
+    "schedulefree": {"train/optimizers.py"},
+    "prodigyopt": {"train/optimizers.py"},
 }
 # Each part sees itself and what stands before it.
 ORDER = ["config", "layers", "selector", "adapter", "functional", "override", "attach", "files", "hosts", "summary",
-         "router", "train", "demo", "cli"]  # fmt: skip
+         "router", "train", "demo", "commands", "cli"]  # fmt: skip
 FUNCTIONAL_SEES = {"layers", "functional"}
 
 

@@ -287,3 +287,20 @@ def test_counts_must_match():
         LatentSource(latents, {"context": torch.zeros(3, 2, 3)}, {"context": torch.zeros(4, 2, 3)})
     with pytest.raises(ValueError, match="no training images"):
         LatentSource([], {"context": torch.zeros(1, 2, 3)})
+
+
+def test_gradients_of_two_processes_average_to_those_of_one():
+    model = Tiny(0)
+    adapter = model.adapter()
+
+    def gradients(batch_size, processes):
+        task = FineTune(model, source(batch_size=batch_size, processes=processes), TrainSettings(caption_dropout=0.5), EMPTY)
+        adapter.zero_grad()
+        with task.installed(adapter):
+            task.loss(Draws(0, 3, processes)).backward()
+        return [p.grad.clone() for p in adapter.parameters()]
+
+    whole = gradients(6, Processes())
+    parts = [gradients(2, Processes(rank, 3)) for rank in range(3)]
+    for one, several in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(sum(several) / 3, one)

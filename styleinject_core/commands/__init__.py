@@ -1,0 +1,1 @@
+"""The training commands: a TOML file becomes a run."""

@@ -1,0 +1,315 @@
+"""From a config to what the loop takes: model, adapter, task."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..demo.training import DemoTrainingModel
+from ..files.format import atomic_save
+from ..train.data import ImageFolder
+from ..train.model import Conditioning, TextToImageModel, joined, tensors_hash
+from ..train.parallel import Processes, launched_device
+from ..train.pipeline import PipelineModel
+from ..train.source import FolderSource, LatentSource, Source, StreamSource
+from ..train.tasks import Distil, DreamBooth, FineTune
+from ..train.webdataset import ImageStream
+from .config import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
+
+DEMO = "demo"
+GENERATED = "generated.safetensors"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Job:
+    """A run that is ready to start.
+
+    Args:
+        here: the folder that relative paths in the config start from.
+        out: the run's folder, which exists.
+    """
+
+    config: TrainConfig
+    here: Path
+    out: Path
+    processes: Processes
+    model: TextToImageModel
+    adapter: Adapter
+    task: FineTune
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What adapter files are stored in."""
+        return _DTYPES[self.config.output.dtype]
+
+    def metadata(self) -> dict[str, str]:
+        """How the adapter was made, for its file: ModelSpec fields and our own, no paths."""
+        config, plan = self.config, self.task.plan()
+        own = {
+            "modelspec.architecture": f"{self.model.architecture}/{config.adapter.method}",
+            "modelspec.implementation": "https://arxiv.org/abs/2401.13942",
+            "modelspec.prediction_type": self.model.schedule.prediction_type,
+            "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
+            "styleinject.objective": self.task.objective,
+            "styleinject.base": self.model.name,
+            "styleinject.base_hash": tensors_hash(p.flatten()[:64] for p in self.model.denoiser.parameters()),
+            "styleinject.data": json.dumps({key: plan[key] for key in ("data", "prior", "validation") if key in plan}),
+            "styleinject.settings": json.dumps(config.train.result_fields()),
+        }
+        if isinstance(self.task, Distil):
+            own["styleinject.teacher"] = self.task.teacher.name  # type: ignore[attr-defined]
+        if isinstance(config, DreamBoothConfig):
+            own["modelspec.trigger_phrase"] = config.dreambooth.instance_prompt
+        given = {"title": config.output.title or config.output.name}
+        given |= {key: getattr(config.output, key) for key in ("author", "description", "license", "trigger_phrase")}
+        return own | {f"modelspec.{key}": value for key, value in given.items() if value}
+
+
+def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = False) -> Job:
+    """Load the model and the data, and make an untrained adapter.
+
+    Args:
+        dry: write nothing, and put noise in the place of images that a model would have to draw first.
+
+    Raises:
+        ConfigError, ModelError, DataError, SelectorError: what does not fit; names it.
+    """
+    out = here / config.output.folder
+    if not out.parent.is_dir():
+        raise ConfigError(f"output.folder: {out.parent.name!r} is no folder, create it first")
+    if processes.is_main and not dry:
+        out.mkdir(exist_ok=True)
+    processes.wait()
+    model = load_model(config.model, here)
+    if config.data.resolution % model.pixels_per_latent:
+        raise ConfigError(f"data.resolution: expected a multiple of {model.pixels_per_latent}, found {config.data.resolution}")
+    task = _task(config, here, None if dry else out, model, processes)
+    torch.manual_seed(config.train.seed)
+    adapter = Adapter.create(model.denoiser, config.adapter.config(), config.output.name)
+    device = next(model.denoiser.parameters()).device
+    return Job(config, here, out, processes, model, adapter.to(device), task)
+
+
+def load_model(table: ModelTable, here: Path) -> TextToImageModel:
+    """The model of a config. Raises ModelError, ValueError."""
+    if table.path == DEMO or table.path.startswith(f"{DEMO}:"):
+        _, _, style = table.path.partition(":")
+        return DemoTrainingModel.load(style) if style else DemoTrainingModel.load()
+    config = here / table.config if table.config else None
+    return PipelineModel.load(here / table.path, launched_device(), _DTYPES[table.dtype], config)
+
+
+def _task(config: TrainConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes) -> FineTune:
+    if isinstance(config, DistilConfig):
+        return _distillation(config, here, out, model, processes)
+    settings, empty = config.train, model.encode_text([""])
+    if isinstance(config, DreamBoothConfig):
+        table = config.dreambooth
+        source, validation = _images(config, here, model, processes, caption=table.instance_prompt)
+        prior = _prior(config, here, out, model, processes)
+        return DreamBooth(model, source, settings, empty, prior=prior, prior_weight=table.prior_weight, **validation)
+    source, validation = _images(config, here, model, processes)
+    return FineTune(model, source, settings, empty, **validation)
+
+
+def _distillation(config: DistilConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes) -> Distil:
+    teacher, table = load_model(config.teacher, here), config.distil
+    pairs = _prompt_pairs(config, here)
+
+    def read_by_teacher(caption: str) -> Conditioning:
+        return teacher.encode_text([_translated(pairs, caption)])
+
+    own_reader = None if table.shared_text_encoder else read_by_teacher
+    validation: dict[str, Any] = {}
+    source: Source
+    if config.data.folder or config.data.shards:
+        source, validation = _images(config, here, model, processes, encode_teacher_text=own_reader)
+    else:
+        prompts = [prompt for prompt in pairs for _ in range(table.images_per_prompt)]
+        spoken = [pairs[prompt] for prompt in prompts]
+        drawn = _generated(config, out, teacher, spoken, table.sampling_steps, table.guidance, processes)
+        own = joined([model.encode_text([p]) for p in prompts])
+        theirs = None if own_reader is None else joined([own_reader(p) for p in prompts])
+        source = _latents(config, drawn, own, processes, theirs)
+    return Distil(
+        model,
+        teacher,
+        source,
+        config.train,
+        model.encode_text([""]),
+        None if table.shared_text_encoder else teacher.encode_text([""]),
+        output_weight=table.output_weight,
+        feature_weight=table.features,
+        **validation,
+    )
+
+
+def _images(
+    config: TrainConfig, here: Path, model: TextToImageModel, processes: Processes, caption: str | None = None, **reading: Any
+) -> tuple[Source, dict[str, Any]]:
+    """The source of a config's images, and the validation arguments of its task."""
+    data, settings = config.data, config.train
+    if data.shards:
+        if caption is not None:
+            raise ConfigError("data.shards: DreamBooth takes its few images from data.folder")
+        stream = ImageStream(
+            here / data.shards,
+            data.resolution,
+            settings.batch_size,
+            buckets=data.buckets,
+            bucket_step=data.bucket_step,
+            seed=settings.seed,
+            rank=processes.rank,
+            world=processes.world,
+            on_corrupt=data.on_corrupt,  # type: ignore[arg-type]
+            center_crop=data.center_crop,
+            flip=data.flip,
+        )
+        return StreamSource(stream, model.encode, lambda text: model.encode_text([text]), **reading), {}
+    folder = _folder(data, here / data.folder, settings.seed, caption)
+    held_out = _held_out(len(folder), data.validation, settings.seed)
+    chosen = [k for k in range(len(folder)) if k not in held_out]
+    source = _folder_source(config, folder, chosen, model, settings.batch_size, processes, **reading)
+    if not held_out:
+        return source, {}
+    size = min(settings.batch_size, len(held_out))
+    seen = _folder_source(config, folder, sorted(held_out), model, size, Processes(), **reading)
+    return source, {"validation": seen, "validation_batches": -(-len(held_out) // size)}
+
+
+def _folder(data: DataTable, path: Path, seed: int, caption: str | None) -> ImageFolder:
+    return ImageFolder(
+        path,
+        data.resolution,
+        buckets=data.buckets,
+        bucket_step=data.bucket_step,
+        on_corrupt=data.on_corrupt,  # type: ignore[arg-type]
+        caption=caption,
+        center_crop=data.center_crop,
+        flip=data.flip,
+        seed=seed,
+        warn=lambda line: warnings.warn(line, stacklevel=2),
+    )
+
+
+def _folder_source(
+    config: TrainConfig,
+    folder: ImageFolder,
+    chosen: Sequence[int] | None,
+    model: TextToImageModel,
+    batch_size: int,
+    processes: Processes,
+    **reading: Any,
+) -> FolderSource:
+    def read(caption: str) -> Conditioning:
+        return model.encode_text([caption])
+
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": config.train.seed, "processes": processes}
+    return FolderSource(folder, model.encode, read, chosen=chosen, **options, **reading)
+
+
+def _held_out(count: int, wanted: int, seed: int) -> set[int]:
+    """The images that are only validated on."""
+    if wanted >= count:
+        raise ConfigError(f"data.validation: {wanted} of {count} images leave none to train on")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return set(order[:wanted].tolist())
+
+
+def _prior(
+    config: DreamBoothConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes
+) -> Source | None:
+    """The class images of DreamBooth: given, or drawn by the base model."""
+    table = config.dreambooth
+    if table.prior_weight == 0:
+        return None
+    if table.class_folder:
+        folder = _folder(config.data, here / table.class_folder, config.train.seed, table.class_prompt)
+        return _folder_source(config, folder, None, model, config.train.batch_size, processes)
+    prompts = [table.class_prompt] * table.class_images
+    drawn = _generated(config, out, model, prompts, table.class_steps, table.guidance, processes)
+    return _latents(config, drawn, model.encode_text([table.class_prompt]), processes)
+
+
+def _latents(
+    config: TrainConfig, latents: Tensor, own: Conditioning, processes: Processes, theirs: Conditioning | None = None
+) -> LatentSource:
+    batch_size, seed = config.train.batch_size, config.train.seed
+    return LatentSource(list(latents), own, theirs, batch_size=batch_size, seed=seed, processes=processes)
+
+
+def _generated(
+    config: TrainConfig,
+    out: Path | None,
+    model: TextToImageModel,
+    prompts: Sequence[str],
+    steps: int,
+    guidance: float,
+    processes: Processes,
+) -> Tensor:
+    """Latents of one image per prompt, drawn once per run and kept in its folder; (N, C, H, W)."""
+    resolution, seed = config.data.resolution, config.train.seed
+    if out is None:
+        shape = model.encode(torch.zeros(1, 3, resolution, resolution)).shape[1:]
+        return torch.randn(len(prompts), *shape)
+    path = out / GENERATED
+    plan = json.dumps([model.name, list(prompts), steps, guidance, resolution, seed])
+    if processes.is_main and not _is_of(path, plan):
+        from tqdm import tqdm
+
+        batches = []
+        for start in tqdm(range(0, len(prompts), 4), desc=f"{model.name} draws {len(prompts)} images"):
+            few = prompts[start : start + 4]
+            batches.append(model.sample(few, resolution, seed=seed + start, steps=steps, guidance=guidance).cpu())
+        atomic_save({"latents": torch.cat(batches)}, path, {"plan": plan})
+    processes.wait()
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("latents")
+
+
+def _is_of(path: Path, plan: str) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("plan") == plan
+    except (OSError, SafetensorError):
+        return False
+
+
+def _prompt_pairs(config: DistilConfig, here: Path) -> dict[str, str]:
+    """Prompt of the student -> prompt of the teacher, from one or two files line by line."""
+    table = config.distil
+    if not table.prompts:
+        if table.teacher_prompts:
+            raise ConfigError("distil.teacher_prompts: they translate distil.prompts, which is empty")
+        return {}
+    own = _lines(here / table.prompts, "distil.prompts")
+    theirs = _lines(here / table.teacher_prompts, "distil.teacher_prompts") if table.teacher_prompts else own
+    if len(own) != len(theirs):
+        raise ConfigError(f"distil.prompts has {len(own)} lines, distil.teacher_prompts {len(theirs)}: expected as many")
+    return dict(zip(own, theirs, strict=True))
+
+
+def _lines(path: Path, field: str) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{field}: {path.name} cannot be read: {error}") from None
+    if not (found := [line for line in lines if line]):
+        raise ConfigError(f"{field}: {path.name} has no prompts")
+    return found
+
+
+def _translated(pairs: dict[str, str], caption: str) -> str:
+    if pairs and caption not in pairs:
+        raise ConfigError(f"caption {caption!r} is not in distil.prompts, so its line in distil.teacher_prompts is not known")
+    return pairs.get(caption, caption)

@@ -1,0 +1,370 @@
+"""The config files of `styleinject train`, `dreambooth` and `distill`: every field, its default, and what it means.
+
+The tables below are the reference: `styleinject train --template` writes them out as a commented TOML file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import types
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ..config import AdapterConfig
+from ..train.settings import TrainSettings
+
+Table = TypeVar("Table")
+METHODS = ("styleinject", "lora", "dma-only", "sta-only")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A config file that cannot be used; the message names the file and the field."""
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """The model the adapter is for.
+
+    Args:
+        path: a diffusers folder, a .safetensors checkpoint, or "demo", the embedded model ("demo:noto" draws another style).
+        config: for a checkpoint file: a diffusers folder of the same kind of model, for its tokenizer.
+        dtype: what the frozen model computes in: float32, bfloat16 or float16; the adapter is float32 always.
+    """
+
+    path: str
+    config: str = ""
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class DataTable:
+    """What it learns from. Give a folder or shards.
+
+    Args:
+        folder: images with NAME.txt beside them, or with a metadata.jsonl of "file_name" and "text".
+        shards: WebDataset shards, as in "data/{000..009}.tar"; read as a stream.
+        resolution: pixels of a square image's side.
+        buckets: keep aspect ratios, in buckets of about the same area; false crops to squares.
+        bucket_step: sides of buckets are multiples of this.
+        center_crop: false crops anywhere.
+        flip: mirror half of the images.
+        on_corrupt: what to do about an image that cannot be read: "skip" it, or "stop".
+        validation: so many images of the folder are held out, for the validation loss.
+    """
+
+    folder: str = ""
+    shards: str = ""
+    resolution: int = 512
+    buckets: bool = True
+    bucket_step: int = 64
+    center_crop: bool = True
+    flip: bool = False
+    on_corrupt: str = "skip"
+    validation: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("on_corrupt", self.on_corrupt, ("skip", "stop"))
+        if self.folder and self.shards:
+            raise ValueError("folder and shards: give one of them")
+        if self.validation and self.shards:
+            raise ValueError("validation: images can be held out of a folder only, not of shards")
+
+
+@dataclass(frozen=True)
+class AdapterTable:
+    """The adapter's size. The defaults are the paper's for fine-tuning; to distil it adapts convolutions too.
+
+    Args:
+        method: "styleinject"; "lora" (one style, no router, no AdaIN); "dma-only" (no AdaIN); "sta-only" (one style).
+        rank: r.
+        styles: n, parallel down-projections; 1 for lora and sta-only.
+        alpha: the low-rank part is scaled by alpha / rank; 0 means alpha = rank.
+        targets: a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"].
+        router_pool: "mean", "sum" or "token".
+        sta: the AdaIN step: "multiplicative" or "additive".
+    """
+
+    method: str = "styleinject"
+    rank: int = 32
+    styles: int = 16
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ("to_q", "to_v")
+    router_pool: str = "mean"
+    sta: str = "multiplicative"
+
+    def __post_init__(self) -> None:
+        _choice("method", self.method, METHODS)
+        self.config()  # its own checks
+
+    def config(self) -> AdapterConfig:
+        """The adapter's config."""
+        one_style = self.method in ("lora", "sta-only")
+        return AdapterConfig(
+            r=self.rank,
+            n_styles=1 if one_style else self.styles,
+            alpha=self.alpha or None,
+            router_pool="mean" if one_style else self.router_pool,
+            sta="none" if self.method in ("lora", "dma-only") else self.sta,
+            target_modules=self.targets,
+        )
+
+
+@dataclass(frozen=True)
+class OutputTable:
+    """What comes out, and where.
+
+    Args:
+        folder: the run's folder: checkpoints, the final adapter, loss.jsonl, loss.png, pictures. Run the same command again
+            to go on where it stopped.
+        name: the adapter's file name, without .safetensors.
+        dtype: what the adapter's file is stored in: float32, bfloat16 or float16.
+        prompts: what to draw every train.sample_every steps.
+        guidance: classifier-free guidance of these pictures.
+        tensorboard: also write the losses for TensorBoard (needs the package tensorboard).
+        title: for the file's metadata, as are the next four.
+        author: who made it.
+        description: in a sentence or two.
+        license: an SPDX name.
+        trigger_phrase: words that call the style or subject.
+    """
+
+    folder: str
+    name: str = "adapter"
+    dtype: str = "float16"
+    prompts: tuple[str, ...] = ()
+    guidance: float = 5.0
+    tensorboard: bool = False
+    title: str = ""
+    author: str = ""
+    description: str = ""
+    license: str = ""
+    trigger_phrase: str = ""
+
+    def __post_init__(self) -> None:
+        _choice("dtype", self.dtype, DTYPES)
+        if not re.fullmatch(r"[^/\\:]+", self.name) or self.name.startswith("."):
+            raise ValueError(f"name: expected a file name without folders, found {self.name!r}")
+
+
+@dataclass(frozen=True)
+class DreamBoothTable:
+    """A few images of one subject, and how the base model draws its kind.
+
+    Args:
+        instance_prompt: the subject with its identifier, as in "a sks dog"; the caption of every image in data.folder.
+        class_prompt: its kind, as in "a dog".
+        class_folder: images of the kind; left empty, the base model draws them before training.
+        class_images: how many it draws.
+        class_steps: sampling steps for each.
+        guidance: classifier-free guidance for them.
+        prior_weight: weight of the class images' loss.
+    """
+
+    instance_prompt: str
+    class_prompt: str
+    class_folder: str = ""
+    class_images: int = 100
+    class_steps: int = 20
+    guidance: float = 5.0
+    prior_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DistilTable:
+    """How the student compares itself to the teacher.
+
+    Args:
+        shared_text_encoder: the teacher reads the student's prompts as the student's text encoder encodes them; false
+            lets each use its own, and compares outputs only.
+        output_weight: of the difference of predictions.
+        feature_weight: of the differences of the U-Nets' blocks; by default 1, or 0 where text encoders are not shared.
+        prompts: a text file, a prompt per line, for a run without images: the teacher draws them before training.
+        teacher_prompts: the same lines for the teacher, where it reads another language.
+        images_per_prompt: how many images of each prompt it draws.
+        sampling_steps: for each of them.
+        guidance: classifier-free guidance for them.
+    """
+
+    shared_text_encoder: bool = True
+    output_weight: float = 1.0
+    feature_weight: float | None = None
+    prompts: str = ""
+    teacher_prompts: str = ""
+    images_per_prompt: int = 1
+    sampling_steps: int = 20
+    guidance: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.shared_text_encoder and self.feature_weight:
+            raise ValueError("feature_weight: with text encoders that are not shared only outputs are compared, set it to 0")
+        if self.teacher_prompts and self.shared_text_encoder:
+            raise ValueError("teacher_prompts: they need shared_text_encoder = false")
+
+    @property
+    def features(self) -> float:
+        """λ_feat."""
+        return float(self.shared_text_encoder) if self.feature_weight is None else self.feature_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`styleinject train`: fine-tune on images and captions."""
+
+    model: ModelTable
+    output: OutputTable
+    data: DataTable = field(default_factory=DataTable)
+    adapter: AdapterTable = field(default_factory=AdapterTable)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        if not (self.data.folder or self.data.shards or self.needs_no_images):
+            raise ValueError("data.folder or data.shards: one of them is needed")
+        if self.train.validate_every and not self.data.validation:
+            raise ValueError("train.validate_every: set data.validation to how many images are held out for it")
+
+    @property
+    def needs_no_images(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothConfig(TrainConfig):
+    """`styleinject dreambooth`: one subject from a few images."""
+
+    dreambooth: DreamBoothTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig(TrainConfig):
+    """`styleinject distill`: one checkpoint into another."""
+
+    teacher: ModelTable
+    distil: DistilTable = field(default_factory=DistilTable)
+
+    @property
+    def needs_no_images(self) -> bool:
+        return bool(self.distil.prompts)
+
+
+def load_config(kind: type[Table], path: Path) -> Table:
+    """Read a config file.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown or missing field, a value of another type or out of range.
+    """
+    try:
+        values = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path.name}: {error}") from None
+    try:
+        return _table(kind, values, "")
+    except ValueError as error:
+        raise ConfigError(f"{path.name}: {error}") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    return tomllib.loads(text)
+
+
+def _table(kind: type[Table], values: dict[str, Any], where: str) -> Table:
+    hints = get_type_hints(kind)
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f", did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
+            raise ValueError(f"{where}{name}: unknown field{hint}")
+    arguments = {}
+    for f in fields(kind):  # type: ignore[arg-type]
+        if f.name in values:
+            arguments[f.name] = _value(hints[f.name], values[f.name], f"{where}{f.name}")
+        elif f.default is MISSING and f.default_factory is MISSING:
+            what = "table" if is_dataclass(hints[f.name]) else "field"
+            raise ValueError(f"{where}{f.name}: this {what} is needed")
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a table, found {value!r}")
+        return _table(kind, value, f"{where}.")  # type: ignore[arg-type]
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{where}: expected a list of strings, found {value!r}")
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: expected {_NAMES[kind]}, found {value!r}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def template(kind: type) -> str:
+    """A TOML file with every field of a config, its default and its meaning; fields without a default are to be filled in."""
+    parts = [f"# {inspect.getdoc(kind)}\n"]
+    hints = get_type_hints(kind)
+    for section in fields(kind):
+        table = hints[section.name]
+        document = inspect.getdoc(table) or ""
+        described = _described_fields(document)
+        lines = [f"\n# {document.splitlines()[0]}", f"[{section.name}]"]
+        for f in fields(table):
+            lines += [f"# {line}" for line in described[f.name]]
+            if f.default is MISSING:
+                lines.append(f'{f.name} = "..."')
+            elif f.default is None:
+                lines.append(f"# {f.name} = 1.0")
+            else:
+                lines.append(f"{f.name} = {_toml(f.default)}")
+        parts.append("\n".join(lines) + "\n")
+    return "".join(parts)
+
+
+def _described_fields(document: str) -> dict[str, list[str]]:
+    """Field -> the lines of its description in an "Args:" section."""
+    described: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in document.partition("Args:\n")[2].partition("\n\n")[0].splitlines():
+        start = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
+        if start:
+            current = [start[2]]
+            for name in start[1].split(", "):
+                described[name] = current
+        else:
+            current.append(line.strip())
+    return described
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _choice(name: str, found: str, choices: tuple[str, ...]) -> None:
+    if found not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {found!r}")

@@ -1,0 +1,275 @@
+"""styleinject train | dreambooth | distill, as their user meets them: config files, real pictures, the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+from PIL import Image
+from safetensors import safe_open
+
+from styleinject_core import load_adapter
+from styleinject_core.cli import main
+from styleinject_core.commands import run as run_module
+from styleinject_core.commands.config import (
+    ConfigError,
+    DistilConfig,
+    DreamBoothConfig,
+    OutputTable,
+    TrainConfig,
+    load_config,
+    template,
+)
+from styleinject_core.demo import data
+
+ROOT = Path(__file__).parents[2]
+COMMON = {
+    "model": {"path": "demo"},
+    "data": {"folder": "pictures", "resolution": 64},
+    "adapter": {"rank": 2, "styles": 2, "targets": ["mid & attention"]},
+    "train": {"steps": 3, "batch_size": 2, "learning_rate": 1e-3},
+    "output": {"folder": "run", "name": "noto style"},
+}
+
+
+def toml(tables):
+    lines = []
+    for name, table in tables.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def merged(**changes):
+    return {name: {**COMMON.get(name, {}), **changes.get(name, {})} for name in {**COMMON, **changes}}
+
+
+def picture_folder(folder, count=6, style="noto", captions=True):
+    folder.mkdir()
+    for concept, image in list(zip(data.concepts(), data.images(style), strict=True))[:count]:
+        pixels = ((image.permute(1, 2, 0) + 1) * 127.5).byte().numpy()
+        Image.fromarray(pixels).save(folder / f"{concept.code}.png")
+        if captions:
+            (folder / f"{concept.code}.txt").write_text(concept.name)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path):
+    picture_folder(tmp_path / "pictures")
+    return tmp_path
+
+
+def write(here, **changes):
+    path = here / "config.toml"
+    path.write_text(toml(merged(**changes)))
+    return path
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, DreamBoothConfig, DistilConfig])
+def test_templates_are_the_defaults(kind, tmp_path):
+    path = tmp_path / "t.toml"
+    path.write_text(template(kind).replace('folder = ""', 'folder = "x"', 1))
+    config = load_config(kind, path)
+    assert config.train == TrainConfig(model=config.model, output=config.output, data=config.data).train
+    assert config.output == OutputTable("...")
+    assert config.data.folder == "x"
+    assert config.adapter.config().n_styles == 16
+    assert main([{"TrainConfig": "train", "DreamBoothConfig": "dreambooth"}.get(kind.__name__, "distill"), "--template"]) == 0
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train": {"step": 3}}, r"config.toml: train.step: unknown field, did you mean steps\?"),
+    ({"trian": {}}, r"trian: unknown field, did you mean train\?"),
+    ({"train": {"steps": "3"}}, "train.steps: expected a whole number, found '3'"),
+    ({"train": {"steps": True}}, "train.steps: expected a whole number, found True"),
+    ({"train": {"steps": 0}}, "train.steps: expected at least 1, found 0"),
+    ({"adapter": {"targets": "to_q"}}, "adapter.targets: expected a list of strings, found 'to_q'"),
+    ({"adapter": {"method": "dora"}}, "adapter.method: expected one of styleinject, lora, dma-only, sta-only, found 'dora'"),
+    ({"output": {"name": "../x"}}, "output.name: expected a file name without folders, found '../x'"),
+    ({"data": {"folder": "", "shards": ""}}, "data.folder or data.shards: one of them is needed"),
+    ({"data": {"shards": "x.tar"}}, "data.folder and shards: give one of them"),
+    ({"train": {"validate_every": 5}}, "train.validate_every: set data.validation"),
+])  # fmt: skip
+def test_config_errors(here, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(TrainConfig, write(here, **changes))
+
+
+def test_missing_parts_and_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing.toml: no such file"):
+        load_config(TrainConfig, tmp_path / "nothing.toml")
+    for text, message in [("[model]\npath = 'demo'", "output: this table is needed"),
+                          ("[model]\n[output]\nfolder = 'x'", r"model.path: this field is needed"),
+                          ("[model", "bad.toml: ")]:  # fmt: skip
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_config(TrainConfig, tmp_path / "bad.toml")
+
+
+def test_dry_run_writes_nothing(here, capsys):
+    path = write(here)
+    before = sorted(here.rglob("*"))
+    assert main(["train", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "fine-tune on demo: 6 images, 8 layers" in text
+    assert "MiB activations" in text
+    assert sorted(here.rglob("*")) == before
+
+
+def test_train_stop_and_go_on(here, capsys, monkeypatch):
+    """The whole of it, and again in two parts: the same file, to the bit."""
+    extra = {"train": {"steps": 4, "validate_every": 2, "sample_every": 2, "checkpoint_every": 3}, "data": {"validation": 2},
+             "output": {"prompts": ["red apple"], "trigger_phrase": "noto", "author": "me"}}  # fmt: skip
+    assert main(["train", str(write(here, **extra))]) == 0
+    assert "noto style.safetensors: step" in capsys.readouterr().out
+    out = here / "run"
+    adapter = load_adapter(out / "noto style.safetensors")
+    assert adapter.metadata["modelspec.architecture"] == "styleinject-demo/styleinject"
+    assert adapter.metadata["modelspec.trigger_phrase"] == "noto"
+    assert json.loads(adapter.metadata["styleinject.data"])["data"]["images"] == 6
+    assert str(here) not in json.dumps(adapter.metadata)
+    assert {p.name for p in (out / "samples").iterdir()} == {"step-000002.png", "step-000004.png"}
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    lines = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+    whole = {key: value.clone() for key, value in adapter.state_dict().items()}
+    out.rename(here / "whole")
+    pressed = run_module._Watch.progress
+
+    def interrupt(self, progress):
+        pressed(self, progress)
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module._Watch, "progress", interrupt)
+    assert main(["train", str(here / "config.toml")]) == 130
+    printed = capsys.readouterr()
+    assert "The same command goes on from the last checkpoint" in printed.out
+    assert not (out / "noto style.safetensors").exists()
+    monkeypatch.setattr(run_module._Watch, "progress", pressed)
+    assert main(["train", str(here / "config.toml")]) == 0
+    again = load_adapter(out / "noto style.safetensors").state_dict()
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
+
+    assert main(["train", str(write(here, **{**extra, "adapter": {"rank": 3}}))]) == 1
+    assert "adapter.r: was 2, is 3" in capsys.readouterr().err
+
+
+def test_baselines(here):
+    for method, styles, parts in [("lora", 1, {"A", "B"}), ("dma-only", 2, {"A", "B", "router_weight", "router_bias"}),
+                                  ("sta-only", 1, None)]:  # fmt: skip
+        changes = {"adapter": {"method": method}, "train": {"steps": 1}, "output": {"folder": method}}
+        assert main(["train", str(write(here, **changes))]) == 0
+        adapter = load_adapter(here / method / "noto style.safetensors")
+        layer = next(iter(adapter.layers.values()))
+        assert layer.config.n_styles == styles
+        assert parts is None or set(layer.tensors()) == parts
+
+
+def test_bad_pictures(here, capsys):
+    broken = here / "pictures" / "broken.png"
+    broken.write_bytes(next((here / "pictures").glob("*.png")).read_bytes()[:60])
+    (here / "pictures" / "broken.txt").write_text("a cat")
+    with pytest.warns(UserWarning, match=r"broken\.png: .*\(skipped\)"):
+        assert main(["train", str(write(here, train={"steps": 4}))]) == 0
+    capsys.readouterr()
+    assert main(["train", str(write(here, data={"on_corrupt": "stop"}, output={"folder": "other"}))]) == 1
+    assert "broken.png" in capsys.readouterr().err
+    broken.unlink()
+    assert main(["train", str(write(here, output={"folder": "third"}))]) == 1
+    assert "broken.txt" in capsys.readouterr().err
+
+
+def test_dreambooth_draws_its_class_once(here, capsys):
+    own = {"instance_prompt": "sks cat face", "class_prompt": "cat face", "class_images": 3, "class_steps": 3}
+    path = write(here, dreambooth=own)
+    assert main(["dreambooth", str(path)]) == 0
+    with safe_open(here / "run" / "generated.safetensors", framework="pt") as file:
+        assert file.get_tensor("latents").shape == (3, 16, 8, 8)
+    metadata = load_adapter(here / "run" / "noto style.safetensors").metadata
+    assert metadata["modelspec.trigger_phrase"] == "sks cat face"
+    assert json.loads(metadata["styleinject.data"])["prior"]["images"] == 3
+    written = (here / "run" / "generated.safetensors").stat().st_mtime_ns
+    assert main(["dreambooth", str(write(here, dreambooth=own, train={"steps": 5}))]) == 0
+    assert (here / "run" / "generated.safetensors").stat().st_mtime_ns == written
+    picture_folder(here / "class", 2, captions=False)
+    given = {**own, "class_folder": "class"}
+    assert main(["dreambooth", str(write(here, dreambooth=given, output={"folder": "given"}))]) == 0
+    assert not (here / "given" / "generated.safetensors").exists()
+
+
+def test_distil_without_and_with_pictures(here, capsys):
+    (here / "prompts.txt").write_text("red apple\ncat face\n\n")
+    (here / "teacher.txt").write_text("apple\ncat\n")
+    table = {"prompts": "prompts.txt", "sampling_steps": 2, "images_per_prompt": 2}
+    no_pictures = {"data": {"folder": ""}, "teacher": {"path": "demo:noto"}}
+    assert main(["distill", str(write(here, **no_pictures, distil=table))]) == 0
+    metadata = load_adapter(here / "run" / "noto style.safetensors").metadata
+    assert metadata["styleinject.objective"] == "distil"
+    assert metadata["styleinject.teacher"] == "demo:noto"
+
+    unshared = {**table, "teacher_prompts": "teacher.txt", "shared_text_encoder": False}
+    assert main(["distill", str(write(here, **no_pictures, distil=unshared, output={"folder": "unshared"}))]) == 0
+    assert main(["distill", str(write(here, teacher={"path": "demo:noto"}, output={"folder": "pictures too"}))]) == 0
+    capsys.readouterr()
+
+    (here / "teacher.txt").write_text("apple\n")
+    assert main(["distill", str(write(here, **no_pictures, distil=unshared, output={"folder": "x"}))]) == 1
+    assert "distil.prompts has 2 lines, distil.teacher_prompts 1" in capsys.readouterr().err
+    wrong = {**table, "shared_text_encoder": False, "feature_weight": 1.0}
+    assert main(["distill", str(write(here, **no_pictures, distil=wrong, output={"folder": "x"}))]) == 1
+    assert "feature_weight: with text encoders that are not shared only outputs are compared" in capsys.readouterr().err
+
+
+def test_shards(here):
+    import tarfile
+
+    with tarfile.open(here / "set-0.tar", "w") as tar:
+        for path in sorted((here / "pictures").iterdir()):
+            tar.add(path, path.name)
+    changes = {"data": {"folder": "", "shards": "set-{0..0}.tar", "bucket_step": 64}}
+    assert main(["train", str(write(here, **changes))]) == 0
+    assert load_adapter(here / "run" / "noto style.safetensors").metadata["styleinject.steps"] == "3"
+
+
+def test_two_processes_are_one_with_twice_the_batch(here):
+    pytest.importorskip("accelerate")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    exact = {"dtype": "float32"}
+    single = write(here, train={"batch_size": 4}, output={"folder": "one", **exact})
+    assert main(["train", str(single)]) == 0
+    double = write(here, train={"batch_size": 2}, output={"folder": "two", **exact})
+    # what `accelerate launch` starts for several GPUs; on CPUs it wants MPI instead
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+              "--rdzv_endpoint", "127.0.0.1:0", "-m", "styleinject_core.cli", "train", str(double)]  # fmt: skip
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 images a step" in done.stdout
+    one, two = (load_adapter(here / name / "noto style.safetensors").state_dict() for name in ("one", "two"))
+    changed = [key for key in one if key.endswith("B")]  # zero before training
+    difference = torch.cat([(one[key] - two[key]).flatten() for key in changed]).norm()
+    assert difference < 0.01 * torch.cat([one[key].flatten() for key in changed]).norm()  # AdamW magnifies rounding
+    losses = [
+        [json.loads(line)["loss"] for line in (here / name / "loss.jsonl").read_text().splitlines()] for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_models_that_are_none(here, capsys):
+    (here / "empty").mkdir()
+    (here / "model.ckpt").write_bytes(b"x")
+    (here / "model.safetensors").write_bytes(b"x")
+    for path, message in [("nowhere", "no such file or folder"), ("empty", "model empty: cannot be loaded"),
+                          ("model.ckpt", "expected a diffusers folder or a .safetensors file"),
+                          ("model.safetensors", "set model.config"), ("demo:apple", "demo style 'apple': expected one of")]:  # fmt: skip
+        assert main(["train", str(write(here, model={"path": path}))]) == 1
+        assert message in capsys.readouterr().err
