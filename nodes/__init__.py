@@ -8,6 +8,13 @@ from . import paths
 from .apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjectStrength
 from .demo import StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
 from .load import StyleInjectInfo, StyleInjectLoader
+from .router_plots import (
+    StyleInjectRouterCompare,
+    StyleInjectRouterHeatmap,
+    StyleInjectRouterLayers,
+    StyleInjectRouterMap,
+    StyleInjectRouterTimeline,
+)
 from .router_record import StyleInjectLoadRouterTrace, StyleInjectRouterMonitor, StyleInjectRouterTrace
 from .weights import StyleInjectLayerWeights
 
@@ -21,6 +28,11 @@ NODES: list[type[io.ComfyNode]] = [
     StyleInjectRouterMonitor,
     StyleInjectRouterTrace,
     StyleInjectLoadRouterTrace,
+    StyleInjectRouterHeatmap,
+    StyleInjectRouterTimeline,
+    StyleInjectRouterLayers,
+    StyleInjectRouterMap,
+    StyleInjectRouterCompare,
     StyleInjectDemoModel,
     StyleInjectDemoPrompt,
     StyleInjectDemoDecode,

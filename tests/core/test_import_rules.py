@@ -12,13 +12,14 @@ CORE = ROOT / "styleinject_core"
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 OPTIONAL = {
     "diffusers": {"demo/model.py", "train/pipeline.py"},
-    "matplotlib": {"demo/pictures.py", "train/watch.py"},
+    "matplotlib": {"demo/pictures.py", "train/watch.py", "router/canvas.py"},
     "tqdm": {"demo/run.py", "train/watch.py", "commands/build.py"},
     "PIL": {"demo/data.py", "commands/run.py", "train/images.py"},
     "numpy": {"demo/data.py", "train/images.py"},
     "peft": set(),
     "accelerate": {"train/parallel.py"},
-    "sklearn": set(),
+    "sklearn": {"router/embedding.py"},
+    "umap": {"router/embedding.py"},
     "transformers": set(),
     "bitsandbytes": {"train/optimizers.py"},
     "schedulefree": {"train/optimizers.py"},
@@ -28,6 +29,7 @@ OPTIONAL = {
 ORDER = ["config", "layers", "selector", "adapter", "functional", "override", "attach", "files", "hosts", "summary",
          "router", "train", "demo", "commands", "cli"]  # fmt: skip
 FUNCTIONAL_SEES = {"layers", "functional"}
+PICTURES = {"analysis.py", "embedding.py", "canvas.py", "plots.py"}  # of the router: they see traces and nothing else
 
 
 def imports(path: Path):
@@ -68,6 +70,8 @@ def test_the_core_knows_no_host_program_and_keeps_its_order(path):
             assert ORDER.index(target) <= ORDER.index(part), f"{relative} imports {target}, which comes later"
             if part == "functional":
                 assert target in FUNCTIONAL_SEES, f"{relative} imports {target}"
+            if part == "router" and path.name in PICTURES:
+                assert inside and f"{name}.py" in {"trace.py", *PICTURES} | {".py"}, f"{relative} imports {module}"
 
 
 @pytest.mark.parametrize("path", files(ROOT / "nodes"), ids=lambda p: p.relative_to(ROOT).as_posix())

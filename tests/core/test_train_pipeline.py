@@ -1,0 +1,136 @@
+"""Training Stable Diffusion models from diffusers: tiny ones with random weights, in a folder and in a single file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+from PIL import Image
+
+from styleinject_core import Adapter, AdapterConfig, load_adapter
+from styleinject_core.cli import main
+from styleinject_core.hosts.architectures import describe
+from styleinject_core.train.draws import Draws
+from styleinject_core.train.pipeline import ModelError, PipelineModel
+from styleinject_core.train.settings import TrainSettings
+from styleinject_core.train.source import LatentSource
+from styleinject_core.train.tasks import FineTune
+
+
+CPU = torch.device("cpu")
+
+
+def tokenizer(folder):
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(c) for c in range(97, 123)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=16)
+
+
+def text_encoder(width, projection=False):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(vocab_size=60, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                            max_position_embeddings=16, bos_token_id=0, eos_token_id=1, projection_dim=width)  # fmt: skip
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def save_pipeline(folder, xl=False):
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    common = {"sample_size": 8, "block_out_channels": (32, 32), "layers_per_block": 1, "attention_head_dim": 2, **blocks}
+    vae = AutoencoderKL(block_out_channels=(32, 32), latent_channels=4, norm_num_groups=32,
+                        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction")
+    parts = {"vae": vae, "scheduler": scheduler, "tokenizer": tokenizer(folder.parent / "tokenizer")}
+    if xl:
+        unet = UNet2DConditionModel(**common, cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+                                    projection_class_embeddings_input_dim=6 * 8 + 16)  # fmt: skip
+        pipeline = StableDiffusionXLPipeline(unet=unet, text_encoder=text_encoder(16), text_encoder_2=text_encoder(16, True),
+                                             tokenizer_2=parts["tokenizer"], **parts)  # fmt: skip
+    else:
+        unet = UNet2DConditionModel(**common, cross_attention_dim=16)
+        pipeline = StableDiffusionPipeline(unet=unet, text_encoder=text_encoder(16), safety_checker=None,
+                                           feature_extractor=None, requires_safety_checker=False, **parts)  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {"sd": save_pipeline(folder / "tiny-sd"), "xl": save_pipeline(folder / "tiny-xl", xl=True)}
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pipeline_trains(models, kind, dtype):
+    model = PipelineModel.load(models[kind], CPU, dtype)
+    assert model.schedule.prediction_type == "v_prediction"
+    prompts = model.encode_text(["a cat", "dog"])
+    assert ("pooled" in prompts) == (kind == "xl")
+    latents = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert latents.shape == (2, 4, 16, 16)
+    assert model.decode(latents).shape == (2, 3, 32, 32)
+    adapter = Adapter.create(model.denoiser, AdapterConfig(r=2, n_styles=2, target_modules=("to_q", "to_v")))
+    source = LatentSource(list(latents), prompts, batch_size=2)
+    task = FineTune(model, source, TrainSettings(batch_size=2, caption_dropout=0.5), model.encode_text([""]))
+    with task.installed(adapter):
+        task.loss(Draws(0, 0)).backward()
+    gradients = [p.grad for layer in adapter.layers.values() for p in (layer.B, layer.hyper_weight)]
+    assert all(g is not None and g.dtype == torch.float32 and g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_its_pictures_depend_on_prompt_and_seed(models, kind):
+    model = PipelineModel.load(models[kind], CPU, torch.float32)
+    first, second = model.sample(["a cat", "a cat"], 16, seed=3, steps=2)
+    assert first.shape == (4, 8, 8)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(model.sample(["a cat"], 16, seed=4, steps=2)[0], second)
+    assert model.pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_the_command_on_a_pipeline(models, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(3):
+        Image.new("RGB", (64, 64 + 64 * (k == 2)), (80 * k, 0, 90)).save(pictures / f"{k}.png")
+        (pictures / f"{k}.txt").write_text("a cat")
+    config = tmp_path / "c.toml"
+    config.write_text(f"""
+        model.path = {json.dumps(str(models["sd"]))}
+        data = {{ folder = "pictures", resolution = 64 }}
+        adapter = {{ rank = 2, styles = 2 }}
+        train = {{ steps = 2, sample_every = 2, gradient_checkpointing = true }}
+        output = {{ folder = "run", prompts = ["a cat"] }}
+    """)
+    assert main(["train", str(config)]) == 0
+    metadata = load_adapter(tmp_path / "run" / "adapter.safetensors").metadata
+    assert metadata["styleinject.base"] == "tiny-sd"
+    assert metadata["modelspec.prediction_type"] == "v_prediction"
+    assert str(models["sd"].parent) not in json.dumps(metadata)
+    assert (tmp_path / "run" / "samples" / "step-000002.png").exists()
+    assert describe(load_adapter(tmp_path / "run" / "adapter.safetensors"))
+
+
+def test_what_is_no_pipeline(models, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30"}')
+    with pytest.raises(ModelError, match="cannot be loaded|expected Stable Diffusion"):
+        PipelineModel.load(tmp_path, CPU, torch.float32)
