@@ -17,7 +17,8 @@ from ..adapter import Adapter
 from ..demo.training import DemoTrainingModel
 from ..files.format import atomic_save
 from ..train.data import ImageFolder
-from ..train.model import Conditioning, TextToImageModel, joined, tensors_hash
+from ..train.metadata import made_by
+from ..train.model import Conditioning, TextToImageModel, joined
 from ..train.parallel import Processes, launched_device
 from ..train.pipeline import PipelineModel
 from ..train.source import FolderSource, LatentSource, Source, StreamSource
@@ -54,20 +55,11 @@ class Job:
 
     def metadata(self) -> dict[str, str]:
         """How the adapter was made, for its file: ModelSpec fields and our own, no paths."""
-        config, plan = self.config, self.task.plan()
-        own = {
-            "modelspec.architecture": f"{self.model.architecture}/{config.adapter.method}",
-            "modelspec.implementation": "https://arxiv.org/abs/2401.13942",
-            "modelspec.prediction_type": self.model.schedule.prediction_type,
-            "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
-            "styleinject.objective": self.task.objective,
-            "styleinject.base": self.model.name,
-            "styleinject.base_hash": tensors_hash(p.flatten()[:64] for p in self.model.denoiser.parameters()),
-            "styleinject.data": json.dumps({key: plan[key] for key in ("data", "prior", "validation") if key in plan}),
-            "styleinject.settings": json.dumps(config.train.result_fields()),
-        }
-        if isinstance(self.task, Distil):
-            own["styleinject.teacher"] = self.task.teacher.name  # type: ignore[attr-defined]
+        config = self.config
+        teacher = config.teacher.path if isinstance(config, DistilConfig) else ""
+        made = (self.model.architecture, config.adapter.method, self.model.name, Path(teacher).stem)
+        own = made_by(self.task, config.train, *made)
+        own["modelspec.resolution"] = f"{config.data.resolution}x{config.data.resolution}"
         if isinstance(config, DreamBoothConfig):
             own["modelspec.trigger_phrase"] = config.dreambooth.instance_prompt
         given = {"title": config.output.title or config.output.name}

@@ -71,7 +71,7 @@ def test_the_core_knows_no_host_program_and_keeps_its_order(path):
             if part == "functional":
                 assert target in FUNCTIONAL_SEES, f"{relative} imports {target}"
             if part == "router" and path.name in PICTURES:
-                assert inside and f"{name}.py" in {"trace.py", *PICTURES} | {".py"}, f"{relative} imports {module}"
+                assert inside and f"{name}.py" in {"trace.py", *PICTURES}, f"{relative} imports {module}"
 
 
 @pytest.mark.parametrize("path", files(ROOT / "nodes"), ids=lambda p: p.relative_to(ROOT).as_posix())
