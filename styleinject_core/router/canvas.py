@@ -1,0 +1,130 @@
+"""The look that all pictures of the router share, and the one place of this package that imports matplotlib.
+
+Sized for a node in a graph, 800 pixels wide. Colours can be told apart by colour-blind readers: Okabe-Ito for styles
+(hatched from the ninth on), viridis for amounts. Whatever comes from a file is written as plain text, never as mathtext.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INK, PAPER, FAINT, ALERT = "#1b1f24", "#ffffff", "#6b727c", "#b04a00"
+STYLE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#9a9a9a")  # Okabe-Ito
+_HATCHES = ("", "////", "....", "xxxx")
+WIDTH, DPI = 8.0, 100
+_RC: Any = {
+    "text.parse_math": False,
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.edgecolor": "#c4c9cf",
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+class MissingPackageError(ImportError):
+    """An optional package is not installed; the message says how to install it."""
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """matplotlib's settings for our pictures, whatever the user's are. Raises MissingPackageError."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingPackageError("the router's pictures need matplotlib: pip install matplotlib") from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_RC)
+        yield
+
+
+def picture(draw: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Make a function that returns a matplotlib figure one that returns its pixels, (H, W, 3) in [0, 1]."""
+
+    @wraps(draw)
+    def drawn(*args: Any, **kwargs: Any) -> Tensor:
+        with look():
+            return _pixels(draw(*args, **kwargs))
+
+    return drawn
+
+
+def figure(height: float, title: str, subtitle: str = "", alert: str = "") -> Any:
+    """An empty figure with its title, what is shown, and what the reader must know, at the top."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor=PAPER, layout="constrained")
+    layout: Any = drawn.get_layout_engine()
+    layout.set(rect=(0.01, 0.01, 0.98, 0.98 - (0.58 + 0.22 * bool(alert)) / height))
+    drawn.text(0.5, 1 - 0.12 / height, shortened(title, 74), ha="center", va="top", fontsize=14, fontweight="bold")
+    drawn.text(0.5, 1 - 0.39 / height, shortened(subtitle, 110), ha="center", va="top", fontsize=10.5, color=FAINT)
+    if alert:
+        drawn.text(0.5, 1 - 0.61 / height, shortened(alert, 110), ha="center", va="top", fontsize=10.5, color=ALERT)
+    return drawn
+
+
+def style_look(index: int) -> dict[str, Any]:
+    """Colour and hatch of a style, the same in every picture."""
+    count = len(STYLE_COLORS)
+    return {"facecolor": STYLE_COLORS[index % count], "hatch": _HATCHES[index // count % len(_HATCHES)], "edgecolor": PAPER}
+
+
+def patch(**values: Any) -> Any:
+    """A filled rectangle for a legend."""
+    from matplotlib.patches import Patch
+
+    return Patch(**values)
+
+
+def colour_map() -> Any:
+    """viridis for amounts, grey where there is none."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"].with_extremes(bad="#d8dbe0")
+
+
+def shortened(text: str, length: int) -> str:
+    """The text on one line, cut in the middle where it is longer."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - length // 3 - 1]}…{text[len(text) - length // 3 :]}"
+
+
+def save(image: Tensor, path: str | Path) -> None:
+    """Write pixels (H, W, 3) in [0, 1] as PNG; the file appears whole or not at all."""
+    from matplotlib.image import imsave
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    imsave(temporary, (image * 255).round().to(torch.uint8).numpy(), format="png")
+    temporary.replace(path)
+
+
+def batch(images: list[Tensor]) -> Tensor:
+    """Pictures of any size as one IMAGE (N, H, W, 3), the smaller ones on white."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    out = torch.ones(len(images), height, width, 3)
+    for canvas, image in zip(out, images, strict=True):
+        canvas[: image.shape[0], : image.shape[1]] = image
+    return out
+
+
+def _pixels(drawn: Any) -> Tensor:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    rgba = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).view(height, width, 4)
+    return rgba[..., :3].float() / 255
