@@ -14,6 +14,7 @@ STRENGTH_RANGE = {"min": -10.0, "max": 10.0, "step": 0.05, "round": 0.001}
 
 AdapterType = io.Custom("STYLEINJECT_ADAPTER")  # a styleinject_core.Adapter
 TraceType = io.Custom("STYLEINJECT_TRACE")  # a monitor.Monitor, or a sequence of the core's RouterTrace
+RouterControlType = io.Custom("STYLEINJECT_ROUTER_CONTROL")  # a sequence of the core's Rule
 LayerWeightsType = io.Custom("STYLEINJECT_LAYER_WEIGHTS")  # text in the core's layer weight language
 
 
