@@ -6,8 +6,9 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import paths
 from .apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjectStrength
-from .demo import StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
+from .demo import StyleInjectDemoDataset, StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
 from .load import StyleInjectInfo, StyleInjectLoader
+from .router_control import StyleInjectRouterControl, StyleInjectStyleMixer
 from .router_plots import (
     StyleInjectRouterCompare,
     StyleInjectRouterHeatmap,
@@ -16,6 +17,10 @@ from .router_plots import (
     StyleInjectRouterTimeline,
 )
 from .router_record import StyleInjectLoadRouterTrace, StyleInjectRouterMonitor, StyleInjectRouterTrace
+from .router_styles import StyleInjectNameStyles, StyleInjectStyleGrid, StyleInjectStyleSheet
+from .train import StyleInjectDistil, StyleInjectDreamBooth, StyleInjectTrain
+from .train_options import StyleInjectTrainOptions
+from .train_output import StyleInjectLossPlot, StyleInjectSave
 from .weights import StyleInjectLayerWeights
 
 NODES: list[type[io.ComfyNode]] = [
@@ -33,9 +38,21 @@ NODES: list[type[io.ComfyNode]] = [
     StyleInjectRouterLayers,
     StyleInjectRouterMap,
     StyleInjectRouterCompare,
+    StyleInjectRouterControl,
+    StyleInjectStyleMixer,
+    StyleInjectStyleGrid,
+    StyleInjectStyleSheet,
+    StyleInjectNameStyles,
+    StyleInjectTrain,
+    StyleInjectDreamBooth,
+    StyleInjectDistil,
+    StyleInjectTrainOptions,
+    StyleInjectSave,
+    StyleInjectLossPlot,
     StyleInjectDemoModel,
     StyleInjectDemoPrompt,
     StyleInjectDemoDecode,
+    StyleInjectDemoDataset,
 ]
 
 

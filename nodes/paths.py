@@ -1,4 +1,5 @@
-"""Where adapter files are: models/styleinject with the demo's own, and models/loras under "loras/"."""
+"""Where adapter files are: models/styleinject with the demo's own, models/loras under "loras/", and what was trained here,
+output/styleinject, under "output/"."""
 
 from __future__ import annotations
 
@@ -11,26 +12,37 @@ import folder_paths
 from ..styleinject_core.demo.data import ADAPTERS as DEMO_ADAPTERS
 
 FOLDER = "styleinject"
+TRAINED = "styleinject"  # in the output folder
 SUFFIX = ".safetensors"
 _LORAS = "loras"
+_TRAINED_FOLDER = "styleinject_trained"  # ComfyUI's name for it
+_PREFIXES = {_LORAS: "loras/", _TRAINED_FOLDER: "output/"}
 
 
 def register_folder() -> None:
-    """Make models/styleinject known to ComfyUI, beside the folders that extra_model_paths.yaml may have named already.
+    """Make models/styleinject known to ComfyUI, beside the folders that extra_model_paths.yaml may have named already, and
+    output/styleinject.
 
     The last folder looked in is the pack's own, with the adapters of the embedded demo model.
     """
     default = os.path.join(folder_paths.models_dir, FOLDER)
     folder_paths.add_model_folder_path(FOLDER, default)
     folder_paths.add_model_folder_path(FOLDER, str(DEMO_ADAPTERS))
-    folders, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (folders, {SUFFIX})  # without it every kind of file would be listed
+    folder_paths.add_model_folder_path(_TRAINED_FOLDER, str(trained_folder()))
+    for name in (FOLDER, _TRAINED_FOLDER):
+        folders, _ = folder_paths.folder_names_and_paths[name]
+        folder_paths.folder_names_and_paths[name] = (folders, {SUFFIX})  # without it every kind of file would be listed
     with contextlib.suppress(OSError):  # a read-only installation keeps its adapters elsewhere
         os.makedirs(default, exist_ok=True)
 
 
+def trained_folder() -> Path:
+    """Where training runs and saved adapters go; not created."""
+    return Path(folder_paths.get_output_directory()) / TRAINED
+
+
 def adapter_names() -> list[str]:
-    """Every adapter file by the name workflows keep: "/" between folders, models/loras under "loras/"."""
+    """Every adapter file by the name workflows keep: "/" between folders, "loras/" and "output/" before what is there."""
     return list(_files())
 
 
@@ -74,8 +86,12 @@ def problem(name: str | None) -> str | None:
 def _files() -> dict[str, tuple[str, str]]:
     """Name in workflows -> (ComfyUI's folder name, its own spelling of the file there)."""
     own = {native.replace(os.sep, "/"): (FOLDER, native) for native in _listed(FOLDER)}
-    loras = {f"{_LORAS}/{native.replace(os.sep, '/')}": (_LORAS, native) for native in _listed(_LORAS)}
-    return own | {name: file for name, file in loras.items() if name not in own}
+    others = {
+        prefix + native.replace(os.sep, "/"): (folder, native)
+        for folder, prefix in _PREFIXES.items()
+        for native in _listed(folder)
+    }
+    return own | {name: file for name, file in others.items() if name not in own}
 
 
 def _listed(folder: str) -> list[str]:
@@ -83,7 +99,7 @@ def _listed(folder: str) -> list[str]:
 
 
 def _folders() -> str:
-    return " or ".join(path for folder in (FOLDER, _LORAS) for path in folder_paths.get_folder_paths(folder))
+    return " or ".join(path for folder in (FOLDER, *_PREFIXES) for path in folder_paths.get_folder_paths(folder))
 
 
 def _choices(names: list[str]) -> str:

@@ -35,8 +35,8 @@ def adapter_name_input() -> io.Combo.Input:
     return io.Combo.Input(
         "adapter_name",
         options=paths.adapter_names(),
-        tooltip="A StyleInject adapter or a LoRA (.safetensors) from models/styleinject; those from models/loras are "
-        'listed with "loras/" before their name. Press R after adding files.',
+        tooltip="A StyleInject adapter or a LoRA (.safetensors) from models/styleinject. Those from models/loras are "
+        'listed with "loras/" before their name, trained ones with "output/". Press R after adding files.',
     )
 
 

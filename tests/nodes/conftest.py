@@ -19,6 +19,7 @@ from typing import Any
 import comfyui
 import pytest
 import tiny_model
+import training
 from pack_loader import Pack, load_pack
 
 
@@ -77,7 +78,7 @@ def run_node(pack: Pack) -> Callable[..., tuple]:
         for name, spec in specs.get("required", {}).items():
             options = spec[1] if len(spec) > 1 else {}
             if name not in inputs and "default" in options:
-                inputs[name] = options["default"]
+                inputs[name] = [options["default"]] if node.INPUT_IS_LIST else options["default"]
         unknown = set(inputs) - set(specs.get("required", {})) - set(specs.get("optional", {}))
         if unknown:
             raise TypeError(f"{node_id} has no input {sorted(unknown)}")
@@ -107,6 +108,33 @@ def sample() -> Callable[..., Any]:
 def conditioning() -> Callable[..., list]:
     """``conditioning(seed=0, batch=1, tokens=77)``: see ``tiny_model.conditioning``."""
     return tiny_model.conditioning
+
+
+@pytest.fixture
+def trained_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pack: Pack) -> Path:
+    """Where training writes in this test: output/styleinject in a folder of its own, where the loader looks too."""
+    import folder_paths
+
+    folder = tmp_path / "styleinject"
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "styleinject_trained", ([str(folder)], {".safetensors"}))
+    return folder
+
+
+@pytest.fixture
+def train(run_node: Callable[..., tuple], conditioning: Callable[..., list], trained_folder: Path) -> Callable[..., tuple]:
+    """``train("StyleInjectDistil", model=..., options={...}, ...)``: run a training node, StyleInjectTrain by default, on
+    a few random latents and with the settings of ``training.SMALL``."""
+
+    def run(node: str = "StyleInjectTrain", /, *, options: dict[str, Any] | None = None, **inputs: Any) -> tuple:
+        given = {"conditioning": conditioning(0), **training.SMALL, **inputs}
+        if node != "StyleInjectDistil":
+            given.setdefault("latents", training.latents())
+        if options is not None:
+            given["options"] = run_node("StyleInjectTrainOptions", **options)[0]
+        return run_node(node, **training.as_lists(given))
+
+    return run
 
 
 @pytest.fixture(autouse=True)

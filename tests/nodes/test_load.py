@@ -65,7 +65,7 @@ def test_adapters_that_come_with_the_pack_fit_the_demo_model(pack, run_node) -> 
     shipped = sorted(path.name for path in pack.submodule("nodes.paths").DEMO_ADAPTERS.glob("*.safetensors"))
     assert shipped
     assert set(shipped) <= set(pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"])
-    (demo,) = run_node("StyleInjectDemoModel")
+    demo, _ = run_node("StyleInjectDemoModel")
     for name in shipped:
         (adapter,) = run_node("StyleInjectLoader", adapter_name=name)
         _, report = run_node("StyleInjectApply", model=demo, adapter=adapter)

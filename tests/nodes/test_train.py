@@ -1,0 +1,229 @@
+"""The training nodes inside ComfyUI: what they learn, and that they leave everything else as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from random_adapters import close, random_adapter
+from training import assert_clean, latents, mean, same
+
+
+@pytest.fixture(scope="module")
+def model(tiny_unet_model):
+    return tiny_unet_model()
+
+
+def test_it_learns_and_the_model_stays_as_it_was(model, sample, train, run_node, trained_folder) -> None:
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    plain = sample(model)
+    adapter, losses, step = train(model=model, steps=30, layers="conv", rank=4, learning_rate=1e-2)
+    assert step == 30 and len(losses.losses) == 30
+    assert mean(losses.losses[-5:]) < 0.8 * mean(losses.losses[:5])
+    assert all(torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
+    assert torch.equal(sample(model), plain)
+    assert_clean(model)
+    patched, report = run_node("StyleInjectApply", model=model, adapter=adapter)
+    assert "rough: " in report and not close(sample(patched), plain, 0.01)
+    assert sorted(path.name for path in (trained_folder / "rough").iterdir()) == [
+        "loss.jsonl", "resume.state", "rough.safetensors", "step-000030.safetensors"]  # fmt: skip
+    (loaded,) = run_node("StyleInjectLoader", adapter_name="output/rough/rough.safetensors")
+    assert set(loaded.names) == set(adapter.names) and loaded.metadata["styleinject.steps"] == "30"
+    assert loaded.metadata["modelspec.architecture"] == "SD15/styleinject"
+    assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in adapter.parameters())
+
+
+def test_the_loader_lists_adapters_only(model, train, pack) -> None:
+    train(model=model, options={"checkpoint_every": 2})
+    listed = [name for name in pack.submodule("nodes.paths").adapter_names() if name.startswith("output/")]
+    assert listed == ["output/rough/rough.safetensors", "output/rough/step-000002.safetensors", "output/rough/step-000004.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("styleinject", {"A", "B", "router_weight", "router_bias", "hyper_weight", "hyper_bias"}),
+        ("lora", {"A", "B"}),
+        ("dma-only", {"A", "B", "router_weight", "router_bias"}),
+        ("sta-only", {"A", "B", "router_weight", "router_bias", "hyper_weight", "hyper_bias"}),
+    ],
+)
+def test_methods(model, train, method, parts) -> None:
+    adapter, _, _ = train(model=model, method=method, steps=1)
+    layer = next(iter(adapter.layers.values()))
+    assert set(layer.tensors()) == parts
+    assert layer.A.shape[:2] == (1 if method in ("lora", "sta-only") else 2, 2)
+    assert adapter.metadata["modelspec.architecture"].endswith(f"/{method}")
+    trained = [name for name, tensor in layer.tensors().items() if name != "A" and tensor.abs().max() > 0]
+    assert "B" in trained
+
+
+def test_an_interrupt_keeps_what_was_reached_and_goes_on_bit_for_bit(model, sample, train, trained_folder, monkeypatch) -> None:
+    import comfy.model_management
+    import comfy.utils
+
+    plain = sample(model)
+    whole, history, _ = train(model=model, steps=8, name="whole")
+
+    def hook(value: int, total: int, *_args: Any, **_others: Any) -> None:
+        if value >= 3:
+            comfy.model_management.interrupt_current_processing(True)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(model=model, steps=8)
+    comfy.model_management.interrupt_current_processing(False)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
+    assert_clean(model)
+    assert torch.equal(sample(model), plain)
+    assert [path.name for path in (trained_folder / "rough").glob("*.safetensors")] == ["step-000003.safetensors"]
+    resumed, losses, step = train(model=model, steps=8)
+    assert step == 8 and losses.losses == history.losses
+    assert same(resumed, whole)
+    assert not (trained_folder / "rough_2").exists()
+
+
+def test_a_run_of_the_same_name(model, train, trained_folder) -> None:
+    """The same settings: it is taken as it is, or goes on. Others: a numbered run, or an error that says what differs."""
+    first, _, _ = train(model=model)
+    again, losses, step = train(model=model)
+    assert same(first, again) and step == 4 and len(losses.losses) == 4
+    longer, _, step = train(model=model, steps=6)
+    assert step == 6 and longer.name == "rough" and not same(longer, first)
+    other, _, _ = train(model=model, rank=3)
+    assert other.name == "rough_2"
+    assert train(model=model, rank=3)[0].name == "rough_2"
+    assert train(model=model, steps=6)[0].name == "rough"
+    with pytest.raises(ValueError, match=r"adapter\.r: was 3, is 5"):
+        train(model=model, rank=5, options={"existing_run": "go on"})
+    assert train(model=model, rank=3, options={"existing_run": "new"})[0].name == "rough_3"
+    with pytest.raises(ValueError, match="no run named 'fine' in output/styleinject"):
+        train(model=model, name="fine", options={"existing_run": "go on"})
+    assert sorted(path.name for path in trained_folder.iterdir()) == ["rough", "rough_2", "rough_3"]
+
+
+def test_another_model_is_another_run(model, tiny_unet_model, train) -> None:
+    train(model=model, steps=1)
+    assert train(model=tiny_unet_model(seed=5), steps=1)[0].name == "rough_2"
+
+
+def test_nan_stops_with_the_step_and_the_last_checkpoint(pack, model, sample, train, trained_folder) -> None:
+    plain = sample(model)
+    broken = {"samples": latents()["samples"].clone()}
+    broken["samples"][2] = torch.nan
+    order = pack.submodule("styleinject_core.train.buckets").BatchOrder
+    seed = next(seed for seed in range(100) if order([(8, 8)] * 4, 1, seed).batch(2) == [2])
+    with pytest.raises(RuntimeError, match=r"loss became nan at step 3 of 4: lower the learning rate\. The last checkpoint is step 2, in rough"):
+        train(model=model, latents=broken, batch_size=1, options={"checkpoint_every": 1, "seed": seed})
+    assert_clean(model)
+    assert torch.equal(sample(model), plain)
+    assert (trained_folder / "rough" / "step-000002.safetensors").exists()
+
+
+def test_an_adapter_that_cannot_be_saved_is_still_there(model, train, run_node, trained_folder) -> None:
+    train(model=model, steps=2)
+    (trained_folder / "rough" / "rough.safetensors").unlink()
+    (trained_folder / "rough" / "rough.safetensors").mkdir()
+    adapter, _, step = train(model=model)
+    assert step == 4 and adapter.name == "rough"
+    (name,) = run_node("StyleInjectSave", adapter=adapter, filename_prefix="elsewhere")
+    assert (trained_folder / name.removeprefix("output/")).is_file()
+
+
+def test_prompts_and_images_of_every_form(model, train, conditioning) -> None:
+    """A batch, a list, and several sizes; one prompt, a list of prompts, several in one CONDITIONING, prompts of other lengths."""
+    several = [conditioning(k)[0] for k in range(4)]  # as ConditioningCombine makes them
+    batch, _, _ = train(model=model, conditioning=several, name="a")
+    singles = [{"samples": latents()["samples"][k : k + 1]} for k in range(4)]
+    lists, _, _ = train(model=model, latents=singles, conditioning=[[entry] for entry in several], name="b")
+    assert same(batch, lists)
+    tensors = torch.cat([entry[0] for entry in several])
+    pooled = torch.cat([entry[1]["pooled_output"] for entry in several])
+    rows, _, _ = train(model=model, conditioning=[[tensors, {"pooled_output": pooled}]], name="c")
+    assert same(batch, rows)
+    mixed = [latents(2), latents(2, height=12)]
+    lengths = [conditioning(0), conditioning(1, tokens=154), conditioning(2), conditioning(3)]
+    assert train(model=model, latents=mixed, conditioning=lengths, name="d", empty=conditioning(9))[2] == 4
+
+
+def _with(extra: dict[str, Any], conditioning: list) -> list:
+    return [[tensor, {**extras, **extra}] for tensor, extras in conditioning]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"prompts": 3}, "conditioning: 3 prompts for 4 images; expected as many, or one for all"),
+        ({"extra": {"control": object()}}, "conditioning: prompt 1 has a ControlNet"),
+        ({"extra": {"mask": torch.ones(1, 8, 8)}}, "conditioning: prompt 1 has a mask"),
+        ({"latents": {"samples": torch.zeros(0, 4, 8, 8)}}, "latents: no images"),
+        ({"latents": {"samples": torch.zeros(1, 16, 8, 8)}}, "latent 1 has 16 channels, this model takes 4"),
+        ({"name": "../other"}, "name: expected a name for a folder"),
+        ({"layers": "to_z"}, "'to_z' matches none"),
+        ({"options": {"validation_images": 4}}, "validation_images: 4 of 4 images leave none to train on"),
+        ({"options": {"optimizer": "prodigy"}}, "pip install prodigyopt"),
+    ],
+)
+def test_bad_input(model, train, conditioning, inputs, message, trained_folder) -> None:
+    inputs = dict(inputs)
+    prompts = [conditioning(k)[0] for k in range(inputs.pop("prompts", 1))]
+    prompts = _with(inputs.pop("extra", {}), prompts)
+    with pytest.raises((ValueError, ImportError), match=message):
+        train(model=model, conditioning=prompts, **inputs)
+    assert_clean(model)
+    assert not list(trained_folder.rglob("*.safetensors"))
+
+
+def test_validation_images_are_never_trained_on_and_choose_the_best(model, train, trained_folder) -> None:
+    options = {"validation_images": 2, "validate_every": 1, "patience": 3}
+    adapter, losses, step = train(model=model, steps=40, learning_rate=1.0, options=options)
+    measured = dict(losses.validation)
+    assert len(measured) < 40, "it stops early"
+    assert measured[step] == min(measured.values()) and adapter.metadata["styleinject.steps"] == str(step)
+
+
+def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, sample) -> None:
+    """An adapter that is on the model stays and is frozen, also where blocks run again in the backward pass."""
+    first = random_adapter(pack, model, "to_q", "conv", name="ink")
+    patched, _ = run_node("StyleInjectApply", model=model, adapter=first)
+    before = sample(patched)
+    plain, _, _ = train(model=model, name="plain")
+    beside, _, _ = train(model=patched, name="beside")
+    again, _, _ = train(model=patched, name="again", options={"gradient_checkpointing": True})
+    assert not close(beside.layers[beside.names[0]].B, plain.layers[beside.names[0]].B, 0.01)
+    for name in beside.names:
+        torch.testing.assert_close(again.layers[name].B, beside.layers[name].B, rtol=1e-3, atol=1e-5)
+    assert torch.equal(sample(patched), before)
+    assert_clean(model)
+    part, _ = run_node("StyleInjectApply", model=model, adapter=first, end_percent=0.5)
+    with pytest.raises(ValueError, match='adapter "ink" is on this model for 0% to 50% of sampling'):
+        train(model=part)
+
+
+def test_save_and_its_metadata(pack, model, train, run_node, trained_folder) -> None:
+    adapter, _, _ = train(model=model, steps=1)
+    about = {"title": "Rough ink", "author": "me", "trigger_phrase": "rough ink", "description": "", "license": "MIT"}
+    names = [run_node("StyleInjectSave", adapter=adapter, filename_prefix="mine/ink", dtype="float32", **about)[0] for _ in range(2)]
+    assert names == ["output/mine/ink_00001_.safetensors", "output/mine/ink_00002_.safetensors"]
+    (loaded,) = run_node("StyleInjectLoader", adapter_name=names[0])
+    assert same(loaded, adapter)
+    assert loaded.metadata["modelspec.title"] == "Rough ink" and loaded.metadata["modelspec.license"] == "MIT"
+    assert "modelspec.description" not in loaded.metadata
+    assert loaded.metadata["styleinject.objective"] == "fine-tune"
+    with pytest.raises(Exception, match="outside the output folder"):
+        run_node("StyleInjectSave", adapter=adapter, filename_prefix="../../escaped")
+
+
+def test_loss_plot(model, train, run_node) -> None:
+    pytest.importorskip("matplotlib")
+    _, losses, _ = train(model=model)
+    (image,) = run_node("StyleInjectLossPlot", losses=losses)
+    assert image.ndim == 4 and image.shape[-1] == 3 and 0 <= image.min() < image.max() <= 1
+
+
+def test_the_options_node_has_the_defaults_that_hold_without_it(pack, run_node) -> None:
+    (options,) = run_node("StyleInjectTrainOptions")
+    assert options == pack.submodule("nodes.train_options").TrainOptions()
