@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from comfy_api.latest import io
 
 from ..styleinject_core import Adapter, load_adapter
 from ..styleinject_core.hosts.architectures import describe
+from ..styleinject_core.router.control import Rule
 from . import paths
 from .injection import Injection, model_title
 from .patcher import ModelPatcher, apply_adapter, injections_of, set_strength
-from .schema import AdapterType, LayerWeightsType, adapter_name_input, schema, strength_input
+from .schema import AdapterType, LayerWeightsType, RouterControlType, adapter_name_input, schema, strength_input
 
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
 
@@ -63,6 +66,11 @@ class StyleInjectApply(io.ComfyNode):
                     tooltip="Strengths for groups of layers, from StyleInject "
                     "Layer Weights. They multiply the strengths above.",
                 ),
+                RouterControlType.Input(
+                    "control",
+                    optional=True,
+                    tooltip="What steers the style router, from StyleInject Router Control or Style Mixer.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
@@ -84,6 +92,7 @@ class StyleInjectApply(io.ComfyNode):
         end_percent: float,
         layers: str,
         layer_weights: str = "",
+        control: Sequence[Rule] = (),
     ) -> io.NodeOutput:
         patched, injection = apply_adapter(
             model,
@@ -95,6 +104,7 @@ class StyleInjectApply(io.ComfyNode):
             layer_weights=layer_weights or "",
             start_percent=start_percent,
             end_percent=end_percent,
+            control=control or (),
         )
         return io.NodeOutput(patched, report(patched, injection))
 
@@ -171,6 +181,8 @@ def report(model: ModelPatcher, injection: Injection) -> str:
         f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
         f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
     ]
+    if injection.control:
+        lines.append(f"  router steered by {len(injection.control)} control(s)")
     names = [other.applied.adapter.name for other in injections_of(model)[:-1]]
     if names:
         lines.append(f"  beside {', '.join(names)}")

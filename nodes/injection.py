@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..styleinject_core import AdapterMismatchError, Applied, Attachment, MatchReport
 from ..styleinject_core.hosts.architectures import describe
 from ..styleinject_core.override import HostProgram
+from ..styleinject_core.router.control import Rule, Steering
 
 KEY = "styleinject"
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module it wraps
@@ -86,16 +87,19 @@ class Injection:
     Args:
         applied: the adapter with its strengths; its parameters are the ones ComfyUI loads and offloads.
         start_percent, end_percent: the part of the sampling schedule, 0 to 1; by noise level, as ControlNet has it.
+        control: what steers its router.
 
     Raises:
-        ValueError: percents outside of 0 to 1, or a start after the end.
+        ValueError: percents outside of 0 to 1, or a start after the end; a control that does not fit the adapter.
     """
 
     applied: Applied
     start_percent: float = 0.0
     end_percent: float = 1.0
-    _attached: WeakKeyDictionary[nn.Module, Attachment] = field(default_factory=WeakKeyDictionary, repr=False)
-    _bounds: WeakKeyDictionary[nn.Module, tuple[float, float]] = field(default_factory=WeakKeyDictionary, repr=False)
+    control: tuple[Rule, ...] = ()
+    steering: Steering | None = field(init=False, default=None, repr=False)
+    _attached: WeakKeyDictionary[nn.Module, Attachment] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
+    _bounds: WeakKeyDictionary[nn.Module, dict] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
 
     def __post_init__(self) -> None:
         for label in ("start_percent", "end_percent"):
@@ -106,18 +110,27 @@ class Injection:
             raise ValueError(
                 f"{self.applied.adapter.name}: start_percent {self.start_percent} is after end_percent {self.end_percent}"
             )
+        if self.control:
+            object.__setattr__(self, "steering", Steering(self.control, self.applied.adapter))
 
     def active(self, model: nn.Module, timestep: Tensor) -> bool:
         """Whether the adapter takes part at this noise level: percent_to_sigma(end) <= sigma <= percent_to_sigma(start)."""
         if self.applied.strength == 0 or (self.applied.dma == 0 and self.applied.sta == 0):
             return False
-        if self.start_percent == 0 and self.end_percent == 1:
-            return True
+        return self._within(model, timestep, self.start_percent, self.end_percent)
+
+    def active_rules(self, model: nn.Module, timestep: Tensor) -> list[bool]:
+        """The same for each rule of the control."""
+        return [self._within(model, timestep, rule.start_percent, rule.end_percent) for rule in self.control]
+
+    def _within(self, model: nn.Module, timestep: Tensor, start: float, end: float) -> bool:
+        if start == 0 and end == 1:
+            return True  # without reading the timestep, which would wait for the device
         sampling = model.model_sampling
-        if sampling not in self._bounds:
-            percents = (self.end_percent, self.start_percent)
-            self._bounds[sampling] = tuple(_float32(sampling.percent_to_sigma(percent)) for percent in percents)
-        lowest, highest = self._bounds[sampling]
+        bounds = self._bounds.setdefault(sampling, {})
+        if (start, end) not in bounds:
+            bounds[start, end] = tuple(_float32(sampling.percent_to_sigma(percent)) for percent in (end, start))
+        lowest, highest = bounds[start, end]
         return lowest <= _float32(timestep.flatten()[0]) <= highest
 
     def attachment(self, model: nn.Module) -> Attachment:
@@ -154,8 +167,9 @@ class Injection:
 class ApplyModelWrapper:
     """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters: all of them, in one place."""
 
-    def __init__(self, injections: Iterable[Injection]):
+    def __init__(self, injections: Iterable[Injection], outside: Any = None):
         self.injections = tuple(injections)
+        self.outside = outside  # a sampling.Pass for calls that no sampling run makes
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         model, x, timestep = executor.class_obj, args[0], args[1]
@@ -164,7 +178,7 @@ class ApplyModelWrapper:
         if patcher is None or self not in patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
             return executor(*args, **kwargs)
         options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
-        now = options.get(KEY)  # a sampling.Pass, where the model is monitored or steered
+        now = options.get(KEY, self.outside)  # a sampling.Pass, where the model is monitored or steered
         with ExitStack() as installed:
             for injection in self.injections:
                 if injection.active(model, timestep):
@@ -172,7 +186,7 @@ class ApplyModelWrapper:
                     attachment.program.images = x.shape[0]
                     installed.enter_context(attachment)
                     if now is not None:
-                        installed.enter_context(now.routed(injection, attachment, x, timestep, options.get("cond_or_uncond")))
+                        installed.enter_context(now.routed(injection, model, x, timestep, options))
             return executor(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:

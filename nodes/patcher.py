@@ -6,6 +6,7 @@ model, so that ComfyUI loads, counts, and offloads them like its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import nn
 
 from ..styleinject_core import Adapter, Applied
 from ..styleinject_core.layers import LayerAdapter
+from ..styleinject_core.router.control import Rule
 from .injection import KEY, ApplyModelWrapper, Injection, select_adapters
 from .monitor import Monitor
-from .sampling import SampleWrapper, calc_cond_batch_wrapper
+from .sampling import Pass, SampleWrapper, calc_cond_batch_wrapper
 
 _CACHE = "_comfyui_patchers"
 
@@ -36,6 +38,7 @@ def apply_adapter(
     layer_weights: str = "",
     start_percent: float = 0.0,
     end_percent: float = 1.0,
+    control: Sequence[Rule] = (),
 ) -> tuple[ModelPatcher, Injection]:
     """A clone of `model` with one more adapter; `model` and `adapter` stay as they are.
 
@@ -43,12 +46,13 @@ def apply_adapter(
         The clone, and the adapter as it is on it.
 
     Raises:
-        ValueError: a strength that is no finite number, percents out of order (from Applied, Injection).
+        ValueError: a strength that is no finite number, percents out of order, a control for another adapter (from Applied,
+            Injection).
         AdapterMismatchError, SelectorError: the adapter does not fit the model, or a selector matches nothing.
     """
     weights = managed_weights(adapter, model)
     applied = Applied(weights.model, strength, dma, sta, layers, layer_weights)
-    injection = Injection(applied, start_percent, end_percent)
+    injection = Injection(applied, start_percent, end_percent, tuple(control))
     injection.attachment(model.model)  # what does not fit is said now, not in mid-sampling
     clone = _with_injections(model, (*injections_of(model), injection))
     held = clone.get_additional_models_with_key(KEY)
@@ -70,9 +74,7 @@ def set_strength(model: ModelPatcher, adapter_name: str, strength: float) -> Mod
     """
     present = injections_of(model)
     chosen = select_adapters(present, adapter_name)
-    rescaled = (
-        Injection(replace(i.applied, strength=strength), i.start_percent, i.end_percent) if i in chosen else i for i in present
-    )
+    rescaled = (replace(i, applied=replace(i.applied, strength=strength)) if i in chosen else i for i in present)
     return _with_injections(model, tuple(rescaled))
 
 
@@ -147,8 +149,9 @@ def _with_injections(
 ) -> ModelPatcher:
     """A clone with these adapters; its monitors stay unless others are given."""
     monitors = _monitors_of(model) if monitors is None else monitors
-    wrappers: dict[str, Any] = {WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections)}
-    if monitors:
+    steered = any(injection.control for injection in injections)
+    wrappers: dict[str, Any] = {WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections, Pass(None) if steered else None)}
+    if monitors or steered:
         wrappers[WrappersMP.OUTER_SAMPLE] = SampleWrapper(injections, monitors)
         wrappers[WrappersMP.CALC_COND_BATCH] = calc_cond_batch_wrapper
     clone = model.clone()

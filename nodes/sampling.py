@@ -8,16 +8,16 @@ without router control has neither wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..styleinject_core import Attachment
-from ..styleinject_core.router.tap import tapped
+from ..styleinject_core.router.tap import Steer, tapped
 from .injection import KEY, Injection
 from .monitor import Monitor
 
@@ -38,6 +38,8 @@ class Run:
         self.guider, self.sigmas, self.steps = guider, sigmas, max(1, len(sigmas) - 1)
         model, gpu = guider.model_patcher.model, guider.model_patcher.load_device.type != "cpu"
         self.observations = [o for monitor in monitors for o in monitor.observe(injections, model, self.steps, gpu)]
+        self.memory: dict[Any, Tensor] = {}  # what router controls hold for the length of the run
+        self._warned = False
         self._seen: dict[int, int] = {}  # observation -> calls that the live feed has shown
 
     def roles(self, conds: Sequence[Any]) -> tuple[str, ...]:
@@ -51,6 +53,16 @@ class Run:
             found.append(names.pop() if len(names) == 1 and None not in names else f"cond {place}")
         return tuple(found)
 
+    def warn_of_unknown_rows(self, injection: Injection) -> None:
+        """Say once that a control for one prompt has no effect on rows that nobody can tell apart."""
+        if not self._warned and any(rule.role != "all" for rule in injection.control):
+            self._warned = True
+            logging.warning(
+                "StyleInject: another node has rearranged the batch; router controls of %s for the positive or the negative "
+                "prompt alone have no effect",
+                injection.applied.adapter.name,
+            )
+
     def stepped(self, step: int) -> None:
         """Show what has happened since the last step in the browser."""
         for place, observation in enumerate(self.observations):
@@ -62,7 +74,7 @@ class Run:
 
     def close(self, result: Tensor | None, label: str) -> None:
         """Hand what was recorded to the monitors; `result` is None where the run did not come to its end."""
-        self.guider = None
+        self.guider, self.memory = None, {}
         for observation in self.observations:
             observation.feed.close(result is not None)
         for monitor in {id(o.monitor): o.monitor for o in self.observations}.values():
@@ -75,9 +87,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Pass:
-    """What is being worked out for a run: the roles of the conditionings by their index, and the images of each."""
+    """What is being worked out for a run: the roles of the conditionings by their index, and the images of each.
 
-    run: Run
+    Without a run, for model calls that no sampler makes, there is nothing to record, and nothing is known of the rows.
+    """
+
+    run: Run | None
     roles: tuple[str, ...] = ()
     images: int = 0
 
@@ -90,13 +105,21 @@ class Pass:
 
     @contextmanager
     def routed(
-        self, injection: Injection, attachment: Attachment, x: Tensor, sigma: Tensor, cond_or_uncond: Sequence[int] | None
+        self, injection: Injection, model: nn.Module, x: Tensor, timestep: Tensor, options: Mapping[str, Any]
     ) -> Iterator[None]:
-        """Record one adapter for the length of one model call."""
-        roles = self.of_rows(x.shape[0], cond_or_uncond)
-        observed = [o.recorder for o in self.run.observations if o.injection is injection]
-        calls = [recorder.begin(roles, sigma.flatten()[0]) for recorder in observed]
-        with tapped(attachment.sites[0], [call for call in calls if call is not None]):
+        """Steer and record one adapter for the length of one model call; `options` are the call's transformer_options."""
+        roles, sigma = self.of_rows(x.shape[0], options.get("cond_or_uncond")), timestep.flatten()[0]
+        observed = [] if self.run is None else [o.recorder for o in self.run.observations if o.injection is injection]
+        calls = [recorder.begin(roles, sigma) for recorder in observed]
+        steers: dict[str, Steer] = {}
+        if injection.steering is not None:
+            if roles == (UNKNOWN,) and self.run is not None:
+                self.run.warn_of_unknown_rows(injection)
+            ids = options.get("uuids") or ()
+            keys = [(id(injection), ids[k] if len(ids) == len(roles) else (role, k)) for k, role in enumerate(roles)]
+            memory = {} if self.run is None else self.run.memory
+            steers = injection.steering.steers(injection.active_rules(model, timestep), roles, keys, sigma, memory)
+        with tapped(injection.attachment(model).sites[0], [call for call in calls if call is not None], steers):
             yield
         for recorder, call in zip(observed, calls, strict=True):
             recorder.end(call)
@@ -138,7 +161,7 @@ def calc_cond_batch_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     options = arguments[4, "model_options"]
     transformer_options = options.get("transformer_options", {})
     now = transformer_options.get(KEY)
-    if isinstance(now, Pass):
+    if isinstance(now, Pass) and now.run is not None:
         now = replace(now, roles=now.run.roles(arguments[1, "conds"]), images=arguments[2, "x_in"].shape[0])
         arguments[4, "model_options"] = {**options, "transformer_options": {**transformer_options, KEY: now}}
     return executor(*arguments.args, **arguments.kwargs)

@@ -6,7 +6,8 @@ Sized for a node in a graph, 800 pixels wide. Colours can be told apart by colou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -118,6 +119,23 @@ def batch(images: list[Tensor]) -> Tensor:
     for canvas, image in zip(out, images, strict=True):
         canvas[: image.shape[0], : image.shape[1]] = image
     return out
+
+
+@picture
+def contact_sheet(images: Sequence[tuple[str, Tensor]], title: str, columns: int = 0) -> Any:
+    """Images (H, W, 3) in [0, 1] with their labels on one sheet; 0 columns make it about square."""
+    columns = columns or math.ceil(len(images) ** 0.5)
+    rows = -(-len(images) // columns)
+    cell = WIDTH / columns
+    shape = max(image.shape[0] / image.shape[1] for _, image in images)
+    drawn = figure(rows * (cell * shape + 0.3) + 0.7, title or "Styles")
+    axes = drawn.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (label, image) in zip(axes.flat, images, strict=False):
+        axis.imshow(image[..., :3].float().clamp(0, 1).cpu().numpy(), interpolation="lanczos")
+        axis.set_title(shortened(label, max(6, int(cell * 11))))
+    return drawn
 
 
 def _pixels(drawn: Any) -> Tensor:
