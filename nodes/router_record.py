@@ -41,6 +41,7 @@ class StyleInjectRouterMonitor(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # else ComfyUI may answer with another monitor's cached output, which is shown in that node
         )
 
     @classmethod

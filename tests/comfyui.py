@@ -1,4 +1,4 @@
-"""Find the ComfyUI that the tests in ``tests/nodes`` and ``tests/server`` run against.
+"""Find the ComfyUI that the tests in ``tests/nodes``, ``tests/server`` and ``tests/browser`` run against.
 
 Looked for, in this order:
 
@@ -8,8 +8,8 @@ Looked for, in this order:
 4. comfy-cli's default workspace;
 5. a shallow clone of the oldest supported version, kept in the user's cache folder.
 
-``tests/nodes`` imports ComfyUI into the Python that runs pytest. ``tests/server`` starts a server with the
-Python named by ``COMFYUI_PYTHON``, or with the one that runs pytest.
+``tests/nodes`` imports ComfyUI into the Python that runs pytest. ``tests/server`` and ``tests/browser`` start a
+server with the Python named by ``COMFYUI_PYTHON``, or with the one that runs pytest.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import chromium
 
 REPO = Path(__file__).resolve().parent.parent
 CLONE_URL = "https://github.com/Comfy-Org/ComfyUI"
@@ -224,7 +226,7 @@ def problem(tier: Tier) -> str:
         absent = [name for name in PRESENT_FOR_CLIENT if importlib.util.find_spec(name) is None]
         if absent:
             return f"{sys.executable}, which runs the tests, lacks {', '.join(absent)}"
-    return ""
+    return chromium.problem() if tier == "browser" else ""
 
 
 def summary_lines(tiers: tuple[Tier, ...]) -> list[str]:

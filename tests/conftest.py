@@ -15,7 +15,7 @@ TESTS = Path(__file__).resolve().parent
 # The helper modules (comfyui, checkpoints, tiny_model, client, ...) are imported by name. Appended, so that
 # they can never hide a module of ComfyUI; the test folders are not packages, because then the repository
 # itself, whose __init__.py is ComfyUI's entry, would be taken for the outermost package.
-for folder in (TESTS, TESTS / "server"):
+for folder in (TESTS, TESTS / "server", TESTS / "browser"):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

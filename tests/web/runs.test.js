@@ -44,8 +44,9 @@ test("bytes are (roles, layers, styles), 255 is no value", () => {
 
 test("roles may differ from step to step", () => {
   const runs = new Runs();
-  runs.receive(message({ columns: [0], roles: ["positive"] }));
+  runs.receive(message({ columns: [0], roles: ["area", "positive"] }));
   const run = runs.receive(message({ columns: [1], roles: ["negative", "positive"], value: 254 }));
+  assert.deepEqual(run.roles(), ["positive", "area", "negative"]);
   assert.equal(run.value(0, "positive", 1, 1), 0.5);
   assert.ok(Number.isNaN(run.value(0, "negative", 1, 1)));
   assert.equal(run.value(1, "positive", 1, 1), 1);

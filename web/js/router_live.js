@@ -13,7 +13,7 @@ import { Runs } from "./router/runs.js";
 const NODE = "StyleInjectRouterMonitor";
 const EVENT = "styleinject.router";
 const SIZE = [420, 400]; // of a new node, in the canvas's pixels
-const MIN_HEIGHT = 230; // of the panel
+const MIN_HEIGHT = 260; // of the panel
 
 /** @typedef {import("./router/runs.js").Run} Run */
 

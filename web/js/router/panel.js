@@ -16,7 +16,7 @@ const EXPORT_WIDTH = 1000;
 const EXPORT_LOOK = { text: "#222222", background: "#ffffff", empty: "#eeeeee", size: 14 };
 
 const STYLE = `
-.styleinject-router { display: flex; flex-direction: column; gap: 4px; min-height: 230px; box-sizing: border-box;
+.styleinject-router { display: flex; flex-direction: column; gap: 4px; min-height: 260px; box-sizing: border-box;
   padding: 2px; font: 11px sans-serif; color: var(--input-text, #ddd); overflow: hidden; }
 .styleinject-router .bar { display: flex; flex-wrap: wrap; gap: 4px; }
 .styleinject-router :is(select, input, button) { font: inherit; color: inherit; height: 22px; padding: 0 4px; min-width: 0;

@@ -70,9 +70,10 @@ export class Run {
     this.end = message.end ?? this.end;
   }
 
-  /** Every role that some step has, in order of appearance. */
+  /** Every role that some step has, the positive prompt first. */
   roles() {
-    return [...new Set([...this.columns.values()].flatMap((column) => column.roles))];
+    const roles = [...new Set([...this.columns.values()].flatMap((column) => column.roles))];
+    return roles.sort((a, b) => Number(b === "positive") - Number(a === "positive"));
   }
 
   /**
