@@ -1,4 +1,4 @@
-"""The command line: styleinject init | info | demo | train | dreambooth | distill."""
+"""The command line: styleinject init | info | demo | plot | train | dreambooth | distill."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .adapter import Adapter
+from .commands.plot import KINDS
 from .config import ROUTER_POOLS, STA_FORMS, AdapterConfig
 from .files import AdapterFileError, load_adapter, save_adapter
 from .hosts.architectures import ARCHITECTURES
 from .layers import UnsupportedLayerError
+from .router.embedding import METHODS
+from .router.plots import VIEWS
 from .selector import SelectorError
 from .summary import as_text, summarize
 from .train.loop import TrainingError
@@ -60,6 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-train", action="store_true", help="use the adapter that ships with the demo")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
+
+    plot = commands.add_parser("plot", help="draw what a router did, from saved traces")
+    plot.add_argument("traces", type=Path, nargs="+", metavar="TRACE.safetensors", help="several share a map; two are compared")
+    plot.add_argument("--out", type=Path, default=Path("styleinject_plots"), help="folder for the pictures")
+    plot.add_argument("--kind", action="append", choices=KINDS, help="only this picture; may be given again (default: all)")
+    plot.add_argument("--role", help='of this prompt only: "positive", "negative"')
+    plot.add_argument("--image", type=int, help="of this image of the batch only, from 1")
+    plot.add_argument("--layers", default="all", help='layer selector, as in "up & cross"')
+    plot.add_argument("--view", choices=VIEWS, default=VIEWS[0], help="of the heat map")
+    plot.add_argument("--method", choices=METHODS, default=METHODS[0], help="of the map")
+    plot.set_defaults(run=_plot)
+
     for name, help_text in (
         ("train", "fine-tune an adapter on images and captions"),
         ("dreambooth", "learn one subject from a few images"),
@@ -105,6 +120,23 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo.run import run
 
     run(options.out, options.style, steps=options.steps, train=not options.no_train, seed=options.seed)
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from .commands import plot
+
+    written = plot.run(
+        options.traces,
+        options.out,
+        options.kind or (),
+        role=options.role,
+        image=None if options.image is None else options.image - 1,
+        layers=options.layers,
+        view=options.view,
+        method=options.method,
+    )
+    print("\n".join(map(str, written)))
     return 0
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
     folder = RunFolder(job.out, job.metadata(), job.dtype)
     if processes.is_main:
         print(_heading(job))
-    with _stopping_on_termination(), _Watch(job) as watch:
+    with _Stop() as stop, _Watch(job, stop) as watch:
         result = train(job.adapter, job.task, config.train, run=folder, observer=watch, processes=processes)
         watch.plot()
     if processes.is_main:
@@ -61,9 +59,9 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
 class _Watch(ProgressBar):
     """The progress bar, and what appears in the run's folder meanwhile: loss.png, samples/, TensorBoard's events."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, stop: _Stop):
         super().__init__(job.config.train.steps)
-        self.job, self.started = job, False
+        self.job, self.stop, self.started = job, stop, False
         self.folder = RunFolder(job.out)
         self.plotted = time.monotonic()
         self.board: Any = None
@@ -87,6 +85,8 @@ class _Watch(ProgressBar):
                 self.board.add_scalar("validation loss", progress.validation, progress.step)
         if time.monotonic() - self.plotted > PLOT_EVERY:
             self.plot()
+        if self.job.processes.any(self.stop.requested):  # all of them stop after the same step
+            raise KeyboardInterrupt
 
     def plot(self) -> None:
         """Write loss.png from the loss file."""
@@ -179,18 +179,24 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{max(1, minutes)} min"
 
 
-@contextmanager
-def _stopping_on_termination() -> Iterator[None]:
-    """SIGTERM stops a run as Ctrl-C does: with a checkpoint."""
+class _Stop:
+    """Ctrl-C and SIGTERM ask to stop after the step at hand, so that its checkpoint is whole; a second one stops at once."""
 
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self.requested = False
 
-    former = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
+    def __enter__(self) -> _Stop:
+        self._former = {kind: signal.signal(kind, self._request) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _request(self, *_: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *_: Any) -> None:
+        for kind, handler in self._former.items():
+            signal.signal(kind, handler)
 
 
 def _quiet() -> None:

@@ -161,7 +161,8 @@ class _Loop:
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.waited = 0  # measurements since the best one
         self.saved_at = 0
-        self.torn = False  # in the optimiser's step: some parameters are a step ahead of others
+        self.position = task.state_dict()  # in the data, after the last whole step
+        self.torn = False  # between the optimiser's step and the end of what belongs to it
         self.seconds: float | None = None
 
     # the run on disk
@@ -180,6 +181,7 @@ class _Loop:
         self.optimizer.load_state_dict(parts["optimizer"])
         self.scaler.load_state_dict(parts["scaler"])
         self.task.load_state_dict(parts["task"])
+        self.position = parts["task"]
         if parts["best"] is not None:
             self.result.best_step, value, tensors = parts["best"]
             self.best = (value, tensors)
@@ -199,7 +201,7 @@ class _Loop:
             "adapter": self.adapter.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "task": self.task.state_dict(),
+            "task": self.position,
             "best": best,
             "waited": self.waited,
         }
@@ -249,7 +251,6 @@ class _Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.result.step += 1
-        self.torn = False
         self.result.losses.append(value)
         line: dict[str, Any] = {"step": self.result.step, "loss": value, "rate": rate}
         if settings.validate_every and self.result.step % settings.validate_every == 0:
@@ -257,6 +258,8 @@ class _Loop:
         if self.run is not None:
             with self._surviving("loss"):
                 self.run.append(line)
+        self.position = self.task.state_dict()
+        self.torn = False
         if settings.sample_every and self.result.step % settings.sample_every == 0 and self.processes.is_main:
             with evaluating(self.optimizer), torch.no_grad():
                 self.observer.sample(self.result.step)

@@ -66,7 +66,7 @@ def launched_processes() -> Processes:
         raise ImportError("training in several processes needs a package: pip install accelerate") from error
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes == 1:
-        raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate connected one process: check its launcher")
+        raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate found one process: check its launcher")
     return Processes(state.process_index, state.num_processes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -146,9 +147,9 @@ def test_train_stop_and_go_on(here, capsys, monkeypatch):
     pressed = run_module._Watch.progress
 
     def interrupt(self, progress):
-        pressed(self, progress)
         if progress.step == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
+        pressed(self, progress)
 
     monkeypatch.setattr(run_module._Watch, "progress", interrupt)
     assert main(["train", str(here / "config.toml")]) == 130

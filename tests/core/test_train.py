@@ -43,11 +43,11 @@ class Restyle:
             yield
 
     def loss(self, draws):
+        self.seen += 1
         happening = self.fail_at.pop(draws.index, None)
         if isinstance(happening, BaseException):
             raise happening
         noise = draws.normal(self.x)
-        self.seen += 1
         loss = (self.host["to_q"](self.x + 0.01 * noise) - self.target).square().mean()
         return loss * (happening if happening is not None else 1.0)
 
@@ -129,7 +129,7 @@ def test_resume_is_exact(task, tmp_path, optimizer, stop):
     folder, other = RunFolder(tmp_path / "parts"), Restyle()
     watch = Observer()
     if stop == "exception":
-        other.fail_at = {2 * 17: MemoryError("out of memory")}
+        other.fail_at = {2 * 17 + 1: MemoryError("out of memory")}  # in the middle of a step
         with pytest.raises(MemoryError):
             train(other.adapter(), other, settings, run=folder)
     else:
