@@ -10,7 +10,7 @@ from client import Client
 
 EVENT = "styleinject.router"
 EXTENSION = "ComfyUI-StyleInject"
-TIMEOUT = 60_000  # milliseconds
+TIMEOUT = 180_000  # milliseconds; the editor alone takes a minute to start on a busy machine
 # The last thing the editor does at its start is to open the workflow of the last time, or the default one.
 READY = """() => {
   const graph = window.app?.canvas && (window.app.rootGraph ?? window.app.graph);

@@ -99,6 +99,7 @@ export class Panel {
         this._tell();
       });
     }
+    this._canvas.addEventListener("pointerenter", () => this._redraw()); // sharp again, if the editor's zoom has changed
     this._resized.observe(this._canvas);
   }
 
