@@ -63,7 +63,7 @@ class LiveFeed:
     """
 
     def __init__(self, node_id: str, adapter: str, layers: Sequence[str], styles: Sequence[str]) -> None:
-        self._server = _server()
+        self._server = running_server()
         self._client: str | None = getattr(self._server, "client_id", None)
         self._names = {"layers": list(layers), "styles": list(styles)}
         self._constant = {
@@ -167,7 +167,7 @@ class LiveFeed:
         return message
 
 
-def _server() -> Any:
+def running_server() -> Any:
     """ComfyUI's running server, None where ComfyUI is used without one.
 
     A server that runs has been imported; importing it here would bring it into programs that have none.

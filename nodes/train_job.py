@@ -25,7 +25,7 @@ from ..styleinject_core.train.tasks import FineTune
 from . import paths
 from .patcher import ModelPatcher
 from .train_data import PIXELS_PER_LATENT, Encoder, Prompt, draw, flat_prompts
-from .train_model import ComfyTrainingModel, Loaded
+from .train_model import ComfyTrainingModel, Loaded, with_lasting_weights
 from .train_options import DTYPES, TrainOptions
 from .train_run import Outcome, check_name, new_adapter, train_in_folder
 
@@ -81,8 +81,10 @@ class Job:
         options = self.options
         table = AdapterTable(self.method, self.rank, self.styles, options.alpha, targets, options.router_pool, options.sta)
         self.config = table.config()
+        self.model = with_lasting_weights(self.model)
         self.student = ComfyTrainingModel(self.model)
         if self.teacher is not None:
+            self.teacher = with_lasting_weights(self.teacher)
             self.master = ComfyTrainingModel(self.teacher)
         self.encoder = Encoder(self.model)
 

@@ -124,8 +124,18 @@ class ComfyTrainingModel(TrainingModel):
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         self._program.images = len(noisy)
         named = {key: value.to(self.device) for key, value in conditioning.items()}
-        x0 = self.patcher.model.apply_model(noisy, times, transformer_options=self._options(times), **named)
+        try:
+            x0 = self._denoised(noisy, times, named)
+        except comfy.model_management.InterruptProcessingException:
+            if torch.is_grad_enabled():
+                raise
+            # In a validation: an optimiser's step without what belongs to it could not be saved. Stop after it instead.
+            x0 = self._denoised(noisy, times, named)
+            comfy.model_management.interrupt_current_processing(True)
         return prediction_of(self.schedule, x0, noisy, times)
+
+    def _denoised(self, noisy: Tensor, times: Tensor, named: Conditioning) -> Tensor:
+        return self.patcher.model.apply_model(noisy, times, transformer_options=self._options(times), **named)
 
     def _options(self, sigmas: Tensor) -> dict[str, Any]:
         """What comfy.samplers passes along: the MODEL's attention patches and wrappers."""
@@ -192,6 +202,16 @@ class Loaded:
                 management.in_training = in_training
             for model in self.models:
                 model.patcher.cleanup()
+
+
+def with_lasting_weights(patcher: ModelPatcher) -> ModelPatcher:
+    """A MODEL whose weights stay where they are while it runs.
+
+    The dynamic patchers of newer versions lend a layer its weights for the length of one operation; the backward pass
+    needs them later. Of such a one this is a clone without that, its own copy of the weights included.
+    """
+    is_dynamic = getattr(patcher, "is_dynamic", None)
+    return patcher.clone(disable_dynamic=True) if is_dynamic is not None and is_dynamic() else patcher
 
 
 def leave_inference_mode(module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from ..styleinject_core.train.settings import TrainSettings
 from ..styleinject_core.train.tasks import FineTune
 from ..styleinject_core.train.watch import figure_pixels, loss_figure
 from . import paths
+from .live import running_server
 from .train_options import GO_ON, MUST_GO_ON
 
 LossType = io.Custom("STYLEINJECT_LOSS")  # a LossHistory
@@ -86,9 +87,9 @@ def open_run(name: str, existing: str, plan: dict[str, Any]) -> RunFolder:
             with suppress(CheckpointError):
                 folder.load_state(plan)
                 return folder
-        for left in there:
-            if not any(left.glob("*.safetensors")) and not (left / "resume.state").exists():
-                return RunFolder(left)  # it ended before its first checkpoint
+        for left in map(RunFolder, there):
+            if not left.state_file.exists() and not any(left.path.glob("*.safetensors")):
+                return left  # it ended before its first checkpoint
     return RunFolder(path)
 
 
@@ -149,9 +150,7 @@ class Watch(Observer):
 
     def say(self, text: str) -> None:
         """A line of text in the node."""
-        from server import PromptServer
-
-        server = getattr(PromptServer, "instance", None)
+        server = running_server()
         if server is not None and self.node_id is not None:
             server.send_progress_text(text, self.node_id)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -183,6 +184,29 @@ def test_validation_images_are_never_trained_on_and_choose_the_best(model, train
     measured = dict(losses.validation)
     assert len(measured) < 40, "it stops early"
     assert measured[step] == min(measured.values()) and adapter.metadata["styleinject.steps"] == str(step)
+
+
+def test_an_interrupt_in_a_validation_ends_the_run_after_it(model, train, trained_folder) -> None:
+    import comfy.model_management
+
+    management, calls = comfy.model_management, []
+
+    def hook(*_: Any) -> None:  # newer versions look for an interrupt inside of a model call
+        if not torch.is_grad_enabled():
+            calls.append(len(calls))
+            management.interrupt_current_processing(len(calls) == 2)
+            management.throw_exception_if_processing_interrupted()
+
+    handle = model.model.diffusion_model.register_forward_hook(hook)
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            train(model=model, options={"validation_images": 2, "validate_every": 1})
+    finally:
+        handle.remove()
+        management.interrupt_current_processing(False)
+    history = [json.loads(line) for line in (trained_folder / "rough" / "loss.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history] == [1, 2] and all("validation" in line for line in history)
+    assert (trained_folder / "rough" / "step-000002.safetensors").exists()
 
 
 def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, sample) -> None:

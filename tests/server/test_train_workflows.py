@@ -1,0 +1,80 @@
+"""Training in a running ComfyUI: the committed workflows, cut short, and a training that is interrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import Client, Event, Prompt
+from comfy_process import ComfyProcess
+
+TRAINING = {"train_fine_tune.json": "line_art", "train_dreambooth.json": "my_owl", "train_distill.json": "distilled_line_art"}
+NODES = ("StyleInjectTrain", "StyleInjectDreamBooth", "StyleInjectDistil")
+
+
+@pytest.fixture
+def short(example: Callable[[str], Prompt]) -> Callable[..., Prompt]:
+    """``short("train_fine_tune.json", steps=4)``: a committed workflow, made to run in seconds."""
+
+    def load(name: str, **changes: Any) -> Prompt:
+        graph = example(name)
+        for node in graph.values():
+            inputs = node["inputs"]
+            if node["class_type"] in NODES:
+                inputs |= {"steps": 4, "batch_size": 2, **({"class_images": 2} if "class_images" in inputs else {}), **changes}
+            elif node["class_type"] == "StyleInjectTrainOptions":
+                inputs |= {"sampling_steps": 2, "picture_every": 2}
+            elif node["class_type"] == "StyleInjectDemoDataset":
+                inputs |= {"count": 4}
+            elif node["class_type"] == "KSampler":
+                inputs |= {"steps": 2}
+        return graph
+
+    return load
+
+
+def losses(server: ComfyProcess, name: str) -> list[dict[str, float]]:
+    lines = (Path(server.base) / "output" / "styleinject" / name / "loss.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_training_workflows_run(client: Client, server: ComfyProcess, short, name: str) -> None:
+    folder = server.base / "output" / "styleinject" / TRAINING[name]
+    run = client.queue(short(name))
+    assert [line["step"] for line in losses(server, TRAINING[name])] == [1, 2, 3, 4]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    text = " ".join(run.shown("text"))
+    assert f"Saved as output/styleinject/{TRAINING[name]}/{TRAINING[name]}.safetensors" in text and "loss" in text
+    assert run.binary_messages > 0, "no live picture"
+    drawn = [image for image in run.images if image["type"] == "output"]
+    assert len(drawn) == sum(node["class_type"] == "SaveImage" for node in short(name).values())
+    listed = client.object_info("StyleInjectLoader")["StyleInjectLoader"]["input"]["required"]["adapter_name"]
+    assert f"output/{TRAINING[name]}/{TRAINING[name]}.safetensors" in json.dumps(listed)
+
+
+def test_an_interrupted_training_says_where_it_is_and_goes_on(client: Client, server: ComfyProcess, short) -> None:
+    graph = short("train_fine_tune.json", steps=400, name="stopped")
+    (training,) = [key for key, node in graph.items() if node["class_type"] in NODES]
+
+    def interrupt(event: Event) -> None:
+        if event.type == "progress" and event.data.get("node") == training and event.data["value"] >= 3:
+            client.interrupt()
+
+    assert client.queue(graph, on_event=interrupt).interrupted
+    reached = losses(server, "stopped")[-1]["step"]
+    assert 3 <= reached < 400
+    assert f"Stopped at step {reached}. Queue again to go on from output/styleinject/stopped." in server.log()
+    resumed: list[int] = []
+
+    def stop_soon(event: Event) -> None:
+        if event.type == "progress" and event.data.get("node") == training:
+            resumed.append(event.data["value"])
+            client.interrupt()
+
+    assert client.queue(graph, on_event=stop_soon).interrupted
+    assert resumed[0] > reached, "it began anew"
+    assert [line["step"] for line in losses(server, "stopped")] == list(range(1, losses(server, "stopped")[-1]["step"] + 1))
