@@ -286,6 +286,26 @@ def test_hypertile_and_token_routers(pack, model, run_node, sample, traces_of):
     torch.testing.assert_close(trace.probabilities.sum(-1), torch.ones(trace.probabilities.shape[:-1]))
 
 
+def test_a_compiled_layer_is_recorded_and_steered_without_compiling_anew(pack, model, adapter, run_node, sample, traces_of):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from torch._dynamo.utils import counters
+
+    control = run_node("StyleInjectRouterControl", temperature=0.5, role="positive")[0]
+    patched = run_node("StyleInjectApply", model=model, adapter=adapter, control=control)[0]
+    plain, of_plain = run_node("StyleInjectRouterMonitor", model=patched)
+    (expected,) = traces_of(of_plain, latent(sample(plain, steps=2)))
+    monitored, monitor = run_node("StyleInjectRouterMonitor", model=patched)
+    set_torch_compile_wrapper(monitored, backend="eager", keys=["diffusion_model.middle_block.1.transformer_blocks.0.attn1"])
+    torch._dynamo.reset()
+    graphs = []
+    for seed in (0, 1, 0):
+        result = sample(monitored, steps=2, seed=seed)
+        graphs.append(counters["stats"]["unique_graphs"])
+    (trace,) = traces_of(monitor, latent(result))
+    torch.testing.assert_close(trace.probabilities, expected.probabilities, rtol=1e-3, atol=1e-4)
+    assert graphs[0] > 0 and graphs[1] == graphs[0] == graphs[2]
+
+
 def test_a_saved_trace_comes_back(comfy_base, patched, run_node, sample):
     monitored, monitor = run_node("StyleInjectRouterMonitor", model=patched)
     result = sample(monitored)
