@@ -1,0 +1,96 @@
+"""The rows of the tables: what is trained on top of the base model, or instead of it."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from styleinject_core import Adapter, AdapterConfig
+from styleinject_core.demo.training import DemoTrainingModel
+from styleinject_core.hosts.architectures import ARCHITECTURES
+
+ADAPTER_RATES = (3e-3, 1e-2, 3e-2)
+UNET_RATES = (1e-4, 3e-4, 1e-3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row.
+
+    Args:
+        n: styles; 0 trains no adapter.
+        sta: with the AdaIN step; n = 1 without it is a LoRA.
+        equal: its rank is raised until it has as many parameters as StyleInject with n = 16.
+        rates: the learning rates that are tried.
+    """
+
+    label: str
+    n: int = 0
+    sta: bool = False
+    equal: bool = False
+    rates: tuple[float, ...] = ADAPTER_RATES
+
+
+METHODS = {
+    "base": Method("base model", rates=()),
+    "full": Method("U-Net tune", rates=UNET_RATES),
+    "lora": Method("LoRA, rank r", 1),
+    "lora_equal": Method("LoRA, parameters of n = 16", 1, equal=True),
+    "dma": Method("DMA only, n = 16", 16),
+    "n1": Method("STA only (StyleInject, n = 1)", 1, sta=True),
+    "n4": Method("StyleInject, n = 4", 4, sta=True),
+    "n16": Method("StyleInject, n = 16", 16, sta=True),
+}
+
+
+class TunedModel(DemoTrainingModel):
+    """The model with a U-Net of its own, every parameter of which is trained; there is nothing to attach."""
+
+    def attachment(self, adapter: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def trainee(key: str, base: DemoTrainingModel, rank: int, targets: tuple[str, ...], seed: int) -> tuple[DemoTrainingModel, Any]:
+    """A row before training.
+
+    Args:
+        rank: of StyleInject and of the plain LoRA.
+        targets: the layers that are adapted.
+
+    Returns:
+        (the model to train and to sample with, the module whose parameters are trained: an Adapter or a U-Net).
+    """
+    if METHODS[key].n:
+        torch.manual_seed(seed)
+        return base, Adapter.create(ARCHITECTURES["demo"].shapes(), config(key, rank, targets), key)
+    unet = copy.deepcopy(base.denoiser).requires_grad_(key == "full")
+    return TunedModel(unet, base.text_encoder, base.autoencoder, base.name), unet
+
+
+def config(key: str, rank: int, targets: tuple[str, ...]) -> AdapterConfig:
+    """The adapter of a row."""
+    method = METHODS[key]
+    if method.equal:
+        rank = _equal_rank(rank, targets)
+    return AdapterConfig(r=rank, n_styles=method.n, sta="multiplicative" if method.sta else "none", target_modules=targets)
+
+
+@cache
+def _equal_rank(rank: int, targets: tuple[str, ...]) -> int:
+    """The rank at which a LoRA is as large as StyleInject with n = 16; a LoRA's size is proportional to its rank."""
+    return round(_size(config("n16", rank, targets)) / _size(config("lora", 1, targets)))
+
+
+def _size(adapter: AdapterConfig) -> int:
+    with torch.device("meta"):
+        return Adapter.create(ARCHITECTURES["demo"].shapes(), adapter).parameter_count()
+
+
+def trained_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

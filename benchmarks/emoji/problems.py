@@ -1,0 +1,225 @@
+"""The paper's experiments as they fit the emoji: what is learned from, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from chinese import chinese_names, train_chinese_encoder
+from measure import features, kid, likeness, recognised
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from styleinject_core.demo import data
+from styleinject_core.demo.classifier import Classifier, load_classifier
+from styleinject_core.demo.training import DemoTrainingModel
+from styleinject_core.train.settings import TrainSettings
+from styleinject_core.train.source import LatentSource
+from styleinject_core.train.tasks import Distil, DreamBooth, FineTune
+
+PIXELS = 64
+QUERY_VALUE, WITH_CONVOLUTIONS = ("to_q", "to_v"), ("to_q", "to_v", "conv")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is.
+
+    Args:
+        steps: of training; None takes the problem's.
+        sampling_steps: per sample.
+        concepts: how many are trained on and measured at most.
+        alignment: training steps of the Chinese encoder.
+        rates: how many of a method's learning rates are tried.
+    """
+
+    steps: int | None = None
+    batch: int = 16
+    sampling_steps: int = 12
+    concepts: int = 10_000
+    alignment: int = 300
+    rates: int = 3
+
+
+QUICK = Size(steps=2, batch=2, sampling_steps=2, concepts=3, alignment=2, rates=1)
+
+
+class Problem:
+    """Fine-tuning to another style: real drawings of the concepts that are not held out.
+
+    Held-out concepts, and as many of those trained on, are drawn once each and compared with the artist's drawings.
+
+    Args:
+        style: what is learned.
+        size: how large the runs are.
+    """
+
+    targets, rank, steps = QUERY_VALUE, 8, 200
+
+    def __init__(self, style: str, size: Size):
+        self.style, self.size = style, size
+        self.base = DemoTrainingModel.load()
+        self.classifier: Classifier = load_classifier()
+        numbers = range(len(data.concepts()))
+        held_out = [k for k in numbers if data.concepts()[k].held_out]
+        self.shown = [k for k in numbers if k not in held_out][: size.concepts]
+        self.new = held_out[: size.concepts]
+        self.seen = self.shown[:: max(1, len(self.shown) // len(self.new))][: len(self.new)]
+
+    def names(self, concepts: list[int]) -> list[str]:
+        """The prompts of concepts, for the model that is trained."""
+        return [data.concepts()[k].name for k in concepts]
+
+    def task(self, model: DemoTrainingModel, settings: TrainSettings) -> FineTune:
+        latents = model.encode(data.images(self.style)[self.shown])
+        prompts = model.encode_text(self.names(self.shown))
+        return FineTune(model, self.source(latents, prompts, settings), settings, model.encode_text([""]))
+
+    def source(self, latents: Tensor, prompts: dict[str, Tensor], settings: TrainSettings, **more: dict) -> LatentSource:
+        batch = min(settings.batch_size, len(latents))
+        return LatentSource(list(latents), prompts, batch_size=batch, seed=settings.seed, **more)
+
+    def settings(self, rate: float, seed: int) -> TrainSettings:
+        steps = self.size.steps or self.steps
+        return TrainSettings(
+            steps, self.size.batch, learning_rate=rate, schedule="cosine", warmup=min(10, steps - 1), seed=seed
+        )
+
+    def draw(self, model: DemoTrainingModel, prompts: list[str], seed: int) -> Tensor:
+        """One image per prompt, (N, 3, 64, 64) in [-1, 1]."""
+        return model.decode(model.sample(prompts, PIXELS, seed, steps=self.size.sampling_steps))
+
+    def reference(self, concepts: list[int]) -> Tensor:
+        """What the samples of these concepts are compared with."""
+        return data.images(self.style)[concepts]
+
+    def measure(self, model: DemoTrainingModel, seed: int, tuning: bool = False) -> dict[str, float]:
+        """The columns of one row; of concepts trained on alone, to choose a learning rate by."""
+        groups = {"seen_": self.seen} if tuning else {"": self.new, "seen_": self.seen}
+        result = {}
+        for prefix, concepts in groups.items():
+            images = self.draw(model, self.names(concepts), 1000 + seed)
+            result |= {prefix + name: value for name, value in self.compare(images, concepts).items()}
+        return result
+
+    def compare(self, images: Tensor, concepts: list[int]) -> dict[str, float]:
+        shares = recognised(self.classifier, images, concepts, data.styles().index(self.style))
+        wanted = features(self.classifier, self.reference(concepts))
+        return {**shares, "kid": kid(features(self.classifier, images), wanted)}
+
+    def ideal(self) -> dict[str, float]:
+        """The columns of what is learned from."""
+        new, seen = self.compare(self.reference(self.new), self.new), self.compare(self.reference(self.seen), self.seen)
+        columns = {**new, **{f"seen_{name}": value for name, value in seen.items()}}
+        return {name: value for name, value in columns.items() if not name.endswith("kid")}
+
+
+class Distillation(Problem):
+    """A tuned sibling teaches the base, with the text encoder they share, or a student who reads Chinese: the teacher's own
+    drawings are the data, its predictions the goal. The feature loss is for the shared encoder only, as in the paper."""
+
+    targets, rank, steps = WITH_CONVOLUTIONS, 4, 200
+    feature_weight = 0.1  # the two terms are then about equally large in the first step
+
+    def __init__(self, style: str, size: Size, chinese: bool = False):
+        super().__init__(style, size)
+        self.chinese, self.teacher = chinese, DemoTrainingModel.load(style)
+        if chinese:
+            self.base.text_encoder = train_chinese_encoder(self.base.text_encoder, size.alignment)
+        concepts = sorted({*self.shown, *self.new})
+        shown = tqdm(torch.arange(len(concepts)).split(32), desc="The teacher draws", leave=False)
+        batches = [self.draw_latents([concepts[k] for k in few], 2000 + int(few[0])) for few in shown]
+        self.drawn = dict(zip(concepts, torch.cat(batches), strict=True))  # concept -> latents (16, 8, 8)
+
+    def draw_latents(self, concepts: list[int], seed: int) -> Tensor:
+        return self.teacher.sample(super().names(concepts), PIXELS, seed, steps=self.size.sampling_steps)
+
+    def names(self, concepts: list[int]) -> list[str]:
+        return [chinese_names()[k] for k in concepts] if self.chinese else super().names(concepts)
+
+    def task(self, model: DemoTrainingModel, settings: TrainSettings) -> Distil:
+        latents = torch.stack([self.drawn[k] for k in self.shown])
+        theirs = self.teacher.encode_text(super().names(self.shown)) if self.chinese else None
+        return Distil(
+            model,
+            self.teacher,
+            self.source(latents, model.encode_text(self.names(self.shown)), settings, teacher=theirs),
+            settings,
+            model.encode_text([""]),
+            self.teacher.encode_text([""]) if self.chinese else None,
+            feature_weight=0.0 if self.chinese else self.feature_weight,
+        )
+
+    def reference(self, concepts: list[int]) -> Tensor:
+        return self.teacher.decode(torch.stack([self.drawn[k] for k in concepts]))
+
+
+class Subject(Problem):
+    """DreamBooth: one artist's drawing of one thing, under an identifier.
+
+    The subject is another artist's tiger; the class is what the base model draws for "tiger face". Measured: the likeness
+    of samples to the subject, and whether the class and other things are still drawn as before.
+    """
+
+    steps = 100
+    subject, identifier = "tiger face", "high"
+    samples, class_images = 16, 32
+
+    def __init__(self, style: str, size: Size):
+        super().__init__(style, size)
+        names = [concept.name for concept in data.concepts()]
+        self.concept = names.index(self.subject)
+        self.others = [k for k in self.new if k != self.concept]
+        count = min(self.samples, size.concepts)
+        self.instances, self.classes = [f"{self.identifier} {self.subject}"] * count, [self.subject] * count
+        self.pictures = views(data.images(style)[self.concept])
+        prior = [self.subject] * min(self.class_images, size.concepts)
+        self.class_latents = self.base.sample(prior, PIXELS, 2000, steps=size.sampling_steps)
+        self.drift: dict[int, Tensor] = {}  # seed -> features of what the base draws for the others
+
+    def task(self, model: DemoTrainingModel, settings: TrainSettings) -> DreamBooth:
+        instance, prompts = model.encode(self.pictures), model.encode_text(self.instances[:1])
+        return DreamBooth(
+            model,
+            self.source(instance, prompts, settings),
+            settings,
+            model.encode_text([""]),
+            prior=self.source(self.class_latents, model.encode_text(self.classes[:1]), settings),
+        )
+
+    def measure(self, model: DemoTrainingModel, seed: int, tuning: bool = False) -> dict[str, float]:
+        instances = self.draw(model, self.instances, 1000 + seed)
+        before, after = data.styles().index(data.BASE_STYLE), data.styles().index(self.style)
+        subject = features(self.classifier, self.pictures)
+        others = self.draw(model, self.names(self.others), 1000 + seed)
+        classes = self.draw(model, self.classes, 3000 + seed)
+        return {
+            "likeness": likeness(features(self.classifier, instances), subject),
+            "subject_style": self._both(instances, [self.concept] * len(instances), after),
+            "class_kept": self._both(classes, [self.concept] * len(classes), before),
+            "others_kept": self._both(others, self.others, before),
+            "others_kid": kid(features(self.classifier, others), self._before(seed)),
+        }
+
+    def ideal(self) -> dict[str, float]:
+        subject, count = features(self.classifier, self.pictures), len(self.pictures)
+        shown = self._both(self.pictures, [self.concept] * count, data.styles().index(self.style))
+        return {"likeness": likeness(subject, subject), "subject_style": shown}
+
+    def _both(self, images: Tensor, concepts: list[int], style: int) -> float:
+        return recognised(self.classifier, images, concepts, style)["both"]
+
+    def _before(self, seed: int) -> Tensor:
+        if seed not in self.drift:
+            self.drift[seed] = features(self.classifier, self.draw(self.base, self.names(self.others), 4000 + seed))
+        return self.drift[seed]
+
+
+def views(image: Tensor) -> Tensor:
+    """Five views of one drawing (3, 64, 64): as it is, smaller by a little, smaller and up left, down right, mirrored."""
+    views = [image]
+    for side, left, top in ((56, 4, 4), (52, 2, 2), (52, 10, 10)):
+        small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)[0]
+        views.append(F.pad(small, (left, PIXELS - side - left, top, PIXELS - side - top), value=1.0))  # white
+    return torch.stack([*views, image.flip(2)])

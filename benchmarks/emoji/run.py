@@ -1,0 +1,168 @@
+"""The shape of the paper's tables on models that train here: one JSON line per finished run, appended, resumable.
+
+    python benchmarks/emoji/run.py --task all --seeds 0 1 2 --out results.jsonl      # hours on one CPU core
+    python benchmarks/emoji/run.py --task style --rows base lora n16 --seeds 0 --out results.jsonl
+    python benchmarks/emoji/run.py --task style --quick --out quick.jsonl            # only shows that it runs
+    python benchmarks/emoji/table.py results.jsonl                                   # the tables, as Markdown
+
+Before a row is run for the table, its learning rate is chosen: each of the method's rates is tried with a seed of its own and
+measured on concepts that are trained on. What was tried is in the file as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from methods import METHODS, trained_parameters, trainee
+from problems import QUICK, Distillation, Problem, Size, Subject
+from tqdm import tqdm
+
+from styleinject_core.train.loop import Observer, Progress, TrainingError, train
+
+PROBLEMS: dict[str, Callable[[Size], Problem]] = {
+    "style": partial(Problem, "openmoji-line"),
+    "dreambooth": partial(Subject, "noto"),
+    "artist": partial(Problem, "noto"),
+    "distil": partial(Distillation, "openmoji-line"),
+    "chinese": partial(Distillation, "openmoji-line", chinese=True),
+}
+TUNED_ON = {"artist": "style", "dreambooth": "style", "chinese": "distil"}  # whose learning rates they take; else their own
+TUNING_SEED = 100
+IDEAL = "ideal"  # the row of what is learned from
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What identifies a line of the results. A rate of 0 trains nothing."""
+
+    task: str
+    row: str
+    seed: int
+    rate: float
+    steps: int
+    tuning: bool = False
+
+    def of(self, line: dict[str, Any]) -> bool:
+        return all(line[name] == value for name, value in dataclasses.asdict(self).items())
+
+
+class Bar(Observer):
+    """A progress bar that goes away."""
+
+    def __init__(self, run: Run):
+        what = f"{run.task} {run.row} seed {run.seed} rate {run.rate:g}"
+        self.bar = tqdm(total=run.steps, desc=what, leave=False, mininterval=5)
+
+    def progress(self, progress: Progress) -> None:
+        self.bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
+        self.bar.update()
+
+
+class Bench:
+    """The runs of one results file."""
+
+    def __init__(self, out: Path, size: Size):
+        self.out, self.size = out, size
+        self.lines = read(out)
+        if out.exists() and not out.read_bytes().endswith(b"\n"):  # stopped while it wrote: the next line is one of its own
+            with out.open("a") as file:
+                file.write("\n")
+        self.problem = cache(lambda task: PROBLEMS[task](size))
+
+    def steps(self, task: str) -> int:
+        return self.size.steps or self.problem(task).steps
+
+    def table_row(self, task: str, row: str, seed: int) -> None:
+        rate = self.rate(TUNED_ON.get(task, task), row) if METHODS[row].rates else 0.0
+        self.line(Run(task, row, seed, rate, self.steps(task)))
+
+    def rate(self, task: str, row: str) -> float:
+        """The best of a row's learning rates: the smallest KID on concepts that are trained on."""
+        rates = METHODS[row].rates[: self.size.rates]
+        tried = [self.line(Run(task, row, TUNING_SEED, rate, self.steps(task), True)) for rate in rates]
+        return min(tried, key=lambda line: line["metrics"].get("seen_kid", math.inf))["rate"]
+
+    def line(self, run: Run) -> dict[str, Any]:
+        """The line of a run: read, or made and appended."""
+        for line in self.lines:
+            if run.of(line):
+                return line
+        began = time.perf_counter()
+        line = {**dataclasses.asdict(run), **self.execute(run), "seconds": round(time.perf_counter() - began, 1)}
+        self.append(line)
+        tqdm.write(f"{run}: {line['metrics'] or line['error']}")
+        return line
+
+    def execute(self, run: Run) -> dict[str, Any]:
+        problem = self.problem(run.task)
+        model, trained = trainee(run.row, problem.base, problem.rank, problem.targets, run.seed)
+        result: dict[str, Any] = {"parameters": trained_parameters(trained), "metrics": {}}
+        if run.rate:
+            settings, bar = problem.settings(run.rate, run.seed), Bar(run)
+            try:
+                losses = train(trained, problem.task(model, settings), settings, observer=bar).losses
+            except TrainingError as error:  # diverged: that is a result too
+                return {**result, "error": str(error)}
+            finally:
+                bar.bar.close()
+            last = losses[-max(1, len(losses) // 5) :]
+            result["loss"] = sum(last) / len(last)
+        with torch.no_grad(), model.attachment(trained):
+            result["metrics"] = problem.measure(model, run.seed, run.tuning)
+        return result
+
+    def ideal(self, task: str) -> None:
+        """The line of what is learned from, for the table."""
+        run = Run(task, IDEAL, 0, 0.0, self.steps(task))
+        if not any(run.of(line) for line in self.lines):
+            self.append({**dataclasses.asdict(run), "parameters": 0, "metrics": self.problem(task).ideal(), "seconds": 0.0})
+
+    def append(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        with self.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file; one that was cut off does not count."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def main(options: list[str] | None = None) -> None:
+    """Run what is missing in the results file; `options` are sys.argv's where not given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=[*PROBLEMS, "all"], default="all")
+    parser.add_argument("--rows", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="training steps of every run (default: the task's own)")
+    parser.add_argument("--out", type=Path, required=True, help="the results, one JSON object per line")
+    parser.add_argument("--quick", action="store_true", help="few steps, few concepts: only shows that it runs")
+    arguments = parser.parse_args(options)
+    size = QUICK if arguments.quick else Size()
+    bench = Bench(arguments.out, dataclasses.replace(size, steps=arguments.steps or size.steps))
+    for task in PROBLEMS if arguments.task == "all" else [arguments.task]:
+        bench.ideal(task)
+        for seed in arguments.seeds:
+            for row in arguments.rows:
+                bench.table_row(task, row, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The emoji benchmark: its distance of distributions, its rows, and a run of every task in a few steps."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("tqdm")
+MODULES = ("measure", "methods", "chinese", "problems", "run", "table")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The benchmark's modules by name; they are no package, and gone from sys.modules afterwards."""
+    folder = str(Path(__file__).parents[2] / "benchmarks" / "emoji")
+    sys.path.insert(0, folder)
+    try:
+        yield {name: importlib.import_module(name) for name in MODULES}
+    finally:
+        sys.path.remove(folder)
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+def test_kid_of_one_distribution_is_zero_on_average_and_of_a_shifted_one_is_not(bench):
+    kid = bench["measure"].kid
+    torch.manual_seed(0)
+    same = torch.tensor([kid(torch.randn(40, 16), torch.randn(40, 16)) for _ in range(200)])
+    assert abs(same.mean()) < 3 * same.std() / 200**0.5, "unbiased"
+    assert same.min() < 0, "and so it can be negative"
+    shifted = [kid(torch.randn(40, 16), torch.randn(40, 16) + shift) for shift in (0.5, 1.0)]
+    assert same.max() < shifted[0] < shifted[1]
+
+
+def test_kid_is_scikit_learns_polynomial_kernel(bench):
+    polynomial_kernel = pytest.importorskip("sklearn.metrics.pairwise").polynomial_kernel
+    x, y = torch.randn(12, 16, dtype=torch.float64), 0.3 + torch.randn(9, 16, dtype=torch.float64)
+    (xx, yy, xy) = (polynomial_kernel(a, b, degree=3, gamma=1 / 16, coef0=1) for a, b in ((x, x), (y, y), (x, y)))
+    expected = (xx.sum() - xx.trace()) / (12 * 11) + (yy.sum() - yy.trace()) / (9 * 8) - 2 * xy.mean()
+    assert bench["measure"].kid(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rows_of_equal_size_are(bench):
+    problems, size = bench["problems"], bench["methods"]._size
+    for problem in (problems.Problem, problems.Distillation):
+        counts = [size(bench["methods"].config(key, problem.rank, problem.targets)) for key in ("n16", "lora_equal", "lora")]
+        assert counts[1] == pytest.approx(counts[0], rel=0.02) and counts[2] < counts[0] / 10
+
+
+def test_chinese_names_are_complete_and_the_encoder_tells_them_apart(bench):
+    names = bench["chinese"].chinese_names()
+    assert len(set(names)) == len(names) == 223
+    from styleinject_core.demo.model import load_text_encoder
+
+    encoder = bench["chinese"].train_chinese_encoder(load_text_encoder(), steps=2)
+    assert encoder(names).flatten(1).unique(dim=0).shape == (223, 8 * 128)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "column"),
+    [("style", "full", "kid"), ("chinese", "n4", "kid"), ("dreambooth", "lora", "likeness")],
+)
+def test_quick_run_is_complete_and_resumable(bench, tmp_path, task, row, column):
+    out = tmp_path / "results.jsonl"
+    options = ["--task", task, "--rows", row, "--seeds", "0", "--quick", "--out", str(out)]
+    bench["run"].main(options)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    tuning, (measured,) = [[x for x in lines if x["row"] == row and x["tuning"] == flag] for flag in (True, False)]
+    assert [line["rate"] for line in tuning] == [bench["methods"].METHODS[row].rates[0]] == [measured["rate"]]
+    assert column in measured["metrics"] and measured["parameters"] > 0
+    before = out.read_text()
+    bench["run"].main(options)
+    assert out.read_text() == before, "what is finished is not run again"
+    assert bench["methods"].METHODS[row].label in bench["table"].tables(bench["run"].read(out))
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(bench, tmp_path):
+    out = tmp_path / "results.jsonl"
+    out.write_text('{"task": "style", "row": "ba')
+    runs = bench["run"].Bench(out, bench["problems"].QUICK)
+    assert runs.lines == []
+    runs.append({"task": "style"})
+    assert bench["run"].read(out) == [{"task": "style"}]
+
+
+def test_table_has_means_spreads_and_what_was_tried(bench):
+    def line(row, seed, kid, tuning=False, **more):
+        metrics = {"seen_kid": kid} if tuning else {"concept": 0.9, "kid": kid}
+        rate = 0.003 if row == "lora" else 0.0
+        line = {"task": "style", "row": row, "seed": seed, "rate": rate, "steps": 2, "parameters": 1234 if rate else 0}
+        return {**line, "tuning": tuning, "metrics": metrics, **more}
+
+    runs = [line("base", 0, 0.5), line("lora", 0, 0.1), line("lora", 1, 0.2), line("lora", 2, 0, metrics={}, error="nan")]
+    lines = bench["table"].tables([*runs, line("lora", 100, 0.3, tuning=True)]).splitlines()
+    assert lines[2:] == [
+        "|  | parameters | rate | seeds | concept, new | KID, new |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| base model |  |  | 1 | 90 | 500 |",
+        "| LoRA, rank r | 1,234 | 0.003 | 3, 1 diverged | 90 ± 0 | 150 ± 71 |",
+        "",
+        "**Learning rates tried** (KID on concepts trained on)",
+        "",
+        "|  | style, 2 steps |",
+        "| --- | --- |",
+        "| LoRA, rank r | 0.003: 300 |",
+    ]
