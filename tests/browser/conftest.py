@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import chromium
 import comfyui
 import pytest
 from comfy_process import ComfyProcess
-from editor import Editor
+from editor import Editor, Windows
 
 CHROMIUM_ARGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 
@@ -28,8 +27,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyProcess]:
 
 
 @pytest.fixture(scope="module")
-def windows(server: ComfyProcess) -> Iterator[Callable[[bool], Editor]]:
-    """``windows(vue_nodes)``: a browser window with ComfyUI's editor in it, one for each way of drawing nodes.
+def windows(server: ComfyProcess) -> Iterator[Windows]:
+    """A browser, see ``Windows``.
 
     Not for the whole session: while Playwright runs, this thread has an event loop, which other tests start themselves.
     """
@@ -38,21 +37,16 @@ def windows(server: ComfyProcess) -> Iterator[Callable[[bool], Editor]]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium.find_chromium(), args=CHROMIUM_ARGS)
 
-        @functools.cache
-        def window(vue_nodes: bool) -> Editor:
-            context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
-            return Editor(context.new_page(), server.url, vue_nodes)
-
-        yield window
+        yield Windows(browser, server.url)
         browser.close()
 
 
 @pytest.fixture
-def open_editor(windows: Callable[[bool], Editor]) -> Iterator[Callable[..., Editor]]:
-    """``open_editor(vue_nodes=True)``: the window, with nothing noted yet. At the end, nothing in the pack's code may have raised."""
+def open_editor(windows: Windows) -> Iterator[Callable[..., Editor]]:
+    """``open_editor(vue_nodes=False)``: the window, with nothing noted yet. At the end, nothing in the pack's code may have raised."""
     opened: list[Editor] = []
 
-    def open_it(vue_nodes: bool = True) -> Editor:
+    def open_it(vue_nodes: bool = False) -> Editor:
         editor = windows(vue_nodes)
         editor.messages.clear()
         editor.problems.clear()

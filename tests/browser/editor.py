@@ -131,3 +131,28 @@ class Editor:
                     found.setdefault(column["step"], {})[role] = layers
                     del data[: message["layers"] * message["styles"]]
         return found
+
+
+class Windows:
+    """``windows(vue_nodes)``: a window with the editor in it, one for each way of drawing nodes; starting one takes long.
+
+    Args:
+        browser: Playwright's.
+        url: of the server.
+    """
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.browser, self.url = browser, url
+        self.open: dict[bool, Editor] = {}
+
+    def __call__(self, vue_nodes: bool) -> Editor:
+        if vue_nodes not in self.open:
+            context = self.browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
+            self.open[vue_nodes] = Editor(context.new_page(), self.url, vue_nodes)
+        return self.open[vue_nodes]
+
+    def close(self) -> None:
+        """Close them all."""
+        for editor in self.open.values():
+            editor.page.context.close()
+        self.open.clear()

@@ -13,7 +13,7 @@ import comfyui
 import pytest
 from client import Client
 from comfy_process import ComfyProcess
-from editor import Editor
+from editor import Editor, Windows
 from PIL import Image
 from ui_workflow import to_prompt
 from workflows import monitor_ids, monitored
@@ -158,7 +158,9 @@ def test_pause_holds_the_picture(open_editor: Callable[..., Editor]) -> None:
     held = editor.status()
     assert "paused" in held
     editor.page.wait_for_timeout(1000)
-    assert editor.status() == held
+    editor.panel().get_by_title("Which layers").fill("up")
+    editor.page.wait_for_timeout(100)
+    assert editor.status() == held, "a change of what is shown does not bring in later steps"
     editor.panel().get_by_text("Resume").click()
     editor.wait_for_status("step 40 of 40, finished")
 
@@ -192,10 +194,8 @@ def test_another_workflow_with_the_same_node_ids_shows_nothing(open_editor: Call
     assert editor.panel().locator(".hint").is_visible()
 
 
-def test_without_a_browser_it_runs_all_the_same(windows: Callable[[bool], Editor], server: ComfyProcess) -> None:
-    """Last in this file: it closes the windows."""
-    for vue_nodes in (False, True):
-        windows(vue_nodes).page.close()
+def test_without_a_browser_it_runs_all_the_same(windows: Windows, server: ComfyProcess) -> None:
+    windows.close()
     client = Client(server.url)
     prompt = to_prompt(monitored("no browser", next(SEEDS), steps=4), client.object_info())
     prompt_id = client.post("/prompt", {"prompt": prompt})["prompt_id"]

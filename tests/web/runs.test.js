@@ -73,6 +73,14 @@ test("a new run replaces the one before; another prompt also replaces other adap
   assert.deepEqual(runs.all().map((run) => run.id), ["other node", "other workflow", "d"]);
 });
 
+test("a snapshot stays as it was", () => {
+  const runs = new Runs();
+  const held = runs.receive(message({ columns: [0] })).snapshot();
+  const run = runs.receive(message({ columns: [1], end: "finished" }));
+  assert.deepEqual([held.columns.size, held.end, held.value(0, "positive", 0, 0)], [1, "", 0.5]);
+  assert.deepEqual([run.columns.size, run.end], [2, "finished"]);
+});
+
 test("old runs are forgotten", () => {
   const runs = new Runs();
   for (let node = 0; node < 100; node++) runs.receive(message({ node: String(node), run: `run ${node}` }));

@@ -39,7 +39,9 @@ export function addStyle() {
 
 export class Panel {
   constructor() {
-    /** @type {Run[]} */
+    /** @type {Run[]} as they come in */
+    this._latest = [];
+    /** @type {Run[]} what is shown: the same, or how they were when the panel was paused */
     this._runs = [];
     /** @type {Run | undefined} the chosen one */
     this._run = undefined;
@@ -76,8 +78,10 @@ export class Panel {
    * @param {Run[]} runs
    */
   show(runs) {
+    this._latest = runs;
+    if (this._paused) return;
     this._runs = runs;
-    if (!this._paused) this._update();
+    this._update();
   }
 
   /** The node is gone. */
@@ -126,8 +130,9 @@ export class Panel {
   _setPaused(paused) {
     this._paused = paused;
     this._pause.textContent = paused ? "Resume" : "Pause";
-    if (paused) this._tell();
-    else this._update();
+    if (paused) this._runs = this._runs.map((run) => run.snapshot());
+    else this._runs = this._latest;
+    this._update();
   }
 
   /** Draw at the browser's next frame, which for a hidden tab is never. */

@@ -70,6 +70,11 @@ export class Run {
     this.end = message.end ?? this.end;
   }
 
+  /** The run as it is now, which later messages do not change. */
+  snapshot() {
+    return Object.assign(Object.create(Run.prototype), this, { columns: new Map(this.columns) });
+  }
+
   /** Every role that some step has, the positive prompt first. */
   roles() {
     const roles = [...new Set([...this.columns.values()].flatMap((column) => column.roles))];
