@@ -148,7 +148,8 @@ class SampleWrapper:
             result = executor(*arguments.args, **arguments.kwargs)
             return result
         finally:
-            run.stepped(run.steps - 1)  # what samplers did after their last callback
+            if result is not None:
+                run.stepped(run.steps - 1)  # what samplers did after their last callback
             run.close(result, f"seed {arguments[7, 'seed']}, {run.steps} steps")
 
     def __deepcopy__(self, memo: dict) -> SampleWrapper:
