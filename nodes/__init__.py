@@ -18,7 +18,7 @@ from .router_plots import (
 )
 from .router_record import StyleInjectLoadRouterTrace, StyleInjectRouterMonitor, StyleInjectRouterTrace
 from .router_styles import StyleInjectNameStyles, StyleInjectStyleGrid, StyleInjectStyleSheet
-from .train import StyleInjectDistil, StyleInjectDreamBooth, StyleInjectTrain
+from .train import StyleInjectDistill, StyleInjectDreamBooth, StyleInjectTrain
 from .train_options import StyleInjectTrainOptions
 from .train_output import StyleInjectLossPlot, StyleInjectSave
 from .weights import StyleInjectLayerWeights
@@ -45,7 +45,7 @@ NODES: list[type[io.ComfyNode]] = [
     StyleInjectNameStyles,
     StyleInjectTrain,
     StyleInjectDreamBooth,
-    StyleInjectDistil,
+    StyleInjectDistill,
     StyleInjectTrainOptions,
     StyleInjectSave,
     StyleInjectLossPlot,

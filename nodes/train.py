@@ -134,13 +134,13 @@ class StyleInjectDreamBooth(io.ComfyNode):
             return _output(job.run(loaded, task, data))
 
 
-class StyleInjectDistil(io.ComfyNode):
+class StyleInjectDistill(io.ComfyNode):
     """A teacher MODEL and a student MODEL -> an adapter that makes the student draw like the teacher."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            "StyleInjectDistil",
+            "StyleInjectDistill",
             display_name="Distil StyleInject",
             description="Trains an adapter with which one model draws as another one does: a tuned checkpoint becomes a small "
             "file for the model it was tuned from.",

@@ -238,6 +238,7 @@ def train_in_folder(
     except AdapterFileError as error:  # trained, and still in the graph: StyleInject Save can write it elsewhere
         watch.problem(str(error))
         message += f". NOT saved: {error}"
+    watch.say(message)
     losses = LossHistory(watch.title, tuple(result.losses), tuple(result.validation))
     return Outcome(finished, result, losses, message)
 

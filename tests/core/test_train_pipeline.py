@@ -20,7 +20,6 @@ from styleinject_core.train.settings import TrainSettings
 from styleinject_core.train.source import LatentSource
 from styleinject_core.train.tasks import FineTune
 
-
 CPU = torch.device("cpu")
 
 

@@ -123,12 +123,12 @@ def trained_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pack: Pack) 
 
 @pytest.fixture
 def train(run_node: Callable[..., tuple], conditioning: Callable[..., list], trained_folder: Path) -> Callable[..., tuple]:
-    """``train("StyleInjectDistil", model=..., options={...}, ...)``: run a training node, StyleInjectTrain by default, on
+    """``train("StyleInjectDistill", model=..., options={...}, ...)``: run a training node, StyleInjectTrain by default, on
     a few random latents and with the settings of ``training.SMALL``."""
 
     def run(node: str = "StyleInjectTrain", /, *, options: dict[str, Any] | None = None, **inputs: Any) -> tuple:
         given = {"conditioning": conditioning(0), **training.SMALL, **inputs}
-        if node != "StyleInjectDistil":
+        if node != "StyleInjectDistill":
             given.setdefault("latents", training.latents())
         if options is not None:
             given["options"] = run_node("StyleInjectTrainOptions", **options)[0]

@@ -135,7 +135,7 @@ def teacher(tiny_unet_model):
 def test_distil_brings_the_student_closer_to_the_teacher(model, teacher, train, run_node, sample) -> None:
     wanted, plain = sample(teacher, cfg=1.0), sample(model, cfg=1.0)
     adapter, losses, _ = train(
-        "StyleInjectDistil", model=model, teacher=teacher, latents=latents(), layers="to_q, to_v", rank=8, steps=60, learning_rate=5e-3
+        "StyleInjectDistill", model=model, teacher=teacher, latents=latents(), layers="to_q, to_v", rank=8, steps=60, learning_rate=5e-3
     )
     assert mean(losses.losses[-10:]) < 0.6 * mean(losses.losses[:10])
     patched = run_node("StyleInjectApply", model=model, adapter=adapter)[0]
@@ -151,10 +151,10 @@ def test_distil_without_images_draws_the_teachers_own_once(model, teacher, train
 
     options = {"sampling_steps": 2}
     arguments = {"model": model, "teacher": teacher, "conditioning": [conditioning(0), conditioning(1)], "size": 64, "images_per_prompt": 2}
-    first, _, _ = train("StyleInjectDistil", options=options, **arguments)
+    first, _, _ = train("StyleInjectDistill", options=options, **arguments)
     assert len(list((trained_folder / "drawn").iterdir())) == 1
     monkeypatch.setattr(comfy.sample, "sample", None)  # another draw would raise
-    again, _, _ = train("StyleInjectDistil", options={**options, "existing_run": "new"}, **arguments)
+    again, _, _ = train("StyleInjectDistill", options={**options, "existing_run": "new"}, **arguments)
     assert same(first, again)
 
 
@@ -163,23 +163,23 @@ def test_distil_across_text_encoders(model, tiny_unet_model, train, conditioning
     foreign = tiny_unet_model(seed=2, context_dim=48)
     theirs = conditioning(5, context=48)
     arguments = {"model": model, "teacher": foreign, "latents": latents(), "teacher_conditioning": theirs}
-    assert train("StyleInjectDistil", **arguments)[2] == 4
+    assert train("StyleInjectDistill", **arguments)[2] == 4
     with pytest.raises(ValueError, match="connect both empty and teacher_empty, or none"):
-        train("StyleInjectDistil", **arguments, empty=conditioning(9))
-    with_empty = train("StyleInjectDistil", **arguments, empty=conditioning(9), teacher_empty=conditioning(9, context=48), name="e")
+        train("StyleInjectDistill", **arguments, empty=conditioning(9))
+    with_empty = train("StyleInjectDistill", **arguments, empty=conditioning(9), teacher_empty=conditioning(9, context=48), name="e")
     assert with_empty[2] == 4
 
 
 def test_distil_between_predictions(model, teacher, sampled_as, train) -> None:
-    assert train("StyleInjectDistil", model=model, teacher=sampled_as(teacher, "v_prediction"), latents=latents())[2] == 4
+    assert train("StyleInjectDistill", model=model, teacher=sampled_as(teacher, "v_prediction"), latents=latents())[2] == 4
 
 
 def test_distil_refuses_what_cannot_be(model, pack, run_node, train) -> None:
     adapter = random_adapter(pack, model)
     with pytest.raises(ValueError, match="teacher and student are the same loaded checkpoint"):
-        train("StyleInjectDistil", model=model, teacher=run_node("StyleInjectApply", model=model, adapter=adapter)[0], latents=latents())
+        train("StyleInjectDistill", model=model, teacher=run_node("StyleInjectApply", model=model, adapter=adapter)[0], latents=latents())
     with pytest.raises(ValueError, match="the teacher's latents are DemoLatent, the student's SD15"):
-        train("StyleInjectDistil", model=model, teacher=run_node("StyleInjectDemoModel")[0], latents=latents())
+        train("StyleInjectDistill", model=model, teacher=run_node("StyleInjectDemoModel")[0], latents=latents())
 
 
 def test_dreambooth_draws_its_class_or_takes_images_of_it(model, train, conditioning, trained_folder) -> None:

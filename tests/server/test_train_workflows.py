@@ -12,7 +12,7 @@ from client import Client, Event, Prompt
 from comfy_process import ComfyProcess
 
 TRAINING = {"train_fine_tune.json": "line_art", "train_dreambooth.json": "my_owl", "train_distill.json": "distilled_line_art"}
-NODES = ("StyleInjectTrain", "StyleInjectDreamBooth", "StyleInjectDistil")
+NODES = ("StyleInjectTrain", "StyleInjectDreamBooth", "StyleInjectDistill")
 
 
 @pytest.fixture
