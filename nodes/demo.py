@@ -126,7 +126,7 @@ class StyleInjectDemoModel(io.ComfyNode):
                     options=data.styles(),
                     default=data.BASE_STYLE,
                     tooltip=f"What it draws. {data.BASE_STYLE} is the model that the demo's adapters are for; the others are "
-                    "checkpoints tuned to another style, as teachers for Distil StyleInject.",
+                    "checkpoints tuned to another style, as teachers for Distill StyleInject.",
                 )
             ],
             outputs=[

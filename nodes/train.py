@@ -141,7 +141,7 @@ class StyleInjectDistill(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDistill",
-            display_name="Distil StyleInject",
+            display_name="Distill StyleInject",
             description="Trains an adapter with which one model draws as another one does: a tuned checkpoint becomes a small "
             "file for the model it was tuned from.",
             search_aliases=["distill", "extract lora", "checkpoint to adapter", "teacher student"],
