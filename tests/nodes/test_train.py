@@ -165,7 +165,7 @@ def _with(extra: dict[str, Any], conditioning: list) -> list:
         ({"name": "../other"}, "name: expected a name for a folder"),
         ({"layers": "to_z"}, "'to_z' matches none"),
         ({"options": {"validation_images": 4}}, "validation_images: 4 of 4 images leave none to train on"),
-        ({"options": {"optimizer": "prodigy"}}, "pip install prodigyopt"),
+        ({"options": {"optimizer": "adamw8bit"}}, "pip install bitsandbytes"),
     ],
 )
 def test_bad_input(model, train, conditioning, inputs, message, trained_folder) -> None:

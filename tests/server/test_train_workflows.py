@@ -19,8 +19,8 @@ NODES = ("StyleInjectTrain", "StyleInjectDreamBooth", "StyleInjectDistill")
 def short(example: Callable[[str], Prompt]) -> Callable[..., Prompt]:
     """``short("train_fine_tune.json", steps=4)``: a committed workflow, made to run in seconds."""
 
-    def load(name: str, **changes: Any) -> Prompt:
-        graph = example(name)
+    def load(file: str, /, **changes: Any) -> Prompt:
+        graph = example(file)
         for node in graph.values():
             inputs = node["inputs"]
             if node["class_type"] in NODES:
