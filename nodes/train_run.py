@@ -33,7 +33,7 @@ LossType = io.Custom("STYLEINJECT_LOSS")  # a LossHistory
 
 _PLOT_EVERY = 3.0  # seconds, at least; and at most a tenth of the time
 _TEXT_EVERY = 0.5
-_PICTURE_SIDE = 832  # pixels of the live view
+_VIEW_HEIGHT = 468  # pixels of the live view
 
 
 @dataclass(frozen=True)
@@ -166,19 +166,19 @@ class Watch(Observer):
             logging.info("StyleInject training: no live plot of the loss, %s", error)
 
     def _live(self) -> tuple[str, Image.Image, int] | None:
-        """The plot above the pictures, as ComfyUI's progress wants it."""
+        """The plot and the pictures side by side, as ComfyUI's progress wants it."""
         parts = [
-            part.resize((_PICTURE_SIDE, round(part.height * _PICTURE_SIDE / part.width)), Image.Resampling.BICUBIC)
+            part.resize((round(part.width * _VIEW_HEIGHT / part.height), _VIEW_HEIGHT), Image.Resampling.BICUBIC)
             for part in (self._plot, self._latest)
             if part is not None
         ]
         if not parts:
             return None
-        whole = Image.new("RGB", (_PICTURE_SIDE, sum(part.height for part in parts)), "white")
-        top = 0
+        whole = Image.new("RGB", (sum(part.width for part in parts), _VIEW_HEIGHT), "white")
+        left = 0
         for part in parts:
-            whole.paste(part, (0, top))
-            top += part.height
+            whole.paste(part, (left, 0))
+            left += part.width
         return "JPEG", whole, max(whole.size)
 
 
