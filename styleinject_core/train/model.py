@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,7 @@ _BLOCK = re.compile(
 )
 
 
-class TrainingModel:
+class TrainingModel(ABC):
     """A frozen model with an adapter's place in it.
 
     Args:
@@ -55,9 +56,9 @@ class TrainingModel:
         """The adapter matched to the denoiser. Raises AdapterMismatchError."""
         return Attachment(self.denoiser, [Applied(adapter)])
 
+    @abstractmethod
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """The prediction at z_t, of the schedule's type; (B, C, H, W)."""
-        raise NotImplementedError
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks whose features teacher and student are compared by, and that are checkpointed."""
@@ -155,18 +156,18 @@ class TextToImageModel(TrainingModel):
         super().__init__(denoiser, schedule)
         self.name = name
 
+    @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> (B, 3, H, W) in [-1, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> conditioning, a row each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, prompts: Sequence[str], resolution: int, seed: int, steps: int = 20, guidance: float = 5.0) -> Tensor:
         """Latents of one square picture per prompt, with classifier-free guidance; seed + k seeds picture k."""
-        raise NotImplementedError
