@@ -27,7 +27,7 @@ from ..train.webdataset import ImageStream
 from .config import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"
-GENERATED = "generated.safetensors"
+GENERATED = "generated.latents"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

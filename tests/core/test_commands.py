@@ -194,18 +194,18 @@ def test_dreambooth_draws_its_class_once(here, capsys):
     own = {"instance_prompt": "sks cat face", "class_prompt": "cat face", "class_images": 3, "class_steps": 3}
     path = write(here, dreambooth=own)
     assert main(["dreambooth", str(path)]) == 0
-    with safe_open(here / "run" / "generated.safetensors", framework="pt") as file:
+    with safe_open(here / "run" / "generated.latents", framework="pt") as file:
         assert file.get_tensor("latents").shape == (3, 16, 8, 8)
     metadata = load_adapter(here / "run" / "noto style.safetensors").metadata
     assert metadata["modelspec.trigger_phrase"] == "sks cat face"
     assert json.loads(metadata["styleinject.data"])["prior"]["images"] == 3
-    written = (here / "run" / "generated.safetensors").stat().st_mtime_ns
+    written = (here / "run" / "generated.latents").stat().st_mtime_ns
     assert main(["dreambooth", str(write(here, dreambooth=own, train={"steps": 5}))]) == 0
-    assert (here / "run" / "generated.safetensors").stat().st_mtime_ns == written
+    assert (here / "run" / "generated.latents").stat().st_mtime_ns == written
     picture_folder(here / "class", 2, captions=False)
     given = {**own, "class_folder": "class"}
     assert main(["dreambooth", str(write(here, dreambooth=given, output={"folder": "given"}))]) == 0
-    assert not (here / "given" / "generated.safetensors").exists()
+    assert not (here / "given" / "generated.latents").exists()
 
 
 def test_distil_without_and_with_pictures(here, capsys):
