@@ -19,7 +19,7 @@ from ..styleinject_core.adapter import host_shapes
 from ..styleinject_core.hosts.architectures import ARCHITECTURES
 from ..styleinject_core.layers import LayerShape
 from ..styleinject_core.train.model import Conditioning, TrainingModel
-from ..styleinject_core.train.noise import prediction_of
+from ..styleinject_core.train.noise import logit_normal, prediction_of
 from .injection import ComfyProgram, layer_names, model_title
 from .patcher import ModelPatcher, compute_dtype, injections_of
 
@@ -63,8 +63,8 @@ class ComfySchedule:
     def times(self, uniform: Tensor) -> Tensor:
         """Flow models: logit-normal (Esser et al., arXiv 2403.03206), with the model's shift; others: its own table, evenly."""
         if self.prediction_type == "flow":
-            t = torch.sigmoid(torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6)))
-            return torch.tensor([float(self.sampling.percent_to_sigma(1 - value)) for value in t.tolist()])
+            drawn = logit_normal(uniform).tolist()
+            return torch.tensor([float(self.sampling.percent_to_sigma(1 - t)) for t in drawn])
         table = self.sampling.sigmas.detach().float().cpu()
         return table[(uniform * len(table)).long()]
 

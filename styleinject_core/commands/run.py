@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import save_adapter
+from ..files.atomic import replacing
 from ..train.checkpoints import RunFolder
 from ..train.draws import Draws
 from ..train.loop import Progress, Result, train
@@ -121,9 +122,8 @@ def _save_pictures(images: Tensor, path: Path) -> None:
 
     row = torch.cat([*images], dim=2).permute(1, 2, 0)  # (H, N W, 3)
     pixels = ((row + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(pixels).save(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="png")
 
 
 def _heading(job: Job) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..files.atomic import replacing
+
 INK, PAPER, FAINT = "#1b1f24", "white", "#8a9099"
 STYLE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe-Ito
 
@@ -19,9 +21,8 @@ def _figure(width: float, height: float):
 
 
 def _save(figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
 
 
 def grid(path: Path, title: str, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], marked: Sequence[bool]) -> None:

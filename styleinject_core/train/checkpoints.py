@@ -6,7 +6,6 @@ Everything is safetensors and JSON. Each file is written under another name and 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..files import save_adapter
+from ..files.atomic import replacing
 from ..files.format import atomic_save
 
 STATE_VERSION = 1
@@ -121,9 +121,8 @@ class RunFolder:
                 continue
         if until is not None:
             lines = [line for line in lines if line["step"] <= until]
-            temporary = self.loss_file.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            os.replace(temporary, self.loss_file)
+            with replacing(self.loss_file) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return lines
 
     def append(self, line: Mapping[str, Any]) -> None:

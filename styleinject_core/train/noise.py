@@ -87,8 +87,13 @@ class FlowSchedule:
         return 1 - times.float(), times.float()
 
     def times(self, uniform: Tensor) -> Tensor:
-        t = torch.sigmoid(torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))).float()
+        t = logit_normal(uniform)
         return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+def logit_normal(uniform: Tensor) -> Tensor:
+    """Times in (0, 1) for numbers uniform in [0, 1): the sigmoid of a normal variable, float32."""
+    return torch.sigmoid(torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))).float()
 
 
 def check_prediction_type(found: str, allowed: tuple[str, ...] = PREDICTION_TYPES) -> None:

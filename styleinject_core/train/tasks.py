@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -153,6 +153,7 @@ class Distil(FineTune):
         super().__init__(model, source, settings, empty, validation=validation, validation_batches=validation_batches)
         self.teacher, self.teacher_empty = teacher, teacher_empty
         self.output_weight, self.feature_weight = output_weight, feature_weight
+        self._blocks, self._teacher_blocks = (m.blocks() if feature_weight else {} for m in (model, teacher))
 
     def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
         times, _, noisy = self._noisy(batch.latents.to(self.model.device), draws)
@@ -160,17 +161,14 @@ class Distil(FineTune):
         conditioning = for_teacher = _captions(batch.conditioning, self.empty, dropped)
         if batch.teacher is not None:
             for_teacher = _captions(batch.teacher, self.teacher_empty, dropped)
-        with torch.no_grad(), self._features(self.teacher) as wanted:
+        with torch.no_grad(), block_features(self._teacher_blocks) as wanted:
             teacher = self.teacher.predict(noisy, times, for_teacher)
-        with self._features(self.model) as features:
+        with block_features(self._blocks) as features:
             student = self.model.predict(noisy, times, conditioning)
         if self.teacher.schedule.prediction_type != self.model.schedule.prediction_type:
             sample = predicted_sample(self.teacher.schedule, teacher, noisy, times)
             teacher = prediction_of(self.model.schedule, sample, noisy, times)
         return distil_loss(student, teacher, features, wanted, self.output_weight, self.feature_weight)
-
-    def _features(self, model: TrainingModel) -> Any:
-        return block_features(model.blocks()) if self.feature_weight else nullcontext({})
 
     def plan(self) -> dict[str, Any]:
         weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..files.atomic import replacing
 from .loop import Observer, Progress
 
 if TYPE_CHECKING:
@@ -103,6 +104,5 @@ def running_mean(losses: Sequence[float]) -> list[float]:
 
 def loss_plot(path: Path, title: str, losses: Sequence[float], validation: Sequence[tuple[int, float]] = ()) -> None:
     """Write the loss as a PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    loss_figure(title, losses, validation).savefig(temporary, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        loss_figure(title, losses, validation).savefig(temporary, format="png")
