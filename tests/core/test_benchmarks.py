@@ -17,11 +17,12 @@ pytest.importorskip("diffusers")
 @pytest.fixture(scope="module")
 def bench():
     folder = str(Path(__file__).parents[2] / "benchmarks")
+    path = sys.path.copy()  # step_overhead.py puts the repository first, whose folder nodes would hide ComfyUI's nodes.py
     sys.path.insert(0, folder)
     try:
         yield importlib.import_module("train_step")
     finally:
-        sys.path.remove(folder)
+        sys.path[:] = path
 
 
 @pytest.fixture(scope="module")

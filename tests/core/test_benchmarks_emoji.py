@@ -19,11 +19,12 @@ MODULES = ("measure", "methods", "chinese", "problems", "run", "table")
 def bench():
     """The benchmark's modules by name; they are no package, and gone from sys.modules afterwards."""
     folder = str(Path(__file__).parents[2] / "benchmarks" / "emoji")
+    path = sys.path.copy()  # run.py puts the repository first, whose folder nodes would hide ComfyUI's nodes.py
     sys.path.insert(0, folder)
     try:
         yield {name: importlib.import_module(name) for name in MODULES}
     finally:
-        sys.path.remove(folder)
+        sys.path[:] = path
         for name in MODULES:
             sys.modules.pop(name, None)
 
