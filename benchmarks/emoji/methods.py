@@ -15,8 +15,7 @@ from styleinject_core import Adapter, AdapterConfig
 from styleinject_core.demo.training import DemoTrainingModel
 from styleinject_core.hosts.architectures import ARCHITECTURES
 
-ADAPTER_RATES = (3e-3, 1e-2, 3e-2)
-UNET_RATES = (1e-4, 3e-4, 1e-3)
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 @dataclass(frozen=True)
@@ -27,19 +26,19 @@ class Method:
         n: styles; 0 trains no adapter.
         sta: with the AdaIN step; n = 1 without it is a LoRA.
         equal: its rank is raised until it has as many parameters as StyleInject with n = 16.
-        rates: the learning rates that are tried.
+        rate: the learning rate, one of RATES, from which the best is looked for; 0 trains nothing.
     """
 
     label: str
     n: int = 0
     sta: bool = False
     equal: bool = False
-    rates: tuple[float, ...] = ADAPTER_RATES
+    rate: float = 1e-2
 
 
 METHODS = {
-    "base": Method("base model", rates=()),
-    "full": Method("U-Net tune", rates=UNET_RATES),
+    "base": Method("base model", rate=0.0),
+    "full": Method("U-Net tune", rate=3e-4),
     "lora": Method("LoRA, rank r", 1),
     "lora_equal": Method("LoRA, parameters of n = 16", 1, equal=True),
     "dma": Method("DMA only, n = 16", 16),

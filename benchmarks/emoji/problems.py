@@ -31,7 +31,7 @@ class Size:
         sampling_steps: per sample.
         concepts: how many are trained on and measured at most.
         alignment: training steps of the Chinese encoder.
-        rates: how many of a method's learning rates are tried.
+        search: whether the best learning rate is looked for, or the method's own is taken.
     """
 
     steps: int | None = None
@@ -39,10 +39,10 @@ class Size:
     sampling_steps: int = 12
     concepts: int = 10_000
     alignment: int = 300
-    rates: int = 3
+    search: bool = True
 
 
-QUICK = Size(steps=2, batch=2, sampling_steps=2, concepts=3, alignment=2, rates=1)
+QUICK = Size(steps=2, batch=2, sampling_steps=2, concepts=3, alignment=2, search=False)
 
 
 class Problem:
@@ -119,7 +119,7 @@ class Distillation(Problem):
     """A tuned sibling teaches the base, with the text encoder they share, or a student who reads Chinese: the teacher's own
     drawings are the data, its predictions the goal. The feature loss is for the shared encoder only, as in the paper."""
 
-    targets, rank, steps = WITH_CONVOLUTIONS, 4, 200
+    targets, rank, steps = WITH_CONVOLUTIONS, 4, 100
     feature_weight = 0.1  # the two terms are then about equally large in the first step
 
     def __init__(self, style: str, size: Size, chinese: bool = False):

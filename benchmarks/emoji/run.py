@@ -5,8 +5,8 @@
     python benchmarks/emoji/run.py --task style --quick --out quick.jsonl            # only shows that it runs
     python benchmarks/emoji/table.py results.jsonl                                   # the tables, as Markdown
 
-Before a row is run for the table, its learning rate is chosen: each of the method's rates is tried with a seed of its own and
-measured on concepts that are trained on. What was tried is in the file as well.
+Before a row is run for the table, its learning rate is chosen: rates are tried with a seed of its own and measured on concepts
+that are trained on, until one is better than the next lower and the next higher one. What was tried is in the file as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from methods import METHODS, trained_parameters, trainee
+from methods import METHODS, RATES, trained_parameters, trainee
 from problems import QUICK, Distillation, Problem, Size, Subject
 from tqdm import tqdm
 
@@ -86,14 +86,21 @@ class Bench:
         return self.size.steps or self.problem(task).steps
 
     def table_row(self, task: str, row: str, seed: int) -> None:
-        rate = self.rate(TUNED_ON.get(task, task), row) if METHODS[row].rates else 0.0
+        rate = self.rate(TUNED_ON.get(task, task), row) if METHODS[row].rate else 0.0
         self.line(Run(task, row, seed, rate, self.steps(task)))
 
     def rate(self, task: str, row: str) -> float:
-        """The best of a row's learning rates: the smallest KID on concepts that are trained on."""
-        rates = METHODS[row].rates[: self.size.rates]
-        tried = [self.line(Run(task, row, TUNING_SEED, rate, self.steps(task), True)) for rate in rates]
-        return min(tried, key=lambda line: line["metrics"].get("seen_kid", math.inf))["rate"]
+        """The best learning rate: its KID on concepts that are trained on is smaller than the next lower and higher rate's."""
+
+        @cache
+        def kid(k: int) -> float:
+            run = Run(task, row, TUNING_SEED, RATES[k], self.steps(task), True)
+            return self.line(run)["metrics"].get("seen_kid", math.inf)
+
+        best, steps = RATES.index(METHODS[row].rate), (0, 1, -1) if self.size.search else (0,)
+        while (better := min((best + step for step in steps if 0 <= best + step < len(RATES)), key=kid)) != best:
+            best = better
+        return RATES[best]
 
     def line(self, run: Run) -> dict[str, Any]:
         """The line of a run: read, or made and appended."""

@@ -73,12 +73,26 @@ def test_quick_run_is_complete_and_resumable(bench, tmp_path, task, row, column)
     bench["run"].main(options)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     tuning, (measured,) = [[x for x in lines if x["row"] == row and x["tuning"] == flag] for flag in (True, False)]
-    assert [line["rate"] for line in tuning] == [bench["methods"].METHODS[row].rates[0]] == [measured["rate"]]
+    assert [line["rate"] for line in tuning] == [bench["methods"].METHODS[row].rate] == [measured["rate"]]
     assert column in measured["metrics"] and measured["parameters"] > 0
     before = out.read_text()
     bench["run"].main(options)
     assert out.read_text() == before, "what is finished is not run again"
     assert bench["methods"].METHODS[row].label in bench["table"].tables(bench["run"].read(out))
+
+
+@pytest.mark.parametrize(("best", "tried"), [(1e-2, [3e-3, 1e-2, 3e-2]), (1e-1, [3e-3, 1e-2, 3e-2, 1e-1, 3e-1])])
+def test_learning_rates_are_tried_until_the_best_has_worse_neighbours(bench, tmp_path, monkeypatch, best, tried):
+    import math
+
+    def execute(_, run):  # 3e-1 diverges
+        return {"metrics": {"seen_kid": abs(math.log(run.rate / best))} if run.rate < 0.3 else {}, "error": "diverged"}
+
+    monkeypatch.setattr(bench["run"].Bench, "execute", execute)
+    runs = bench["run"].Bench(tmp_path / "results.jsonl", bench["problems"].Size(steps=1))
+    for _ in range(2):  # and nothing is run twice
+        assert runs.rate("style", "lora") == best
+        assert sorted(line["rate"] for line in runs.lines) == tried
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(bench, tmp_path):
