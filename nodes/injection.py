@@ -183,7 +183,8 @@ class ApplyModelWrapper:
             for injection in self.injections:
                 if injection.active(model, timestep):
                     attachment = injection.attachment(model)
-                    attachment.program.images = x.shape[0]
+                    # none where gradients are wanted: a backward pass may run blocks of an earlier call again
+                    attachment.program.images = 0 if torch.is_grad_enabled() else x.shape[0]
                     installed.enter_context(attachment)
                     if now is not None:
                         installed.enter_context(now.routed(injection, model, x, timestep, options))

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..styleinject_core.commands.config import METHODS
 from ..styleinject_core.train.tasks import Distil, DreamBooth, FineTune
 from .schema import AdapterType, schema
-from .train_data import PIXELS_PER_LATENT, a_prompt_each, flat_latents, flat_prompts
+from .train_data import a_prompt_each, flat_latents, flat_prompts
 from .train_job import Images, Job, empty_prompt
 from .train_options import OptionsType, TrainOptions
 from .train_run import LossType, Outcome
@@ -47,7 +47,7 @@ class StyleInjectTrain(io.ComfyNode):
         data = Images(images, a_prompt_each(flat_prompts(conditioning), len(images)))
         with job.loaded(images[0].shape) as loaded:
             source, validation = job.sources(data)
-            task = FineTune(job.student, source, job.settings, job.empty_row(images[0]), **validation)
+            task = FineTune(job.student, source, job.settings, **validation)
             return _output(job.run(loaded, task, data))
 
 
@@ -127,10 +127,7 @@ class StyleInjectDreamBooth(io.ComfyNode):
                     kind = a_prompt_each(kind, len(drawn), "class_conditioning")
                 prior = job.source(Images(drawn, kind))
             source, validation = job.sources(data)
-            empty_row = job.empty_row(images[0])
-            task = DreamBooth(
-                job.student, source, job.settings, empty_row, prior=prior, prior_weight=prior_weight[0], **validation
-            )
+            task = DreamBooth(job.student, source, job.settings, prior=prior, prior_weight=prior_weight[0], **validation)
             return _output(job.run(loaded, task, data))
 
 
@@ -239,7 +236,7 @@ class StyleInjectDistill(io.ComfyNode):
         prompts = flat_prompts(conditioning)
         theirs = None if shared else a_prompt_each(flat_prompts(teacher_conditioning, "teacher_conditioning"), len(prompts))
         images = None if latents is None else flat_latents(latents)
-        side = size[0] // PIXELS_PER_LATENT
+        side = size[0] // job.encoder.pixels_per_latent
         shape = (job.encoder.channels, side, side) if images is None else images[0].shape
         with job.loaded(shape) as loaded:
             if images is None:
@@ -256,8 +253,6 @@ class StyleInjectDistill(io.ComfyNode):
                 job.master,
                 source,
                 job.settings,
-                job.empty_row(images[0]),
-                None if shared else job.empty_row(images[0], of_teacher=True),
                 output_weight=output_weight[0],
                 feature_weight=feature_weight[0] if shared else 0.0,
                 **validation,

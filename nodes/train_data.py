@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.conds
 import comfy.model_management
 import comfy.sample
 import torch
 from torch import Tensor
 
-from ..styleinject_core.train.model import Conditioning, joined
+from ..styleinject_core.train.model import Conditioning
 from .patcher import ModelPatcher
 
 Prompt = tuple[Tensor, dict[str, Any]]  # one entry of a CONDITIONING: (1, L, C), and what else belongs to it
-PIXELS_PER_LATENT = 8
 
 _NOT_FOR_TRAINING = {
     "control": "a ControlNet",
@@ -82,14 +82,21 @@ class Encoder:
 
     Args:
         patcher: the MODEL.
+        lengths: how many tokens the prompts had that only prompts of the same length can share a batch with.
     """
 
     patcher: ModelPatcher
+    lengths: set[int] = field(default_factory=set)
 
     @property
     def channels(self) -> int:
         """Of a latent."""
         return self.patcher.model.latent_format.latent_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Of an image's side."""
+        return getattr(self.patcher.model.latent_format, "spacial_downscale_ratio", 8)  # older versions: 8
 
     def latents(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Latents in the model's own scale.
@@ -97,11 +104,9 @@ class Encoder:
         Raises:
             ValueError: latents of another model.
         """
-        format = self.patcher.model.latent_format
         found = []
         for k, value in enumerate(values):
-            if value.ndim == 3 and getattr(format, "latent_dimensions", 2) == 3:
-                value = value.unsqueeze(1)  # (C, 1, H, W): an image is a video of one frame
+            value = self.framed(value)
             if value.shape[0] != self.channels:
                 raise ValueError(
                     f"latent {k + 1} has {value.shape[0]} channels, this model takes {self.channels}: "
@@ -110,23 +115,28 @@ class Encoder:
             found.append(self.patcher.model.process_latent_in(value.unsqueeze(0))[0].float())
         return found
 
-    def prompts(self, prompts: Sequence[Prompt], shapes: Sequence[Sequence[int]]) -> Conditioning:
-        """What the model is given for each prompt, for images of these shapes (C, ..., H, W).
+    def framed(self, value: Tensor) -> Tensor:
+        """A latent (C, H, W) as the model takes it: for video models (C, 1, H, W), an image is a video of one frame."""
+        video = getattr(self.patcher.model.latent_format, "latent_dimensions", 2) == 3
+        return value.unsqueeze(1) if value.ndim == 3 and video else value
+
+    def prompts(self, prompts: Sequence[Prompt], shapes: Sequence[Sequence[int]]) -> list[Conditioning]:
+        """What the model is given for each prompt, one row each, for images of these shapes (C, ..., H, W).
 
         Raises:
-            ValueError: prompts of different kinds, or a kind that cannot be batched.
+            ValueError: a kind of prompt that training does not support.
         """
         made: dict[tuple[int, tuple[int, ...]], Conditioning] = {}
         keys = [(id(prompt), tuple(shape)) for prompt, shape in zip(prompts, shapes, strict=True)]
         for prompt, key in zip(prompts, keys, strict=True):
             if key not in made:
                 made[key] = self._prompt(prompt, key[1])
-        return joined([made[key] for key in keys])
+        return [made[key] for key in keys]
 
     def _prompt(self, prompt: Prompt, shape: tuple[int, ...]) -> Conditioning:
         tensor, extras = prompt
         blank = torch.zeros(1, *shape)
-        height, width = (side * PIXELS_PER_LATENT for side in shape[-2:])
+        height, width = (side * self.pixels_per_latent for side in shape[-2:])
         given = {"width": width, "height": height, "prompt_type": "positive", "latent_image": blank, "seed": 0, **extras}
         conds = self.patcher.model.extra_conds(cross_attn=tensor, noise=blank, device=torch.device("cpu"), **given)
         row: Conditioning = {}
@@ -135,6 +145,8 @@ class Encoder:
                 raise ValueError(
                     f"this model is conditioned by {key!r} ({type(cond.cond).__name__}), which training does not support"
                 )
+            if cond.cond.ndim == 3 and not isinstance(cond, comfy.conds.CONDCrossAttn):
+                self.lengths.add(cond.cond.shape[1])
             row[key] = cond.cond.detach().float().cpu() if cond.cond.is_floating_point() else cond.cond.detach().cpu()
         return row
 
@@ -166,7 +178,7 @@ def draw(
 
     found = []
     with torch.inference_mode():
-        blank = torch.zeros(1, *shape)
+        blank = Encoder(patcher).framed(torch.zeros(*shape)).unsqueeze(0)
         for k, prompt in enumerate(prompts):
             latent = comfy.sample.sample(
                 patcher,

@@ -18,13 +18,13 @@ from ..styleinject_core.commands.config import AdapterTable
 from ..styleinject_core.files import AdapterFileError
 from ..styleinject_core.files.format import atomic_save
 from ..styleinject_core.train.metadata import made_by
-from ..styleinject_core.train.model import Conditioning, rows, tensors_hash
+from ..styleinject_core.train.model import tensors_hash
 from ..styleinject_core.train.settings import TrainSettings
 from ..styleinject_core.train.source import LatentSource
 from ..styleinject_core.train.tasks import FineTune
 from . import paths
-from .patcher import ModelPatcher
-from .train_data import PIXELS_PER_LATENT, Encoder, Prompt, draw, flat_prompts
+from .patcher import ModelPatcher, injections_of
+from .train_data import Encoder, Prompt, draw, flat_prompts
 from .train_model import ComfyTrainingModel, Loaded, with_lasting_weights
 from .train_options import DTYPES, TrainOptions
 from .train_run import Outcome, check_name, new_adapter, train_in_folder
@@ -83,10 +83,17 @@ class Job:
         self.config = table.config()
         self.model = with_lasting_weights(self.model)
         self.student = ComfyTrainingModel(self.model)
+        steered = [injection.applied.adapter.name for injection in injections_of(self.model) if injection.control]
+        if steered and options.gradient_checkpointing:
+            raise ValueError(
+                f'gradient_checkpointing: adapter "{steered[0]}" on this model has a router control, which blocks that run '
+                "again do not see; train without one of the two"
+            )
         if self.teacher is not None:
             self.teacher = with_lasting_weights(self.teacher)
             self.master = ComfyTrainingModel(self.teacher)
         self.encoder = Encoder(self.model)
+        self.teacher_encoder = None if self.teacher is None else Encoder(self.teacher)
 
     @contextmanager
     def loaded(self, shape: Sequence[int]) -> Iterator[Loaded]:
@@ -98,46 +105,52 @@ class Job:
 
     def source(self, images: Images) -> LatentSource:
         """Batches of all images."""
-        latents, own, theirs = self._encoded(images)
-        return LatentSource(latents, own, theirs, batch_size=self.batch_size, seed=self.settings.seed)
+        return self._source(self._encoded(images), range(len(images.latents)), self.batch_size)
 
     def sources(self, images: Images) -> tuple[LatentSource, dict[str, Any]]:
         """Batches of the images that are trained on, and the task's arguments for those that are held out."""
         held_out = self.options.validation_images
         if not held_out:
             return self.source(images), {}
-        latents, own, theirs = self._encoded(images)
-        if held_out >= len(latents):
-            raise ValueError(f"validation_images: {held_out} of {len(latents)} images leave none to train on")
-        order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(self.settings.seed)).tolist()
-
-        def part(chosen: list[int], batch_size: int) -> LatentSource:
-            teacher = None if theirs is None else rows(theirs, chosen)
-            few = [latents[k] for k in chosen]
-            return LatentSource(few, rows(own, chosen), teacher, batch_size=batch_size, seed=self.settings.seed)
-
+        encoded, count = self._encoded(images), len(images.latents)
+        if held_out >= count:
+            raise ValueError(f"validation_images: {held_out} of {count} images leave none to train on")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed)).tolist()
         size = min(self.batch_size, held_out)
-        validation = part(sorted(order[:held_out]), size)
-        return part(sorted(order[held_out:]), self.batch_size), {
-            "validation": validation,
+        return self._source(encoded, sorted(order[held_out:]), self.batch_size), {
+            "validation": self._source(encoded, sorted(order[:held_out]), size),
             "validation_batches": -(-held_out // size),
         }
 
-    def _encoded(self, images: Images) -> tuple[list[Tensor], Conditioning, Conditioning | None]:
+    def _encoded(self, images: Images) -> tuple[Sequence[Any] | None, ...]:
+        """Latents, prompts, the teacher's prompts, and the empty ones of both, one of each per image; LatentSource's arguments.
+
+        Raises:
+            ValueError: prompts of different lengths, for a batch of a model that cannot mix them.
+        """
         latents = self.encoder.latents(images.latents)
         shapes = [tuple(latent.shape) for latent in latents]
-        own = self.encoder.prompts(images.prompts, shapes)
-        if images.teacher_prompts is None or self.teacher is None:
-            return latents, own, None
-        return latents, own, Encoder(self.teacher).prompts(images.teacher_prompts, shapes)
 
-    def empty_row(self, latent: Tensor, of_teacher: bool = False) -> Conditioning | None:
-        """The empty prompt as the model is given it, for images like `latent`."""
-        prompt, patcher = (self.teacher_empty, self.teacher) if of_teacher else (self.empty, self.model)
-        if prompt is None or patcher is None:
-            return None
-        shape = tuple(self.encoder.latents([latent])[0].shape)
-        return Encoder(patcher).prompts([prompt], [shape])
+        def rows(encoder: Encoder | None, prompts: Sequence[Prompt] | None, empty: Prompt | None):
+            if encoder is None or prompts is None:
+                return None, None
+            drops = empty is not None and self.settings.caption_dropout > 0
+            return encoder.prompts(prompts, shapes), encoder.prompts([empty] * len(shapes), shapes) if drops else None
+
+        own, own_empty = rows(self.encoder, images.prompts, self.empty)
+        theirs, their_empty = rows(self.teacher_encoder, images.teacher_prompts, self.teacher_empty)
+        for encoder in (self.encoder, self.teacher_encoder):
+            if self.batch_size > 1 and encoder is not None and len(encoder.lengths) > 1:
+                few = ", ".join(map(str, sorted(encoder.lengths)[:5]))
+                raise ValueError(
+                    f"batch_size {self.batch_size}: this model takes prompts of different lengths ({few} tokens) one by one; "
+                    "set batch_size to 1, and accumulation in the options to what it was"
+                )
+        return latents, own, theirs, own_empty, their_empty
+
+    def _source(self, encoded: Sequence[Sequence[Any] | None], chosen: Sequence[int], batch_size: int) -> LatentSource:
+        parts = [None if each is None else [each[k] for k in chosen] for each in encoded]
+        return LatentSource(*parts, batch_size=batch_size, seed=self.settings.seed)  # type: ignore[arg-type]
 
     def drawn(
         self, loaded: Loaded, model: ComfyTrainingModel, prompts: Sequence[Prompt], empty: Prompt | None, shape: Sequence[int]
@@ -145,8 +158,7 @@ class Job:
         """Latents that a model draws, one per prompt; drawn once, and kept for other runs with the same ones."""
         options = self.options
         settings = [list(shape), self.settings.seed, options.sampling_steps, options.guidance]
-        parts = [tensor for prompt in (*prompts, *([empty] if empty else [])) for tensor in _tensors(prompt)]
-        asked = f"{model.fingerprint}/{tensors_hash(parts)}/{settings}"
+        asked = f"{model.fingerprint}/{prompts_hash(prompts)}/{prompts_hash([empty] if empty else [])}/{settings}"
         folder = paths.trained_folder() / DRAWN
         path = folder / f"{hashlib.blake2b(asked.encode(), digest_size=12).hexdigest()}.latents"
         try:
@@ -185,10 +197,10 @@ class Job:
             student.title,
             "" if self.master is None else self.master.title,
         )
-        height, width = (side * PIXELS_PER_LATENT for side in images.latents[0].shape[-2:])
+        height, width = (side * self.encoder.pixels_per_latent for side in images.latents[0].shape[-2:])
         metadata["modelspec.resolution"] = f"{width}x{height}"
 
-        def pictures() -> Tensor:
+        def pictures() -> Tensor:  # (N, H, W, 3)
             latents = draw(
                 self.model,
                 options.pictured or images.prompts[:1],
@@ -220,5 +232,14 @@ def empty_prompt(values: Sequence[Any] | None, what: str) -> Prompt | None:
     return None if values is None else flat_prompts(values, what)[0]
 
 
-def _tensors(prompt: Prompt) -> list[Tensor]:
-    return [prompt[0], *(value for _, value in sorted(prompt[1].items()) if isinstance(value, Tensor))]
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """A fingerprint of prompts and of all that belongs to them: pooled outputs, sizes, guidance."""
+    tensors, others = [], []
+    for tensor, extras in prompts:
+        tensors.append(tensor)
+        for key, value in sorted(extras.items()):
+            if isinstance(value, Tensor):
+                tensors.append(value)
+            else:
+                others.append(f"{key}: {value!r}")
+    return hashlib.blake2b(f"{tensors_hash(tensors)} {others}".encode(), digest_size=8).hexdigest()

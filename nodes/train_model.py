@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -18,7 +20,7 @@ from ..styleinject_core import Adapter, Applied, Attachment
 from ..styleinject_core.adapter import host_shapes
 from ..styleinject_core.hosts.architectures import ARCHITECTURES
 from ..styleinject_core.layers import LayerShape
-from ..styleinject_core.train.model import Conditioning, TrainingModel
+from ..styleinject_core.train.model import Conditioning, TrainingModel, tensors_hash
 from ..styleinject_core.train.noise import logit_normal, prediction_of
 from .injection import ComfyProgram, layer_names, model_title
 from .patcher import ModelPatcher, compute_dtype, injections_of
@@ -32,6 +34,7 @@ _PREDICTIONS = {  # how a model's input is scaled, and how its output is read ->
 }
 # What a step needs beyond the weights, in units of what ComfyUI estimates for sampling: a backward pass keeps activations.
 _TRAINING_MEMORY = 4
+_UNPACKED = "_full_precision_mm"  # of comfy.ops.mixed_precision_ops' layers
 
 
 class ComfySchedule:
@@ -70,7 +73,11 @@ class ComfySchedule:
 
 
 class TrainingProgram(ComfyProgram):
-    """ComfyUI's ways of reading frozen weights; the adapter's own parameters by operations that have gradients."""
+    """ComfyUI's ways of reading frozen weights; the adapter's own parameters by operations that have gradients.
+
+    A row of a batch is an image: its `images` stays 0. A count would be that of the last call, and a backward pass may run
+    blocks of an earlier one again.
+    """
 
     def cast(self, parameter: Tensor, x: Tensor) -> Tensor:
         return parameter.to(x.device, x.dtype)
@@ -95,6 +102,18 @@ class ComfyTrainingModel(TrainingModel):
                     f'adapter "{injection.applied.adapter.name}" is on this model for {injection.start_percent:.0%} to '
                     f"{injection.end_percent:.0%} of sampling; to train on a model, its adapters must be active all the time"
                 )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The weights, how it samples, and the adapters that are on it."""
+        sampling = self.schedule.sampling
+        numbers = sorted((name, value) for name, value in vars(sampling).items() if type(value) in (int, float))
+        parts = [super().fingerprint, self.schedule.prediction_type, tensors_hash(sampling.buffers()), repr(numbers)]
+        for injection in injections_of(self.patcher):
+            applied = injection.applied
+            how = (applied.strength, applied.dma, applied.sta, applied.layers, applied.layer_weights, injection.control)
+            parts += [tensors_hash(applied.adapter.state_dict().values()), repr(how)]
+        return hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()
 
     @property
     def half(self) -> bool:
@@ -122,7 +141,6 @@ class ComfyTrainingModel(TrainingModel):
         return stack
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        self._program.images = len(noisy)
         named = {key: value.to(self.device) for key, value in conditioning.items()}
         try:
             x0 = self._denoised(noisy, times, named)
@@ -182,16 +200,22 @@ class Loaded:
             comfy.model_management.load_models_gpu([*patchers, *beside], memory, force_full_load=True)
         for patcher in patchers:
             patcher.pre_run()
+        for patcher in (*patchers, *beside):
             leave_inference_mode(patcher.model)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Loaded and told that they run, and told when it is over."""
         management = comfy.model_management
+        # Quantised layers multiply in 8 bits or less, which has no gradient in every version; told so, they unpack first.
+        layers = [part for model in self.models for part in model.denoiser.modules() if hasattr(part, _UNPACKED)]
+        former = [getattr(layer, _UNPACKED) for layer in layers]
         in_training = getattr(management, "in_training", None)  # newer versions avoid operations without gradients then
         try:
             if in_training is not None:
                 management.in_training = True
+            for layer in layers:
+                setattr(layer, _UNPACKED, True)
             self.prepare()
             with ExitStack() as adapters:
                 for model in self.models:
@@ -200,6 +224,8 @@ class Loaded:
         finally:
             if in_training is not None:
                 management.in_training = in_training
+            for layer, value in zip(layers, former, strict=True):
+                setattr(layer, _UNPACKED, value)
             for model in self.models:
                 model.patcher.cleanup()
 

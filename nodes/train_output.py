@@ -62,7 +62,8 @@ class StyleInjectSave(io.ComfyNode):
         folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
         while (path := Path(folder) / f"{stem}_{counter:05}_.safetensors").exists():
             counter += 1
-        given = {f"modelspec.{field}": text.strip() for field, text in about.items() if text.strip()}
+        given = {"modelspec.title": path.stem}
+        given |= {f"modelspec.{field}": text.strip() for field, text in about.items() if text.strip()}
         save_adapter(adapter, path, given, getattr(torch, dtype))
         name = path.relative_to(root).as_posix()
         return io.NodeOutput(f"output/{name}", ui=ui.PreviewText(f"Saved as output/{paths.TRAINED}/{name}"))

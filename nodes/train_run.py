@@ -60,15 +60,15 @@ def new_adapter(shapes: Any, config: AdapterConfig, name: str, seed: int) -> Ada
         return Adapter.create(shapes, config, name)
 
 
-def open_run(name: str, existing: str, plan: dict[str, Any]) -> RunFolder:
+def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunFolder:
     """The folder to train in: "name", or the numbered ones beside it ("name_2", ...).
 
     Args:
         existing: one of the choices of StyleInjectTrainOptions.existing_run.
-        plan: the run's plan; a folder with a state of another plan is never trained in.
+        plan, steps: the run's; a folder with a state of another plan, or of a later step, is never trained in.
 
     Raises:
-        ValueError, CheckpointError: a run must go on, and there is none, or the latest has another plan.
+        ValueError, CheckpointError: a run must go on, and there is none, or the latest is another one.
     """
     root = paths.trained_folder()
     root.mkdir(parents=True, exist_ok=True)
@@ -80,12 +80,12 @@ def open_run(name: str, existing: str, plan: dict[str, Any]) -> RunFolder:
     if existing == MUST_GO_ON:
         if not runs:
             raise ValueError(f'existing_run is "{MUST_GO_ON}", and there is no run named {name!r} in output/styleinject')
-        runs[0].load_state(plan)
+        runs[0].load_state(plan, steps)
         return runs[0]
     if existing == GO_ON:
         for folder in runs:
             with suppress(CheckpointError):
-                folder.load_state(plan)
+                folder.load_state(plan, steps)
                 return folder
         for left in map(RunFolder, there):
             if not left.state_file.exists() and not any(left.path.glob("*.safetensors")):
@@ -212,7 +212,7 @@ def train_in_folder(
     Returns:
         The adapter on the CPU, named after its run.
     """
-    run = open_run(adapter.name, existing, run_plan(adapter, task, settings))
+    run = open_run(adapter.name, existing, run_plan(adapter, task, settings), settings.steps)
     run.metadata, run.dtype = metadata, dtype
     name = run.path.name
     watch = Watch(run, f"{name}: {task.objective}", node_id, pictures)

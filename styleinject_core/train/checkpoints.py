@@ -84,11 +84,14 @@ class RunFolder:
         header = {"version": STATE_VERSION, "step": state.step, "plan": state.plan, "parts": _pack(state.parts, tensors)}
         atomic_save(tensors, self.state_file, {"styleinject_training": json.dumps(header)})
 
-    def load_state(self, plan: Mapping[str, Any]) -> TrainState | None:
+    def load_state(self, plan: Mapping[str, Any], steps: int) -> TrainState | None:
         """The newest state, or None where the run has none.
 
+        Args:
+            plan, steps: of the run that wants to go on from it.
+
         Raises:
-            CheckpointError: a damaged file, a newer version, or the state of a run with another plan.
+            CheckpointError: a damaged file, a newer version, the state of a run with another plan, or of a later step.
         """
         name = f"{self.path.name}/{self.state_file.name}"
         if not self.state_file.exists():
@@ -106,6 +109,11 @@ class RunFolder:
             raise CheckpointError(
                 f"{name} is at step {state.step} of another run; it differs in\n{lines}\n"
                 "Set these back to go on with it, or choose another name to start anew."
+            )
+        if state.step > steps:
+            raise CheckpointError(
+                f"{name} is at step {state.step} already, and {steps} steps are asked for. Ask for more to go on with it, use "
+                "one of the adapters of earlier steps beside it, or choose another name to start anew."
             )
         return state
 

@@ -114,7 +114,7 @@ def train(
 
     Raises:
         TrainingError: a loss or gradient that is NaN or Inf; the parameters are those of the last good step.
-        CheckpointError: the run folder holds the state of another plan.
+        CheckpointError: the run folder holds the state of another plan, or of a later step.
     """
     loop = _Loop(adapter, task, settings, run if processes.is_main else None, observer or Observer(), processes)
     if run is not None:
@@ -171,7 +171,7 @@ class _Loop:
         return run_plan(self.adapter, self.task, self.settings, self.processes)
 
     def resume(self, run: RunFolder) -> None:
-        state = run.load_state(self.plan())
+        state = run.load_state(self.plan(), self.settings.steps)
         if state is None:
             if self.run is not None:
                 run.history(until=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -77,13 +77,14 @@ class Batch:
         latents: x0, (B, C, H, W) float32.
         conditioning: the captions, a row each.
         teacher: the same captions for a teacher with another text encoder.
-        prior: a batch of class images beside it (DreamBooth).
+        empty, teacher_empty: what takes a dropped caption's place, a row each, where that depends on the image.
     """
 
     latents: Tensor
     conditioning: Conditioning
     teacher: Conditioning | None = None
-    prior: Batch | None = field(default=None, repr=False)
+    empty: Conditioning | None = None
+    teacher_empty: Conditioning | None = None
 
 
 def rows(conditioning: Mapping[str, Tensor], index: Tensor | Sequence[int]) -> Conditioning:
@@ -120,10 +121,12 @@ def joined(conditionings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
 
 
 def where(mask: Tensor, conditioning: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Conditioning:
-    """Each row from `conditioning`, or from the one row of `other` where mask (B,) is set."""
-    both = joined([conditioning, other])
+    """Each row from `conditioning`, or where mask (B,) is set from `other`, which has as many rows, or one for all."""
     count = len(mask)
-    return rows(both, torch.where(mask, count, torch.arange(count)))
+    own, others = torch.arange(count), torch.arange(count) % len(next(iter(other.values())))
+    if mask.all():
+        return rows(other, others)
+    return rows(joined([conditioning, other]), torch.where(mask, count + others, own))
 
 
 def conditioning_hash(conditioning: Mapping[str, Tensor]) -> str:

@@ -11,9 +11,11 @@ from torch import Tensor
 from .buckets import BatchOrder
 from .data import ImageFolder
 from .images import Example
-from .model import Batch, Conditioning, conditioning_hash, joined, rows, tensors_hash
+from .model import Batch, Conditioning, joined, rows, tensors_hash
 from .parallel import Processes
 from .webdataset import ImageStream
+
+Prompts = Conditioning | Sequence[Conditioning]
 
 
 class Source(Protocol):
@@ -37,8 +39,9 @@ class LatentSource:
 
     Args:
         latents: x0 of each example, (C, H, W); sizes may differ, a batch has one size.
-        conditioning: one row per example, or a single one for all.
+        conditioning: one row per example, or a single one for all; in one, or a list, whose rows may differ in length.
         teacher: the same prompts for a teacher with another text encoder.
+        empty, teacher_empty: what takes a dropped caption's place, likewise, where that depends on the image.
 
     Raises:
         ValueError: no latents, or another number of prompts than of latents.
@@ -47,8 +50,10 @@ class LatentSource:
     def __init__(
         self,
         latents: Sequence[Tensor],
-        conditioning: Conditioning,
-        teacher: Conditioning | None = None,
+        conditioning: Prompts,
+        teacher: Prompts | None = None,
+        empty: Prompts | None = None,
+        teacher_empty: Prompts | None = None,
         *,
         batch_size: int = 1,
         seed: int = 0,
@@ -57,23 +62,21 @@ class LatentSource:
         if not latents:
             raise ValueError("no training images: expected at least one latent")
         self.latents = list(latents)
-        self.conditioning = _a_row_each(conditioning, len(self.latents), "conditionings")
-        self.teacher = None if teacher is None else _a_row_each(teacher, len(self.latents), "teacher conditionings")
+        given = {"conditioning": conditioning, "teacher": teacher, "empty": empty, "teacher_empty": teacher_empty}
+        self.prompts = {name: _a_row_each(value, len(self.latents), name) for name, value in given.items() if value is not None}
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in self.latents]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
 
     def batch(self, index: int) -> Batch:
         chosen = self.order.batch(index)
         latents = torch.stack([self.latents[k].float() for k in chosen])
-        teacher = None if self.teacher is None else rows(self.teacher, chosen)
-        return Batch(latents, rows(self.conditioning, chosen), teacher)
+        return Batch(latents, **{name: joined([each[k] for k in chosen]) for name, each in self.prompts.items()})
 
     def summary(self) -> dict[str, Any]:
-        both = [self.conditioning, *([self.teacher] if self.teacher is not None else [])]
         return {
             "images": len(self.latents),
             "latents": tensors_hash(self.latents),
-            "prompts": "/".join(conditioning_hash(c) for c in both),
+            **{f"{name} prompts": tensors_hash(t for row in each for t in row.values()) for name, each in self.prompts.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,8 +199,9 @@ class StreamSource:
         self.stream.load_state_dict(state)
 
 
-def _a_row_each(conditioning: Conditioning, count: int, what: str) -> Conditioning:
-    found = len(next(iter(conditioning.values())))
-    if found not in (1, count):
-        raise ValueError(f"{count} latents and {found} {what}: expected as many as latents, or one for all")
-    return rows(conditioning, [0] * count) if found == 1 else conditioning
+def _a_row_each(prompts: Prompts, count: int, what: str) -> list[Conditioning]:
+    if isinstance(prompts, Mapping):
+        prompts = [rows(prompts, [k]) for k in range(len(next(iter(prompts.values()))))]
+    if len(prompts) not in (1, count):
+        raise ValueError(f"{what}: {len(prompts)} prompts for {count} latents; expected as many, or one for all")
+    return list(prompts) * count if len(prompts) == 1 else list(prompts)

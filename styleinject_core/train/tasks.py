@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from .draws import VALIDATION, Draws
-from .model import Batch, Conditioning, TrainingModel, where
+from .model import Batch, Conditioning, TrainingModel, conditioning_hash, where
 from .noise import add_noise, predicted_sample, prediction_of
 from .objectives import block_features, checkpointed, distil_loss, fine_tune_loss
 from .settings import TrainSettings
@@ -24,7 +24,7 @@ class FineTune:
     Args:
         model: the frozen model that the adapter is for.
         source: training batches.
-        empty: the empty prompt, one row, for caption dropout; None leaves every caption.
+        empty: the empty prompt, one row, for caption dropout, unless batches bring their own; None leaves every caption.
         prior: class images, one batch beside each of `source`'s (DreamBooth); their loss is weighted by `prior_weight`.
         validation: batches that are never trained on; all of the first `validation_batches` are measured.
     """
@@ -45,7 +45,8 @@ class FineTune:
     ):
         if settings.validate_every and validation is None:
             raise ValueError("validate_every is set, but there are no validation images")
-        self.model, self.source, self.settings, self.empty = model, source, settings, empty
+        self.model, self.source, self.settings = model, source, settings
+        self.empty = empty if settings.caption_dropout else None
         self.prior, self.prior_weight = prior, prior_weight
         self.validation, self.validation_batches = validation, validation_batches
 
@@ -78,7 +79,7 @@ class FineTune:
     def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
         latents = batch.latents.to(self.model.device)
         times, noise, noisy = self._noisy(latents, draws)
-        conditioning = _captions(batch.conditioning, self.empty, self._dropped(batch, draws, dropout))
+        conditioning = _captions(batch.conditioning, batch.empty or self.empty, self._dropped(batch, draws, dropout))
         prediction = self.model.predict(noisy, times, conditioning)
         return fine_tune_loss(prediction, self.model.schedule, latents, noise, times, self.settings.min_snr_gamma)
 
@@ -94,6 +95,8 @@ class FineTune:
 
     def plan(self) -> dict[str, Any]:
         plan: dict[str, Any] = {"objective": self.objective, "model": self.model.fingerprint, "data": self.source.summary()}
+        if self.empty is not None:
+            plan["empty"] = conditioning_hash(self.empty)
         if self.prior is not None:
             plan["prior"] = {"weight": self.prior_weight, **self.prior.summary()}
         if self.validation is not None:
@@ -125,7 +128,7 @@ class Distil(FineTune):
         teacher: another model over the same latents; it may predict something else (ε, v, x0).
 
     Raises:
-        ValueError: teacher and student are one model.
+        ValueError: teacher and student are one model, or one of them alone is a flow model.
     """
 
     objective = "distil"
@@ -146,21 +149,26 @@ class Distil(FineTune):
     ):
         if teacher.denoiser is model.denoiser:
             raise ValueError("teacher and student are the same model: there is nothing to learn")
+        kinds = [m.schedule.prediction_type for m in (teacher, model)]
+        if kinds[0] != kinds[1] and "flow" in kinds:
+            raise ValueError(
+                f"the teacher predicts {kinds[0]}, the student {kinds[1]}: a flow model's noisy images are not another one's"
+            )
         if (empty is None) != (teacher_empty is None) and teacher_empty is not None:
             raise ValueError("the teacher has an empty prompt, the student has none: give both, or none")
         if settings.min_snr_gamma:
             raise ValueError("min_snr_gamma weights the error of fine-tuning; a distillation has no such term: leave it at 0")
         super().__init__(model, source, settings, empty, validation=validation, validation_batches=validation_batches)
-        self.teacher, self.teacher_empty = teacher, teacher_empty
+        self.teacher, self.teacher_empty = teacher, teacher_empty if settings.caption_dropout else None
         self.output_weight, self.feature_weight = output_weight, feature_weight
         self._blocks, self._teacher_blocks = (m.blocks() if feature_weight else {} for m in (model, teacher))
 
     def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
         times, _, noisy = self._noisy(batch.latents.to(self.model.device), draws)
         dropped = self._dropped(batch, draws, dropout)
-        conditioning = for_teacher = _captions(batch.conditioning, self.empty, dropped)
+        conditioning = for_teacher = _captions(batch.conditioning, batch.empty or self.empty, dropped)
         if batch.teacher is not None:
-            for_teacher = _captions(batch.teacher, self.teacher_empty, dropped)
+            for_teacher = _captions(batch.teacher, batch.teacher_empty or self.teacher_empty, dropped)
         with torch.no_grad(), block_features(self._teacher_blocks) as wanted:
             teacher = self.teacher.predict(noisy, times, for_teacher)
         with block_features(self._blocks) as features:
@@ -172,7 +180,8 @@ class Distil(FineTune):
 
     def plan(self) -> dict[str, Any]:
         weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}
-        return {**super().plan(), "teacher": self.teacher.fingerprint, **weights}
+        plan = {**super().plan(), "teacher": self.teacher.fingerprint, **weights}
+        return plan if self.teacher_empty is None else {**plan, "teacher_empty": conditioning_hash(self.teacher_empty)}
 
 
 def _captions(conditioning: Conditioning, empty: Conditioning | None, dropped: Tensor) -> Conditioning:

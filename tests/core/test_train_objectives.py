@@ -281,9 +281,9 @@ def test_prompts_of_other_lengths_are_repeated():
 def test_counts_must_match():
     latents = [torch.zeros(4, 2, 2)] * 3
     assert len(LatentSource(latents, {"context": torch.zeros(1, 2, 3)}, batch_size=3).batch(0).conditioning["context"]) == 3
-    with pytest.raises(ValueError, match="3 latents and 2 conditionings"):
+    with pytest.raises(ValueError, match="conditioning: 2 prompts for 3 latents"):
         LatentSource(latents, {"context": torch.zeros(2, 2, 3)})
-    with pytest.raises(ValueError, match="3 latents and 4 teacher conditionings"):
+    with pytest.raises(ValueError, match="teacher: 4 prompts for 3 latents"):
         LatentSource(latents, {"context": torch.zeros(3, 2, 3)}, {"context": torch.zeros(4, 2, 3)})
     with pytest.raises(ValueError, match="no training images"):
         LatentSource([], {"context": torch.zeros(1, 2, 3)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -103,7 +104,34 @@ def test_a_run_of_the_same_name(model, train, trained_folder) -> None:
     assert train(model=model, rank=3, options={"existing_run": "new"})[0].name == "rough_3"
     with pytest.raises(ValueError, match="no run named 'fine' in output/styleinject"):
         train(model=model, name="fine", options={"existing_run": "go on"})
-    assert sorted(path.name for path in trained_folder.iterdir()) == ["rough", "rough_2", "rough_3"]
+    with pytest.raises(ValueError, match="is at step 4 already, and 3 steps are asked for"):
+        train(model=model, rank=3, steps=3, options={"existing_run": "go on"})
+    fewer, _, step = train(model=model, rank=3, steps=3)
+    assert step == 3 and fewer.name == "rough_4", "of fewer steps, not the one that has more"
+    assert sorted(path.name for path in trained_folder.iterdir()) == ["rough", "rough_2", "rough_3", "rough_4"]
+
+
+def test_what_else_makes_another_run(pack, model, train, run_node, conditioning, trained_folder) -> None:
+    """The empty prompt, how the model samples, and the adapters that are on it."""
+    import comfy_extras.nodes_model_advanced as advanced
+
+    patched, _ = run_node("StyleInjectApply", model=model, adapter=random_adapter(pack, model, name="ink"))
+    shifted = advanced.ModelSamplingSD3().patch(model, 3.0)[0]
+    cases = [
+        {"model": model},
+        {"model": model, "empty": conditioning(9)},
+        {"model": model, "empty": conditioning(8)},
+        {"model": advanced.ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]},
+        {"model": shifted},
+        {"model": advanced.ModelSamplingSD3().patch(model, 2.0)[0]},
+        {"model": patched},
+        {"model": run_node("StyleInjectStrength", model=patched, adapter_name="all", strength=0.5)[0]},
+    ]
+    names = [train(**case, steps=1)[0].name for case in cases]
+    assert names == ["rough", *(f"rough_{k}" for k in range(2, len(cases) + 1))]
+    assert [train(**case, steps=1)[0].name for case in cases] == names
+    no_dropout = {"options": {"caption_dropout": 0.0}, "name": "none", "steps": 1}
+    assert {train(**case, **no_dropout)[0].name for case in cases[:3]} == {"none"}, "an empty prompt that is not used"
 
 
 def test_another_model_is_another_run(model, tiny_unet_model, train) -> None:
@@ -168,7 +196,9 @@ def _with(extra: dict[str, Any], conditioning: list) -> list:
         ({"options": {"optimizer": "adamw8bit"}}, "pip install bitsandbytes"),
     ],
 )
-def test_bad_input(model, train, conditioning, inputs, message, trained_folder) -> None:
+def test_bad_input(model, train, conditioning, inputs, message, trained_folder, monkeypatch) -> None:
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     inputs = dict(inputs)
     prompts = [conditioning(k)[0] for k in range(inputs.pop("prompts", 1))]
     prompts = _with(inputs.pop("extra", {}), prompts)
@@ -209,9 +239,12 @@ def test_an_interrupt_in_a_validation_ends_the_run_after_it(model, train, traine
     assert (trained_folder / "rough" / "step-000002.safetensors").exists()
 
 
-def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, sample) -> None:
+def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, sample, trained_folder) -> None:
     """An adapter that is on the model stays and is frozen, also where blocks run again in the backward pass."""
-    first = random_adapter(pack, model, "to_q", "conv", name="ink")
+    trained_folder.mkdir(parents=True)
+    path = trained_folder / "ink.safetensors"
+    pack.submodule("styleinject_core").save_adapter(random_adapter(pack, model, "to_q", "conv"), path, None, torch.float16)
+    (first,) = run_node("StyleInjectLoader", adapter_name="output/ink.safetensors")
     patched, _ = run_node("StyleInjectApply", model=model, adapter=first)
     before = sample(patched)
     plain, _, _ = train(model=model, name="plain")
@@ -225,6 +258,12 @@ def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, samp
     part, _ = run_node("StyleInjectApply", model=model, adapter=first, end_percent=0.5)
     with pytest.raises(ValueError, match='adapter "ink" is on this model for 0% to 50% of sampling'):
         train(model=part)
+    (control,) = run_node("StyleInjectRouterControl", top_k=1)
+    steered, _ = run_node("StyleInjectApply", model=model, adapter=first, control=control)
+    by_one_style, _, _ = train(model=steered, name="steered")
+    assert not close(by_one_style.layers[beside.names[0]].B, beside.layers[beside.names[0]].B, 0.01)
+    with pytest.raises(ValueError, match='gradient_checkpointing: adapter "ink" on this model has a router control'):
+        train(model=steered, options={"gradient_checkpointing": True})
 
 
 def test_save_and_its_metadata(pack, model, train, run_node, trained_folder) -> None:

@@ -43,7 +43,7 @@ def test_the_prediction_is_what_the_network_puts_out(pack, model, sampled_as, tr
         times = wrapped.schedule.times(torch.tensor([0.02, 0.5, 0.97]))
         a, b = wrapped.schedule.coefficients(times)
         noisy = a.view(-1, 1, 1, 1) * latents(3)["samples"] + b.view(-1, 1, 1, 1) * latents(3, seed=1)["samples"]
-        rows = encoder.prompts([tuple(conditioning(0)[0])] * 3, [(4, 8, 8)] * 3)
+        rows = pack.submodule("styleinject_core.train.model").joined(encoder.prompts([tuple(conditioning(0)[0])] * 3, [(4, 8, 8)] * 3))
         prediction = wrapped.predict(noisy, times, rows)
         handle.remove()
     torch.testing.assert_close(prediction, seen[0].float(), rtol=1e-3, atol=1e-3)
@@ -80,7 +80,7 @@ def test_a_model_that_takes_sizes_and_pooled_prompts(pack, train) -> None:
     adapter, _, step = train(model=model, conditioning=prompts, latents=images, empty=[prompts[0]])
     assert step == 4
     rows = pack.submodule("nodes.train_data").Encoder(model).prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
-    assert rows["y"].shape == (2, 2816) and not torch.equal(rows["y"][0], rows["y"][1])
+    assert [row["y"].shape for row in rows] == [(1, 2816)] * 2 and not torch.equal(rows[0]["y"], rows[1]["y"])
     assert len(adapter.names) == len(set(adapter.names))
 
 
@@ -217,3 +217,120 @@ def test_the_demo_dataset(run_node) -> None:
     assert len(run_node("StyleInjectDemoDataset", style="noto")[0]) == 186
     with pytest.raises(ValueError, match="there is no drawing of 'sheriff'"):
         run_node("StyleInjectDemoDataset", things="owl, sheriff")
+
+
+def test_a_flow_model_and_another_kind_do_not_distil(model, teacher, sampled_as, train) -> None:
+    for student, other in ((model, sampled_as(teacher, "flow")), (sampled_as(model, "flow"), teacher)):
+        with pytest.raises(ValueError, match="a flow model's noisy images are not another one's"):
+            train("StyleInjectDistill", model=student, teacher=other, latents=latents())
+    assert train("StyleInjectDistill", model=sampled_as(model, "flow"), teacher=sampled_as(teacher, "flow"), latents=latents())[2] == 4
+    assert_clean(model)
+
+
+def test_a_teacher_with_another_adapter_draws_anew(pack, model, teacher, train, run_node, trained_folder) -> None:
+    drawn = trained_folder / "drawn"
+    arguments = {"model": model, "size": 64, "steps": 1, "options": {"sampling_steps": 1}}
+    patched, _ = run_node("StyleInjectApply", model=teacher, adapter=random_adapter(pack, teacher, name="ink"))
+    names = [train("StyleInjectDistill", teacher=t, **arguments)[0].name for t in (teacher, patched, teacher)]
+    assert names == ["rough", "rough_2", "rough"] and len(list(drawn.iterdir())) == 2
+
+
+def test_what_belongs_to_a_prompt_counts(pack, conditioning) -> None:
+    """Pooled outputs, and numbers: the sizes of SDXL, Flux's guidance."""
+    prompts_hash = pack.submodule("nodes.train_job").prompts_hash
+    tensor, extras = conditioning(0)[0]
+    variants = [extras, {**extras, "guidance": 3.5}, {**extras, "guidance": 4.0}, {"pooled_output": extras["pooled_output"] + 1}]
+    assert len({prompts_hash([(tensor, variant)]) for variant in variants}) == 4
+    assert prompts_hash([(tensor, extras)]) == prompts_hash([(tensor.clone(), dict(extras))])
+
+
+def test_a_dropped_caption_keeps_the_size_of_its_picture(pack, train, monkeypatch) -> None:
+    model, seen = tiny_sdxl(), []
+    module = pack.submodule("nodes.train_model").ComfyTrainingModel
+    predict = module.predict
+    monkeypatch.setattr(module, "predict", lambda self, *a: seen.append((a[0].shape[-2], a[2]["y"])) or predict(self, *a))
+    prompts = [[torch.randn(1, 77, 64), {"pooled_output": torch.randn(1, 1280)}] for _ in range(5)]
+    train(
+        model=model, conditioning=prompts[:4], latents=[latents(2), latents(2, height=12)], empty=[prompts[4]], batch_size=1,
+        steps=8, options={"caption_dropout": 1.0},
+    )  # fmt: skip
+    encoder = pack.submodule("nodes.train_data").Encoder(model)
+    expected = {height: encoder.prompts([tuple(prompts[4])], [(4, height, 8)])[0]["y"] for height in (8, 12)}
+    assert {height for height, _ in seen} == {8, 12}
+    assert all(torch.equal(y, expected[height]) for height, y in seen)
+
+
+def test_prompts_that_cannot_be_repeated_are_never_mixed(pack, tiny_unet_model, train, conditioning, monkeypatch) -> None:
+    """Joint attention would notice a prompt that is there twice."""
+    import comfy.conds
+
+    model, seen = tiny_unet_model(), []
+    model.model.extra_conds = lambda **kwargs: {"c_crossattn": comfy.conds.CONDRegular(kwargs["cross_attn"])}
+    module = pack.submodule("nodes.train_model").ComfyTrainingModel
+    predict = module.predict
+    monkeypatch.setattr(module, "predict", lambda self, *a: seen.append(a[2]["c_crossattn"].shape) or predict(self, *a))
+    prompts = [conditioning(k, tokens=tokens) for k, tokens in enumerate((23, 26, 29, 31))]
+    given = {"model": model, "conditioning": prompts, "empty": conditioning(9, tokens=5), "options": {"caption_dropout": 0.5}}
+    with pytest.raises(ValueError, match=r"batch_size 2: this model takes prompts of different lengths \(5, 23, 26, 29, 31 tokens\)"):
+        train(**given)
+    train(**given, batch_size=1, steps=12)
+    lengths = {tuple(shape[:2]) for shape in seen}
+    assert (1, 5) in lengths and len(lengths) > 2 and lengths <= {(1, tokens) for tokens in (5, 23, 26, 29, 31)}
+
+
+def test_latents_of_other_models(pack, tiny_unet_model) -> None:
+    """Of video models, and of those whose latents are smaller."""
+    import comfy.latent_formats as formats
+
+    model = tiny_unet_model()
+    encoder = pack.submodule("nodes.train_data").Encoder(model)
+    assert encoder.pixels_per_latent == 8 and encoder.framed(torch.zeros(4, 8, 6)).shape == (4, 8, 6)
+    model.model.latent_format = formats.Wan21()
+    assert encoder.framed(torch.zeros(16, 8, 6)).shape == (16, 1, 8, 6)
+    assert encoder.framed(torch.zeros(16, 3, 8, 6)).shape == (16, 3, 8, 6)
+    if hasattr(formats.LatentFormat, "spacial_downscale_ratio"):
+        model.model.latent_format = formats.Wan22()
+        assert encoder.pixels_per_latent == 16
+
+
+def quantised(model):
+    """The tiny model with its attention's weights in scaled fp8, as a checkpoint of such a model is loaded."""
+    import json
+
+    import comfy.ops
+    import comfy.supported_models
+    from comfy.quant_ops import QUANT_ALGOS
+
+    if not hasattr(comfy.ops, "mixed_precision_ops") or "float8_e4m3fn" not in QUANT_ALGOS:
+        pytest.skip("this ComfyUI has no quantised layers of this kind")
+    config = comfy.supported_models.SD15(dict(UNET_CONFIG))
+    config.unet_config["num_heads"] = 4
+    config.quant_config = {"mixed_ops": True}
+    state = {}
+    for name, value in model.model.diffusion_model.state_dict().items():
+        part = name.removesuffix(".weight")
+        if name.endswith((".to_q.weight", ".to_v.weight")):
+            scale = value.abs().max() / 448
+            state[name], state[f"{part}.weight_scale"] = (value / scale).to(torch.float8_e4m3fn), scale.float()
+            about = json.dumps({"format": "float8_e4m3fn"}).encode()
+            state[f"{part}.comfy_quant"] = torch.tensor(list(about), dtype=torch.uint8)
+        else:
+            state[name] = value
+    with torch.inference_mode():
+        config.set_inference_dtype(torch.float32, None)
+        made = config.get_model({}, "", device=torch.device("cpu"))
+        made.diffusion_model.load_state_dict(state)
+    return type(model)(made, load_device=model.load_device, offload_device=model.offload_device)
+
+
+def test_quantised_weights(model, train, sample) -> None:
+    packed = quantised(model)
+    layers = [layer for layer in packed.model.diffusion_model.modules() if getattr(layer, "layout_type", None)]
+    assert layers and all(type(layer.weight).__name__ != "Parameter" for layer in layers)
+    for layer in layers:  # as on a GPU that computes in fp8
+        layer._full_precision_mm = False
+    before = sample(packed)
+    adapter, _, step = train(model=packed, steps=3, layers="to_q, to_v, conv")
+    assert step == 3 and all(layer.B.abs().max() > 0 for layer in adapter.layers.values())
+    assert not any(layer._full_precision_mm for layer in layers)
+    assert torch.equal(sample(packed), before)
