@@ -239,6 +239,8 @@ class StyleInjectDistill(io.ComfyNode):
         side = size[0] // job.encoder.pixels_per_latent
         shape = (job.encoder.channels, side, side) if images is None else images[0].shape
         with job.loaded(shape) as loaded:
+            if shared and job.master.fingerprint == job.student.fingerprint:
+                raise ValueError("teacher and student are the same model, there is nothing to learn")
             if images is None:
                 prompts = [prompt for prompt in prompts for _ in range(images_per_prompt[0])]
                 theirs = None if theirs is None else [prompt for prompt in theirs for _ in range(images_per_prompt[0])]

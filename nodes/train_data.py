@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,14 +160,12 @@ def draw(
     seed: int,
     steps: int,
     guidance: float,
-    drawn: Callable[[int], None] = lambda _count: None,
 ) -> Tensor:
     """Sample one latent per prompt; seed + k seeds number k.
 
     Args:
         empty: the negative prompt; without one there is no guidance.
         shape: of a latent, (C, ..., H, W).
-        drawn: called with the number of those done.
 
     Returns:
         (N, C, ..., H, W), float32 on the CPU, in the scale of the VAE.
@@ -195,6 +193,5 @@ def draw(
                 seed=seed + k,
             )
             found.append(latent.float().cpu())
-            drawn(k + 1)
     with torch.inference_mode(False):
         return torch.cat(found).clone()

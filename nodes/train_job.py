@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,10 +116,9 @@ class Job:
         if held_out >= count:
             raise ValueError(f"validation_images: {held_out} of {count} images leave none to train on")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed)).tolist()
-        size = min(self.batch_size, held_out)
         return self._source(encoded, sorted(order[held_out:]), self.batch_size), {
-            "validation": self._source(encoded, sorted(order[:held_out]), size),
-            "validation_batches": -(-held_out // size),
+            "validation": self._source(encoded, sorted(order[:held_out]), 1),  # one by one: each of them once
+            "validation_batches": held_out,
         }
 
     def _encoded(self, images: Images) -> tuple[Sequence[Any] | None, ...]:
@@ -161,29 +160,26 @@ class Job:
         asked = f"{model.fingerprint}/{prompts_hash(prompts)}/{prompts_hash([empty] if empty else [])}/{settings}"
         folder = paths.trained_folder() / DRAWN
         path = folder / f"{hashlib.blake2b(asked.encode(), digest_size=12).hexdigest()}.latents"
+        latents: list[Tensor] = []
+        with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+            latents.extend(file.get_tensor("latents"))
+        kept, bar = len(latents), comfy.utils.ProgressBar(len(prompts))
+        if kept == len(prompts):
+            return latents
+        how = {"steps": options.sampling_steps, "guidance": options.guidance}
         try:
-            with safe_open(path, framework="pt") as file:
-                return list(file.get_tensor("latents"))
-        except (OSError, SafetensorError):
-            pass
-        bar = comfy.utils.ProgressBar(len(prompts))
-        latents = draw(
-            model.patcher,
-            prompts,
-            empty,
-            shape,
-            seed=self.settings.seed,
-            steps=options.sampling_steps,
-            guidance=options.guidance,
-            drawn=bar.update_absolute,
-        )
+            for k in range(kept, len(prompts)):
+                latents.extend(draw(model.patcher, prompts[k : k + 1], empty, shape, seed=self.settings.seed + k, **how))
+                bar.update_absolute(k + 1)
+        finally:
+            if len(latents) > kept:  # also what was drawn before an interrupt
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    atomic_save({"latents": torch.stack(latents)}, path, {"format": "pt"})
+                except (OSError, AdapterFileError) as error:
+                    logging.warning("StyleInject training: images drawn for training are not kept: %s", error)
         loaded.prepare()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            atomic_save({"latents": latents}, path, {"format": "pt"})
-        except (OSError, AdapterFileError) as error:
-            logging.warning("StyleInject training: images drawn for training are not kept: %s", error)
-        return list(latents)
+        return latents
 
     def run(self, loaded: Loaded, task: FineTune, images: Images) -> Outcome:
         """Train."""

@@ -24,6 +24,9 @@ from .train.loop import TrainingError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, or 1 with one line on stderr for a user's error."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console that has no such letter gets a question mark, not an error
+            stream.reconfigure(errors="replace")
     try:
         return options.run(options)
     except (AdapterFileError, SelectorError, UnsupportedLayerError, ValueError, OSError, ImportError, TrainingError) as error:

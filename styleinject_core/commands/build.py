@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from ..train.webdataset import ImageStream
 from .config import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"
-GENERATED = "generated.latents"
+_SAVE_EVERY = 60.0  # seconds, of images that a model draws before training
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,6 +81,10 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     out = here / config.output.folder
     if not out.parent.is_dir():
         raise ConfigError(f"output.folder: {out.parent.name!r} is no folder, create it first")
+    class_folder = config.dreambooth.class_folder if isinstance(config, DreamBoothConfig) else ""
+    for name, folder in (("data.folder", config.data.folder), ("dreambooth.class_folder", class_folder)):
+        if folder and out.resolve().is_relative_to((here / folder).resolve()):
+            raise ConfigError(f"output.folder: it is inside {name}, where the run's pictures would be taken for data")
     if processes.is_main and not dry:
         out.mkdir(exist_ok=True)
     processes.wait()
@@ -116,6 +122,7 @@ def _task(config: TrainConfig, here: Path, out: Path | None, model: TextToImageM
 
 def _distillation(config: DistilConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes) -> Distil:
     teacher, table = load_model(config.teacher, here), config.distil
+    _check_pair(model, teacher, table.shared_text_encoder)
     pairs = _prompt_pairs(config, here)
 
     def read_by_teacher(caption: str) -> Conditioning:
@@ -142,6 +149,7 @@ def _distillation(config: DistilConfig, here: Path, out: Path | None, model: Tex
         None if table.shared_text_encoder else teacher.encode_text([""]),
         output_weight=table.output_weight,
         feature_weight=table.features,
+        teacher_reads="the student's prompts" if table.shared_text_encoder else f"its own, {_hash(pairs)}",
         **validation,
     )
 
@@ -174,9 +182,8 @@ def _images(
     source = _folder_source(config, folder, chosen, model, settings.batch_size, processes, **reading)
     if not held_out:
         return source, {}
-    size = min(settings.batch_size, len(held_out))
-    seen = _folder_source(config, folder, sorted(held_out), model, size, Processes(), **reading)
-    return source, {"validation": seen, "validation_batches": -(-len(held_out) // size)}
+    seen = _folder_source(config, folder, sorted(held_out), model, 1, Processes(), **reading)  # one by one: each of them once
+    return source, {"validation": seen, "validation_batches": len(held_out)}
 
 
 def _folder(data: DataTable, path: Path, seed: int, caption: str | None) -> ImageFolder:
@@ -254,27 +261,65 @@ def _generated(
     if out is None:
         shape = model.encode(torch.zeros(1, 3, resolution, resolution)).shape[1:]
         return torch.randn(len(prompts), *shape)
-    path = out / GENERATED
-    plan = json.dumps([model.name, list(prompts), steps, guidance, resolution, seed])
-    if processes.is_main and not _is_of(path, plan):
-        from tqdm import tqdm
-
-        batches = []
-        for start in tqdm(range(0, len(prompts), 4), desc=f"{model.name} draws {len(prompts)} images"):
-            few = prompts[start : start + 4]
-            batches.append(model.sample(few, resolution, seed=seed + start, steps=steps, guidance=guidance).cpu())
-        atomic_save({"latents": torch.cat(batches)}, path, {"plan": plan})
+    asked = [model.fingerprint, list(prompts), steps, guidance, resolution, seed]
+    path = out / f"generated-{_hash(asked)}.latents"
+    if processes.is_main:
+        _draw(path, prompts, lambda few, start: model.sample(few, resolution, seed + start, steps, guidance), model.name)
     processes.wait()
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("latents")
+    return torch.stack(_drawn(path))
 
 
-def _is_of(path: Path, plan: str) -> bool:
+def _draw(path: Path, prompts: Sequence[str], sample: Callable[[Sequence[str], int], Tensor], name: str) -> None:
+    """Draw what is not in the file yet, four at a time; what was drawn before an interrupt is kept."""
+    from tqdm import tqdm
+
+    drawn = _drawn(path)
+    kept, saved_at = len(drawn), time.monotonic()
+
+    def save() -> None:
+        atomic_save({"latents": torch.stack(drawn)}, path, {"format": "pt"})
+
+    try:
+        for start in tqdm(range(kept, len(prompts), 4), desc=f"{name} draws images, 4 at a time"):
+            drawn.extend(sample(prompts[start : start + 4], start).cpu())
+            if time.monotonic() - saved_at > _SAVE_EVERY:
+                save()
+                kept, saved_at = len(drawn), time.monotonic()
+    finally:
+        if len(drawn) > kept:
+            save()
+
+
+def _drawn(path: Path) -> list[Tensor]:
+    """The images in a file of drawn ones; none where there is no such file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("plan") == plan
+            return list(file.get_tensor("latents"))
     except (OSError, SafetensorError):
-        return False
+        return []
+
+
+def _hash(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=6).hexdigest()
+
+
+def _check_pair(model: TextToImageModel, teacher: TextToImageModel, shared_text_encoder: bool) -> None:
+    """Refuse a teacher that this student cannot learn from (ConfigError)."""
+    if model.latent_space != teacher.latent_space:
+        raise ConfigError(
+            f"teacher.path: its latents are {teacher.latent_space}, those of {model.name} are {model.latent_space}; they must "
+            "be the same"
+        )
+    if not shared_text_encoder:
+        return
+    if model.fingerprint == teacher.fingerprint:
+        raise ConfigError("teacher.path: teacher and student are the same model, there is nothing to learn")
+    own, theirs = ({key: value.shape[-1] for key, value in m.encode_text([""]).items()} for m in (model, teacher))
+    if own != theirs:
+        raise ConfigError(
+            f"distil.shared_text_encoder: the teacher reads prompts of {theirs}, the student of {own}; set it to false, "
+            "so that each has its own"
+        )
 
 
 def _prompt_pairs(config: DistilConfig, here: Path) -> dict[str, str]:
@@ -293,7 +338,7 @@ def _prompt_pairs(config: DistilConfig, here: Path) -> dict[str, str]:
 
 def _lines(path: Path, field: str) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{field}: {path.name} cannot be read: {error}") from None
     if not (found := [line for line in lines if line]):

@@ -71,10 +71,12 @@ class DataTable:
 
     def __post_init__(self) -> None:
         _choice("on_corrupt", self.on_corrupt, ("skip", "stop"))
+        _at_least(self, 1, "resolution", "bucket_step")
+        _at_least(self, 0, "validation")
         if self.folder and self.shards:
             raise ValueError("folder and shards: give one of them")
-        if self.validation and self.shards:
-            raise ValueError("validation: images can be held out of a folder only, not of shards")
+        if self.validation and not self.folder:
+            raise ValueError("validation: images can be held out of a folder only")
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ class DreamBoothTable:
         class_images: how many it draws.
         class_steps: sampling steps for each.
         guidance: classifier-free guidance for them.
-        prior_weight: weight of the class images' loss.
+        prior_weight: weight of the class images' loss; 0 does without them.
     """
 
     instance_prompt: str
@@ -174,6 +176,14 @@ class DreamBoothTable:
     class_steps: int = 20
     guidance: float = 5.0
     prior_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.class_images < 1:
+            raise ValueError(
+                f"class_images: expected at least 1, found {self.class_images}; prior_weight = 0 does without them"
+            )
+        _at_least(self, 1, "class_steps")
+        _at_least(self, 0, "prior_weight")
 
 
 @dataclass(frozen=True)
@@ -202,6 +212,10 @@ class DistilTable:
     guidance: float = 5.0
 
     def __post_init__(self) -> None:
+        _at_least(self, 1, "images_per_prompt", "sampling_steps")
+        _at_least(self, 0, "output_weight", "features")
+        if not self.output_weight and not self.features:
+            raise ValueError("output_weight and feature_weight are both 0: there is nothing to learn")
         if not self.shared_text_encoder and self.feature_weight:
             raise ValueError("feature_weight: with text encoders that are not shared only outputs are compared, set it to 0")
         if self.teacher_prompts and self.shared_text_encoder:
@@ -248,6 +262,13 @@ class DistilConfig(TrainConfig):
     teacher: ModelTable
     distil: DistilTable = field(default_factory=DistilTable)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.min_snr_gamma:
+            raise ValueError(
+                "train.min_snr_gamma: it weights the error of fine-tuning, which distilling has not: leave it at 0"
+            )
+
     @property
     def needs_no_images(self) -> bool:
         return bool(self.distil.prompts)
@@ -260,9 +281,12 @@ def load_config(kind: type[Table], path: Path) -> Table:
         ConfigError: no such file, not TOML, an unknown or missing field, a value of another type or out of range.
     """
     try:
-        values = _parse(path.read_text(encoding="utf-8"))
+        values = _parse(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        hint = "it is UTF-16, as some shells write it: " if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ConfigError(f"{path.name}: no UTF-8 text; {hint}save it as UTF-8") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path.name}: {error}") from None
     try:
@@ -363,6 +387,12 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(f'"{item}"' for item in value) + "]"
     return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _at_least(table: Any, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(table, name) >= least:
+            raise ValueError(f"{name}: expected at least {least}, found {getattr(table, name)}")
 
 
 def _choice(name: str, found: str, choices: tuple[str, ...]) -> None:

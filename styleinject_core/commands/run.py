@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,12 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
         print(_heading(job))
     with _Stop() as stop, _Watch(job, stop) as watch:
         result = train(job.adapter, job.task, config.train, run=folder, observer=watch, processes=processes)
+        step = result.best_step or result.step
+        if processes.is_main:
+            final = job.out / f"{config.output.name}.safetensors"
+            save_adapter(job.adapter, final, {**job.metadata(), "styleinject.steps": str(step)}, job.dtype)
         watch.plot()
     if processes.is_main:
-        final = job.out / f"{config.output.name}.safetensors"
-        step = result.best_step or result.step
-        save_adapter(job.adapter, final, {**job.metadata(), "styleinject.steps": str(step)}, job.dtype)
         kept = f", the best of {len(result.validation)} validations" if result.best_step else ""
         print(f"{final.name}: step {step}{kept}, in {job.out}")
     processes.wait()
@@ -80,10 +83,11 @@ class _Watch(ProgressBar):
             self.bar.n = self.bar.initial = progress.step - 1
         super().progress(progress)
         if self.board is not None:
-            self.board.add_scalar("loss", progress.loss, progress.step)
-            self.board.add_scalar("learning rate", progress.rate, progress.step)
-            if progress.validation is not None:
-                self.board.add_scalar("validation loss", progress.validation, progress.step)
+            with self._surviving("TensorBoard"):
+                self.board.add_scalar("loss", progress.loss, progress.step)
+                self.board.add_scalar("learning rate", progress.rate, progress.step)
+                if progress.validation is not None:
+                    self.board.add_scalar("validation loss", progress.validation, progress.step)
         if time.monotonic() - self.plotted > PLOT_EVERY:
             self.plot()
         if self.job.processes.any(self.stop.requested):  # all of them stop after the same step
@@ -97,22 +101,38 @@ class _Watch(ProgressBar):
         lines = self.folder.history()
         validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
         title = f"{self.job.config.output.name}: {self.job.task.objective}"
-        loss_plot(self.job.out / "loss.png", title, [line["loss"] for line in lines], validation)
+        with self._surviving("loss.png"):
+            loss_plot(self.job.out / "loss.png", title, [line["loss"] for line in lines], validation)
 
     def sample(self, step: int) -> None:
         output, resolution = self.job.config.output, self.job.config.data.resolution
         if not output.prompts:
             return
         latents = self.job.model.sample(output.prompts, resolution, self.job.config.train.seed, guidance=output.guidance)
-        folder = self.job.out / "samples"
-        folder.mkdir(exist_ok=True)
-        _save_pictures(self.job.model.decode(latents), folder / f"step-{step:06}.png")
+        images = self.job.model.decode(latents)
+        with self._surviving(f"pictures of step {step}"):
+            folder = self.job.out / "samples"
+            folder.mkdir(exist_ok=True)
+            _save_pictures(images, folder / f"step-{step:06}.png")
+
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """What is only for looking at ends no run: a disk that refuses is reported, and training goes on."""
+        try:
+            yield
+        except (OSError, ImportError) as error:
+            self.problem(f"{what}: {error}")
 
     def __exit__(self, kind: Any, *exception: Any) -> None:
         super().__exit__(kind, *exception)
         if self.board is not None:
             self.board.close()
-        if kind is not None and self.job.processes.is_main and self.folder.state_file.exists():
+        if (
+            kind is not None
+            and issubclass(kind, KeyboardInterrupt)
+            and self.job.processes.is_main
+            and self.folder.state_file.exists()
+        ):
             print(f"Stopped. The same command goes on from the last checkpoint in {self.job.out}.")
 
 

@@ -108,12 +108,13 @@ class RunFolder:
             lines = "\n".join(f"  {field}: was {was}, is {now}" for field, was, now in different[:8])
             raise CheckpointError(
                 f"{name} is at step {state.step} of another run; it differs in\n{lines}\n"
-                "Set these back to go on with it, or choose another name to start anew."
+                "Set these back to go on with it, or start anew under another name (in a config: another output.folder)."
             )
         if state.step > steps:
             raise CheckpointError(
                 f"{name} is at step {state.step} already, and {steps} steps are asked for. Ask for more to go on with it, use "
-                "one of the adapters of earlier steps beside it, or choose another name to start anew."
+                "one of the adapters of earlier steps beside it, or start anew under another name (in a config: another "
+                "output.folder)."
             )
         return state
 

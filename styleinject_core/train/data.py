@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -137,17 +137,18 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Example:
         return self.read(index)
 
-    def read(self, index: int, step: int = 0) -> Example:
+    def read(self, index: int, step: int = 0, among: Container[int] | None = None) -> Example:
         """Decode an example.
 
         Args:
             step: the training step it is read for; crop and mirroring depend on it, and on nothing that went before.
+            among: which others may stand in for it where it is broken; None allows all.
 
         Raises:
             DataError: it cannot be decoded and `on_corrupt` is "stop", or no other of its bucket can be either.
         """
         view = View.draw(f"{self.seed}/{index}/{step}", self.center_crop, self.flip)
-        for entry in self._candidates(index):
+        for entry in self._candidates(index, among):
             if entry.name in self._broken.names:
                 continue
             try:
@@ -158,13 +159,14 @@ class ImageFolder:
         height, width = self.size(index)
         raise DataError(f"none of the {width}x{height} images can be decoded: {first_names(self._broken.names.values())}")
 
-    def _candidates(self, index: int) -> Iterator[_Entry]:
+    def _candidates(self, index: int, among: Container[int] | None) -> Iterator[_Entry]:
         """The example itself, then those that stand in for it."""
         first = self._entries[index]
         yield first
         for offset in range(1, len(self)):
-            entry = self._entries[(index + offset) % len(self)]
-            if entry.size == first.size:
+            other = (index + offset) % len(self)
+            entry = self._entries[other]
+            if entry.size == first.size and (among is None or other in among):
                 yield entry
 
     def summary(self) -> dict:
@@ -180,6 +182,8 @@ class ImageFolder:
             "skipped": self._left_out,
             "captions": self._captions_from,
             "resolution": self.resolution,
+            "center_crop": self.center_crop,
+            "flip": self.flip,
             "buckets": {f"{width}x{height}": counts[height, width] for height, width in sorted(counts)},
             "enlarged": sum(entry.enlarged for entry in self._entries),
             "content": f"sha256:{self._content}",

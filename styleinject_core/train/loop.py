@@ -19,6 +19,8 @@ from .optimizers import evaluating, make_optimizer, set_rate
 from .parallel import Processes
 from .settings import TrainSettings
 
+_OVERFLOWS = 40  # in a row, each of which halves the scale of the loss, from 2 ** 16 on
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, why, and what is on disk."""
@@ -162,6 +164,7 @@ class _Loop:
         self.waited = 0  # measurements since the best one
         self.saved_at = 0
         self.position = task.state_dict()  # in the data, after the last whole step
+        self.overflows = 0  # steps in a row that float16 made too large, and the scaler left out
         self.torn = False  # between the optimiser's step and the end of what belongs to it
         self.seconds: float | None = None
 
@@ -239,12 +242,14 @@ class _Loop:
         began, settings, step = time.perf_counter(), self.settings, self.result.step
         rate = set_rate(self.optimizer, settings, step)
         loss = self._gradients(step)
-        self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.processes.average([*gradients, loss])
+        self.processes.average([*gradients, loss])  # before the scaler looks for overflows: all processes see the same ones
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip or math.inf)
         value = float(loss)
-        if not (math.isfinite(value) and (self.task.half or math.isfinite(float(norm)))):
+        finite = math.isfinite(float(norm))
+        self.overflows = 0 if finite else self.overflows + 1
+        if not (math.isfinite(value) and (finite or (self.task.half and self.overflows < _OVERFLOWS))):
             what = f"gradient became {float(norm)}" if math.isfinite(value) else f"loss became {value}"
             raise TrainingError(f"the {what} at step {step + 1} of {settings.steps}: lower the learning rate")
         self.torn = True
@@ -302,7 +307,7 @@ class _Loop:
             return "The adapter is as it was after the last good step"
         if not self.run.state_file.exists():
             return "No checkpoint had been written yet"
-        return f"The last checkpoint is step {self.saved_at}, in {self.run.path.name}"
+        return f"The last checkpoint is step {self.saved_at}, in {self.run.path.name}; a run with another rate starts anew"
 
 
 class _Surviving(suppress):

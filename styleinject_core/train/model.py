@@ -159,6 +159,11 @@ class TextToImageModel(TrainingModel):
         super().__init__(denoiser, schedule)
         self.name = name
 
+    @property
+    def latent_space(self) -> tuple[Any, ...]:
+        """What its latents are; models whose latents are the same have the same."""
+        return (type(self).__name__,)
+
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> latents."""

@@ -55,20 +55,28 @@ class DiscreteSchedule:
 
     @classmethod
     def from_diffusers(cls, config: Any) -> DiscreteSchedule:
-        """The schedule of a diffusers scheduler config (beta_schedule "linear" or "scaled_linear").
+        """The schedule of a diffusers scheduler config: "linear" or "scaled_linear" betas, or its trained_betas.
 
         Raises:
-            ValueError: another beta schedule.
+            ValueError: another kind of schedule.
         """
-        start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
-        match config["beta_schedule"]:
-            case "scaled_linear":
-                betas = torch.linspace(start**0.5, end**0.5, count) ** 2
-            case "linear":
-                betas = torch.linspace(start, end, count)
-            case other:
-                raise ValueError(f"beta_schedule: expected linear or scaled_linear, found {other!r}")
-        return cls(torch.cumprod(1 - betas, 0), config.get("prediction_type", "epsilon"))
+        prediction_type = config.get("prediction_type", "epsilon")
+        if config.get("trained_betas") is not None:
+            betas = torch.as_tensor(config["trained_betas"], dtype=torch.float32)
+        else:
+            kind = config.get("beta_schedule")
+            if kind not in ("linear", "scaled_linear"):
+                name = config.get("_class_name", "this scheduler")
+                raise ValueError(f"{name}: beta_schedule: expected linear or scaled_linear, found {kind!r}")
+            power = 2 if kind == "scaled_linear" else 1
+            ends = (config["beta_start"] ** (1 / power), config["beta_end"] ** (1 / power))
+            betas = torch.linspace(*ends, config["num_train_timesteps"]) ** power
+        alphas_cumprod = torch.cumprod(1 - betas, 0)
+        if config.get("rescale_betas_zero_snr"):
+            if prediction_type == "epsilon":
+                raise ValueError("rescale_betas_zero_snr: pure noise holds nothing to predict noise from; expected v or x0")
+            alphas_cumprod = zero_terminal_snr(alphas_cumprod)
+        return cls(alphas_cumprod, prediction_type)
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,12 @@ class FlowSchedule:
     def times(self, uniform: Tensor) -> Tensor:
         t = logit_normal(uniform)
         return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """ᾱ (T,) shifted and scaled so that the last time is pure noise (Lin et al., arXiv 2305.08891, algorithm 1)."""
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
 def logit_normal(uniform: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def launched_processes() -> Processes:
         from accelerate import PartialState
     except ImportError as error:
         raise ImportError("training in several processes needs a package: pip install accelerate") from error
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # the main process may draw images for hours while the others wait for it
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     if state.num_processes == 1:
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate found one process: check its launcher")
     return Processes(state.process_index, state.num_processes)

@@ -31,6 +31,8 @@ class PipelineModel(TextToImageModel):
         unet = pipeline.unet.requires_grad_(False).eval()
         super().__init__(unet, DiscreteSchedule.from_diffusers(pipeline.scheduler.config), name)
         pipeline.vae.requires_grad_(False).eval()
+        if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
+            pipeline.vae.to(torch.float32)  # SDXL's overflows in float16
         self.pipeline = pipeline
         self.is_xl = getattr(pipeline, "text_encoder_2", None) is not None
         self.architecture = _ARCHITECTURES.get(unet.config.cross_attention_dim, "unknown")
@@ -76,11 +78,16 @@ class PipelineModel(TextToImageModel):
                 f"model {path.name}: expected Stable Diffusion 1.x, 2.x or XL, found a {type(pipeline).__name__}; "
                 "other models are trained in ComfyUI"
             )
-        return cls(pipeline.to(device), path.stem)
+        return cls(pipeline.to(device), path.name if path.is_dir() else path.stem)
 
     @property
     def device(self) -> torch.device:
         return self.denoiser.device  # type: ignore[return-value]
+
+    @property
+    def latent_space(self) -> tuple[Any, ...]:
+        config = self.pipeline.vae.config
+        return config.latent_channels, config.scaling_factor, self.pixels_per_latent
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,7 +25,7 @@ class TrainSettings:
             (schedulefree), "prodigy" (prodigyopt).
         weight_decay: the optimiser's.
         clip: largest norm of the gradient over all parameters; 0 for none.
-        min_snr_gamma: weights samples by min(SNR, γ), 5 as a rule; 0 leaves all alike.
+        min_snr_gamma: weights samples by min(SNR, gamma), 5 as a rule; 0 leaves all alike.
         caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
         gradient_checkpointing: keeps the inputs of blocks only and runs them again in the backward pass: slower, smaller.
         seed: of the adapter, the noise, and the order of the data.

@@ -141,6 +141,7 @@ class FolderSource:
         self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
         self._kept: dict[int, tuple[Tensor, str]] = {}
         self.chosen = list(range(len(folder))) if chosen is None else list(chosen)
+        self._among = frozenset(self.chosen)
         sizes = [folder.sizes[k] for k in self.chosen]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
 
@@ -151,7 +152,7 @@ class FolderSource:
     def _example(self, k: int, index: int) -> tuple[Tensor, str]:
         if k in self._kept:
             return self._kept[k]
-        example = self.folder.read(k, index)
+        example = self.folder.read(k, index, self._among)
         own = (self._encoding.latents(example), example.caption)
         if self.folder.center_crop and not self.folder.flip:
             self._kept[k] = own
@@ -159,7 +160,6 @@ class FolderSource:
 
     def summary(self) -> dict[str, Any]:
         known = self.folder.summary()
-        del known["skipped"]  # grows while broken images are met
         if len(self.chosen) < len(self.folder):
             known["chosen"] = len(self.chosen)
         return known

@@ -126,6 +126,7 @@ class Distil(FineTune):
     Args:
         model: the student's.
         teacher: another model over the same latents; it may predict something else (ε, v, x0).
+        teacher_reads: how it comes to its captions, in words or as a hash; for recognising the run.
 
     Raises:
         ValueError: teacher and student are one model, or one of them alone is a flow model.
@@ -144,6 +145,7 @@ class Distil(FineTune):
         *,
         output_weight: float = 1.0,
         feature_weight: float = 1.0,
+        teacher_reads: str = "",
         validation: Source | None = None,
         validation_batches: int = 4,
     ):
@@ -160,7 +162,7 @@ class Distil(FineTune):
             raise ValueError("min_snr_gamma weights the error of fine-tuning; a distillation has no such term: leave it at 0")
         super().__init__(model, source, settings, empty, validation=validation, validation_batches=validation_batches)
         self.teacher, self.teacher_empty = teacher, teacher_empty if settings.caption_dropout else None
-        self.output_weight, self.feature_weight = output_weight, feature_weight
+        self.output_weight, self.feature_weight, self.teacher_reads = output_weight, feature_weight, teacher_reads
         self._blocks, self._teacher_blocks = (m.blocks() if feature_weight else {} for m in (model, teacher))
 
     def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
@@ -180,7 +182,8 @@ class Distil(FineTune):
 
     def plan(self) -> dict[str, Any]:
         weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}
-        plan = {**super().plan(), "teacher": self.teacher.fingerprint, **weights}
+        teacher = {"teacher": self.teacher.fingerprint, "teacher_reads": self.teacher_reads}
+        plan = {**super().plan(), **teacher, **weights}
         return plan if self.teacher_empty is None else {**plan, "teacher_empty": conditioning_hash(self.teacher_empty)}
 
 

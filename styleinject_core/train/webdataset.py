@@ -275,6 +275,8 @@ class ImageStream:
             "shards": len(self.shards),
             "bytes": sum(shard.stat().st_size for shard in self.shards),
             "resolution": self.resolution,
+            "center_crop": self.center_crop,
+            "flip": self.flip,
             "buckets": [f"{width}x{height}" for height, width in self._sizes],
             "content": f"sha256:{self._content}",
         }

@@ -98,10 +98,44 @@ def test_templates_are_the_defaults(kind, tmp_path):
     ({"data": {"folder": "", "shards": ""}}, "data.folder or data.shards: one of them is needed"),
     ({"data": {"shards": "x.tar"}}, "data.folder and shards: give one of them"),
     ({"train": {"validate_every": 5}}, "train.validate_every: set data.validation"),
+    ({"data": {"validation": -1}}, "data.validation: expected at least 0, found -1"),
+    ({"data": {"resolution": 0}}, "data.resolution: expected at least 1, found 0"),
+    ({"data": {"folder": "", "shards": "x.tar", "validation": 2}}, "data.validation: images can be held out of a folder only"),
 ])  # fmt: skip
 def test_config_errors(here, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_config(TrainConfig, write(here, **changes))
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), [
+    (DreamBoothConfig, {"dreambooth": {"class_images": 0}}, "dreambooth.class_images: expected at least 1, found 0; prior_weight = 0 does"),
+    (DreamBoothConfig, {"dreambooth": {"prior_weight": -1}}, "dreambooth.prior_weight: expected at least 0, found -1.0"),
+    (DistilConfig, {"distil": {"images_per_prompt": 0}}, "distil.images_per_prompt: expected at least 1, found 0"),
+    (DistilConfig, {"distil": {"output_weight": 0.0, "feature_weight": 0.0}}, "both 0: there is nothing to learn"),
+    (DistilConfig, {"train": {"min_snr_gamma": 5.0}}, "train.min_snr_gamma: it weights the error of fine-tuning"),
+    (DistilConfig, {"data": {"folder": "", "validation": 2}, "distil": {"prompts": "p.txt"}}, "data.validation: images can be held out"),
+])  # fmt: skip
+def test_config_errors_of_the_others(here, kind, changes, message):
+    needed = {"dreambooth": {"instance_prompt": "sks cat", "class_prompt": "cat"}, "teacher": {"path": "demo:noto"}, "distil": {}}
+    own = {"dreambooth"} if kind is DreamBoothConfig else {"teacher", "distil"}
+    tables = {name: {**needed.get(name, {}), **changes.get(name, {})} for name in {*own, *changes}}
+    with pytest.raises(ConfigError, match=message):
+        load_config(kind, write(here, **tables))
+
+
+def test_texts_of_other_systems(here):
+    """A byte order mark, UTF-16 as PowerShell's > writes it, and a console without Greek."""
+    path = write(here)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_config(TrainConfig, path).output.name == "noto style"
+    path.write_text(path.read_text(encoding="utf-8-sig"), encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"config.toml: no UTF-8 text; it is UTF-16, as some shells write it: save it as UTF-8"):
+        load_config(TrainConfig, path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    for command in ("train", "dreambooth", "distill"):
+        done = subprocess.run([sys.executable, "-m", "styleinject_core.cli", command, "--template"], env=environment,
+                              capture_output=True, timeout=120)  # fmt: skip
+        assert done.returncode == 0 and b"[output]" in done.stdout and b"?" not in done.stdout.replace(b"?,", b"")
 
 
 def test_missing_parts_and_files(tmp_path):
@@ -161,8 +195,50 @@ def test_train_stop_and_go_on(here, capsys, monkeypatch):
     again = load_adapter(out / "noto style.safetensors").state_dict()
     assert all(torch.equal(again[key], value) for key, value in whole.items())
 
-    assert main(["train", str(write(here, **{**extra, "adapter": {"rank": 3}}))]) == 1
-    assert "adapter.r: was 2, is 3" in capsys.readouterr().err
+    for changed, message in [({"adapter": {"rank": 3}}, "adapter.r: was 2, is 3"),
+                             ({"data": {**extra["data"], "flip": True}}, "data.flip: was False, is True")]:  # fmt: skip
+        assert main(["train", str(write(here, **{**extra, **changed}))]) == 1
+        printed = capsys.readouterr()
+        assert message in printed.err and "another output.folder" in printed.err
+        assert "The same command goes on" not in printed.out
+
+
+def test_what_cannot_be_written_ends_no_run(here, capsys, monkeypatch):
+    """The loss plot and the pictures: reported, and the adapter is there."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module, "loss_plot", full)
+    monkeypatch.setattr(run_module, "_save_pictures", full)
+    monkeypatch.setattr(run_module, "PLOT_EVERY", 0.0)
+    changes = {"train": {"sample_every": 2}, "output": {"prompts": ["red apple"]}}
+    assert main(["train", str(write(here, **changes))]) == 0
+    assert load_adapter(here / "run" / "noto style.safetensors")
+
+
+def test_the_run_is_not_its_own_data(here, capsys):
+    for folder, out in (("pictures", "pictures/run"), (".", "run")):
+        assert main(["train", str(write(here, data={"folder": folder}, output={"folder": out}))]) == 1
+        assert "output.folder: it is inside data.folder" in capsys.readouterr().err
+    assert not (here / "run").exists() and not (here / "pictures" / "run").exists()
+
+
+def test_every_held_out_image_is_measured_once(here):
+    from styleinject_core.commands import build as build_module
+    from styleinject_core.train.parallel import Processes
+
+    for k, picture in enumerate(sorted((here / "pictures").glob("*.png"))):
+        Image.open(picture).resize((64, 64) if k % 2 else (64, 128)).save(picture)
+    changes = {"data": {"validation": 4, "bucket_step": 32}, "train": {"validate_every": 1, "batch_size": 3}}
+    job = build_module.build(load_config(TrainConfig, write(here, **changes)), here, Processes(), dry=True)
+    task, seen = job.task, []
+    folder = task.validation.folder
+    read = folder.read
+    folder.read = lambda index, *rest: seen.append(index) or read(index, *rest)
+    task.validation_loss()
+    assert sorted(seen) == sorted(task.validation.chosen) and len(seen) == 4
+    assert not {*task.source.chosen} & {*seen}
 
 
 def test_baselines(here):
@@ -194,18 +270,46 @@ def test_dreambooth_draws_its_class_once(here, capsys):
     own = {"instance_prompt": "sks cat face", "class_prompt": "cat face", "class_images": 3, "class_steps": 3}
     path = write(here, dreambooth=own)
     assert main(["dreambooth", str(path)]) == 0
-    with safe_open(here / "run" / "generated.latents", framework="pt") as file:
+    (drawn,) = (here / "run").glob("generated-*.latents")
+    with safe_open(drawn, framework="pt") as file:
         assert file.get_tensor("latents").shape == (3, 16, 8, 8)
     metadata = load_adapter(here / "run" / "noto style.safetensors").metadata
     assert metadata["modelspec.trigger_phrase"] == "sks cat face"
     assert json.loads(metadata["styleinject.data"])["prior"]["images"] == 3
-    written = (here / "run" / "generated.latents").stat().st_mtime_ns
+    written = drawn.stat().st_mtime_ns
     assert main(["dreambooth", str(write(here, dreambooth=own, train={"steps": 5}))]) == 0
-    assert (here / "run" / "generated.latents").stat().st_mtime_ns == written
+    assert drawn.stat().st_mtime_ns == written
+    assert main(["dreambooth", str(write(here, dreambooth={**own, "class_steps": 2}))]) == 1, "another run"
+    assert drawn.stat().st_mtime_ns == written, "and its images stay"
     picture_folder(here / "class", 2, captions=False)
     given = {**own, "class_folder": "class"}
     assert main(["dreambooth", str(write(here, dreambooth=given, output={"folder": "given"}))]) == 0
-    assert not (here / "given" / "generated.latents").exists()
+    assert not list((here / "given").glob("generated-*"))
+
+
+def test_drawing_goes_on_after_an_interrupt(here, capsys, monkeypatch):
+    from styleinject_core.demo.training import DemoTrainingModel
+
+    own = {"instance_prompt": "sks cat face", "class_prompt": "cat face", "class_images": 10, "class_steps": 2}
+    sample, seeds = DemoTrainingModel.sample, []
+
+    def stopping(self, prompts, resolution, seed, *rest):
+        seeds.append(seed)
+        if len(seeds) == 3:
+            raise KeyboardInterrupt
+        return sample(self, prompts, resolution, seed, *rest)
+
+    monkeypatch.setattr(DemoTrainingModel, "sample", stopping)
+    assert main(["dreambooth", str(write(here, dreambooth=own))]) == 130
+    assert main(["dreambooth", str(write(here, dreambooth=own))]) == 0
+    assert seeds == [0, 4, 8, 8]
+    (drawn,) = (here / "run").glob("generated-*.latents")
+    with safe_open(drawn, framework="pt") as file:
+        parts = file.get_tensor("latents")
+    assert main(["dreambooth", str(write(here, dreambooth=own, output={"folder": "whole"}))]) == 0
+    (drawn,) = (here / "whole").glob("generated-*.latents")
+    with safe_open(drawn, framework="pt") as file:
+        assert torch.equal(file.get_tensor("latents"), parts)
 
 
 def test_distil_without_and_with_pictures(here, capsys):
@@ -223,6 +327,11 @@ def test_distil_without_and_with_pictures(here, capsys):
     assert main(["distill", str(write(here, teacher={"path": "demo:noto"}, output={"folder": "pictures too"}))]) == 0
     capsys.readouterr()
 
+    (here / "teacher.txt").write_text("apple\nlion\n")
+    assert main(["distill", str(write(here, **no_pictures, distil=unshared, output={"folder": "unshared"}))]) == 1
+    assert "teacher_reads: was" in capsys.readouterr().err
+    assert main(["distill", str(write(here, teacher={"path": "demo"}, output={"folder": "same"}))]) == 1
+    assert "teacher.path: teacher and student are the same model" in capsys.readouterr().err
     (here / "teacher.txt").write_text("apple\n")
     assert main(["distill", str(write(here, **no_pictures, distil=unshared, output={"folder": "x"}))]) == 1
     assert "distil.prompts has 2 lines, distil.teacher_prompts 1" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from styleinject_core.files import AdapterFileError
 from styleinject_core.train.checkpoints import CheckpointError, RunFolder
 from styleinject_core.train.loop import Observer, TrainingError, train
 from styleinject_core.train.optimizers import evaluating, make_optimizer
+from styleinject_core.train.parallel import Processes
 from styleinject_core.train.settings import OPTIMIZERS, TrainSettings
 
 
@@ -187,6 +188,10 @@ def test_what_resume_refuses(task, tmp_path):
     other = Adapter.create(task.host, AdapterConfig(r=1, n_styles=2, target_modules=("to_q",)))
     with pytest.raises(CheckpointError, match=r"adapter\.r: was 2, is 1"):
         train(other, task, SETTINGS, run=run)
+    constant, fewer = (TrainSettings(steps, learning_rate=1e-2) for steps in (5, 4))
+    train(task.adapter(), task, constant, run=RunFolder(tmp_path / "long"))
+    with pytest.raises(CheckpointError, match="long/resume.state is at step 5 already, and 4 steps are asked for"):
+        train(task.adapter(), task, fewer, run=RunFolder(tmp_path / "long"))
     run.state_file.write_bytes(run.state_file.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="damaged"):
         train(task.adapter(), task, SETTINGS, run=run)
@@ -263,6 +268,38 @@ def test_half_precision_scales_the_loss(task):
     train(plain, task, TrainSettings(5))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(scaled.state_dict()[name], value)
+
+
+def test_another_processes_overflow_is_everyones(task):
+    """float16: the scaler leaves the step out where any process's gradient is too large, and lowers its scale everywhere."""
+
+    class TwoProcesses(Processes):
+        overflow = True
+
+        def average(self, tensors):
+            if self.overflow:
+                tensors[0].flatten()[0] = torch.inf
+            object.__setattr__(self, "overflow", False)
+
+    task.half = True
+    adapter, before, after = task.adapter(), task.adapter(), []
+    watch = Observer()
+    watch.progress = lambda p: after.append({k: v.clone() for k, v in adapter.state_dict().items()})
+    train(adapter, task, TrainSettings(3), observer=watch, processes=TwoProcesses())
+    assert all(torch.equal(v, after[0][k]) for k, v in before.state_dict().items())
+    assert not all(torch.equal(v, after[2][k]) for k, v in before.state_dict().items())
+    assert all(v.isfinite().all() for v in after[2].values())
+
+
+def test_overflows_without_end_are_an_error(task):
+    task.half = True
+    loss = task.loss
+    task.loss = lambda draws: (lambda value: value + (0 * value).sqrt())(loss(draws))  # finite, and its gradients are not
+    adapter = task.adapter()
+    before = {k: v.clone() for k, v in adapter.state_dict().items()}
+    with pytest.raises(TrainingError, match="gradient became .* at step 40 of 100"):
+        train(adapter, task, TrainSettings(100))
+    assert all(torch.equal(v, before[k]) for k, v in adapter.state_dict().items())
 
 
 def test_schedule_free_parameters_come_back_bit_for_bit():

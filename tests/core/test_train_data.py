@@ -415,6 +415,8 @@ def test_broken_pixels_are_stood_in_for(folder):
     assert said[0].startswith("p0.png: cannot be decoded: ")
     with pytest.raises(CorruptError, match=r"^p0\.png"):
         ImageFolder(folder, on_corrupt="stop", **SMALL).read(index)
+    others = [k for k in range(10) if data.size(k) == data.size(index) and k not in (index, same)]
+    assert data.read(index, among=[index, others[-1]]).name == data[others[-1]].name, "one that is held out never stands in"
 
 
 def test_nothing_left(folder):

@@ -73,6 +73,29 @@ def test_unknown_kinds_are_refused():
         DiscreteSchedule(ALPHAS, "flow")
     with pytest.raises(ValueError, match="beta_schedule: expected linear or scaled_linear, found 'squaredcos'"):
         DiscreteSchedule.from_diffusers({"beta_start": 1, "beta_end": 2, "num_train_timesteps": 3, "beta_schedule": "squaredcos"})
+    with pytest.raises(ValueError, match="EDMEulerScheduler: beta_schedule: expected linear or scaled_linear, found None"):
+        DiscreteSchedule.from_diffusers({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "prediction_type": "epsilon"})
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr: .* expected v or x0"):
+        DiscreteSchedule.from_diffusers({"beta_start": 1e-3, "beta_end": 1e-2, "num_train_timesteps": 9, "beta_schedule": "linear",
+                                         "rescale_betas_zero_snr": True})  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [
+    {"beta_schedule": "linear"}, {"beta_schedule": "scaled_linear"}, {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+    {"trained_betas": [0.1, 0.2, 0.05]}])  # fmt: skip
+def test_schedules_are_diffusers(config):
+    schedulers = pytest.importorskip("diffusers")
+    common = {"beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction", "num_train_timesteps": 1000}
+    theirs = schedulers.DDIMScheduler(**{**common, **config})
+    ours = DiscreteSchedule.from_diffusers(theirs.config)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
+    last = len(ours.alphas_cumprod) - 1
+    assert (ours.coefficients(torch.tensor([last]))[0] == 0).item() == bool(config.get("rescale_betas_zero_snr"))
+    sample, noise = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3)
+    noisy = add_noise(ours, sample, noise, torch.tensor([last]))
+    velocity = theirs.get_velocity(sample, noise, torch.tensor([last]))
+    torch.testing.assert_close(target(ours, sample, noise, torch.tensor([last])), velocity, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predicted_sample(ours, velocity, noisy, torch.tensor([last])), sample, rtol=1e-3, atol=1e-3)
 
 
 def test_draws_are_shared_between_processes():
@@ -205,6 +228,11 @@ def test_what_distillation_refuses():
         Distil(student, student, source(), TrainSettings())
     with pytest.raises(ValueError, match="min_snr_gamma"):
         Distil(student, Tiny(1), source(), TrainSettings(min_snr_gamma=5))
+    flow = Tiny(1)
+    flow.schedule = FlowSchedule()
+    for pair in ((student, flow), (flow, student)):
+        with pytest.raises(ValueError, match="a flow model's noisy images are not another one's"):
+            Distil(*pair, source(), TrainSettings())
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match=r"block b is in only one of teacher and student: set feature_weight to 0"):
         distil_loss(x, x, {"a": x}, {"a": x, "b": x})

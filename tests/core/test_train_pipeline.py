@@ -129,6 +129,34 @@ def test_the_command_on_a_pipeline(models, tmp_path, capsys):
     assert describe(load_adapter(tmp_path / "run" / "adapter.safetensors"))
 
 
+def test_a_teacher_of_another_kind(models, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    config = """
+        model.path = {}
+        teacher.path = {}
+        data = {{ resolution = 64 }}
+        adapter = {{ rank = 2, styles = 2 }}
+        train = {{ steps = 1 }}
+        distil = {{ prompts = "prompts.txt", sampling_steps = 1 }}
+        output = {{ folder = "run" }}
+    """
+    paths = {name: json.dumps(str(path)) for name, path in models.items()}
+    for pair, message in [((paths["sd"], '"demo"'), "teacher.path: its latents are"),
+                          ((paths["sd"], paths["xl"]), "distil.shared_text_encoder: the teacher reads prompts of"),
+                          ((paths["sd"], paths["sd"]), "teacher.path: teacher and student are the same model")]:  # fmt: skip
+        (tmp_path / "c.toml").write_text(config.format(*pair))
+        assert main(["distill", str(tmp_path / "c.toml")]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_sdxl_keeps_its_vae_in_float32(models):
+    """It overflows in float16, and says so by force_upcast."""
+    model = PipelineModel.load(models["xl"], CPU, torch.float16)
+    assert model.pipeline.vae.config.force_upcast and model.pipeline.vae.dtype == torch.float32
+    latents = model.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
+    assert latents.isfinite().all() and model.decode(latents).isfinite().all()
+
+
 def test_what_is_no_pipeline(models, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30"}')
     with pytest.raises(ModelError, match="cannot be loaded|expected Stable Diffusion"):
