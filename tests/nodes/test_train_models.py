@@ -158,6 +158,27 @@ def test_distil_without_images_draws_the_teachers_own_once(model, teacher, train
     assert same(first, again)
 
 
+def test_drawing_goes_on_after_an_interrupt(model, teacher, train, monkeypatch) -> None:
+    import comfy.model_management
+    import comfy.sample
+
+    drawn, sample = [], comfy.sample.sample
+
+    def counting(*args, seed, **kwargs):
+        drawn.append(seed)
+        if len(drawn) == 3:
+            raise comfy.model_management.InterruptProcessingException
+        return sample(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(comfy.sample, "sample", counting)
+    given = {"model": model, "teacher": teacher, "size": 64, "images_per_prompt": 4, "steps": 1, "options": {"sampling_steps": 1}}
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train("StyleInjectDistill", **given)
+    assert_clean(teacher)
+    train("StyleInjectDistill", **given)
+    assert drawn == [0, 1, 2, 2, 3]
+
+
 def test_distil_across_text_encoders(model, tiny_unet_model, train, conditioning) -> None:
     """Another width of prompt for the teacher: only outputs are compared."""
     foreign = tiny_unet_model(seed=2, context_dim=48)
@@ -174,12 +195,15 @@ def test_distil_between_predictions(model, teacher, sampled_as, train) -> None:
     assert train("StyleInjectDistill", model=model, teacher=sampled_as(teacher, "v_prediction"), latents=latents())[2] == 4
 
 
-def test_distil_refuses_what_cannot_be(model, pack, run_node, train) -> None:
+def test_distil_refuses_what_cannot_be(model, tiny_unet_model, pack, run_node, train) -> None:
     adapter = random_adapter(pack, model)
     with pytest.raises(ValueError, match="teacher and student are the same loaded checkpoint"):
         train("StyleInjectDistill", model=model, teacher=run_node("StyleInjectApply", model=model, adapter=adapter)[0], latents=latents())
     with pytest.raises(ValueError, match="the teacher's latents are DemoLatent, the student's SD15"):
         train("StyleInjectDistill", model=model, teacher=run_node("StyleInjectDemoModel")[0], latents=latents())
+    with pytest.raises(ValueError, match="teacher and student are the same model, there is nothing to learn"):
+        train("StyleInjectDistill", model=model, teacher=tiny_unet_model(), latents=latents())
+    assert_clean(model)
 
 
 def test_dreambooth_draws_its_class_or_takes_images_of_it(model, train, conditioning, trained_folder) -> None:
@@ -208,6 +232,30 @@ def test_the_demo_trains_and_shows_pictures(run_node, trained_folder) -> None:
     assert adapter.metadata["modelspec.architecture"] == "styleinject-demo/styleinject"
     assert adapter.metadata["modelspec.resolution"] == "64x64"
     assert sorted(path.name for path in (trained_folder / "rough" / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+
+
+def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> None:
+    """With batches of 1 too: cond and uncond are two images, each with a router and statistics of its own."""
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    model, vae = run_node("StyleInjectDemoModel")
+    images, prompts, _ = run_node("StyleInjectDemoDataset", style="openmoji-line", count=4)
+    (empty, _) = run_node("StyleInjectDemoPrompt", text="")
+    (options,) = run_node("StyleInjectTrainOptions", vae=vae, picture_every=6, sampling_steps=4, guidance=3.0, seed=2)
+    widgets = {key: [value] for key, value in {**SMALL, "steps": 6, "batch_size": 1, "learning_rate": 3e-2}.items()}
+    adapter, _, _ = run_node(
+        "StyleInjectTrain", model=[model], latents=images, conditioning=prompts, empty=[empty], options=[options], **widgets
+    )
+    shown = to_tensor(Image.open(trained_folder / "rough" / "samples" / "step-000006.png"))
+    draw = pack.submodule("nodes.train_data").draw
+    expected = {}
+    for patched in (model, run_node("StyleInjectApply", model=model, adapter=adapter)[0]):
+        prompt, negative = tuple(prompts[0][0]), tuple(empty[0])
+        latent = draw(patched, [prompt], negative, images[0]["samples"].shape[1:], seed=2, steps=4, guidance=3.0)
+        expected[patched is model] = vae.decode(latent)[0].movedim(-1, 0).clamp(0, 1)
+    torch.testing.assert_close(shown, expected[False], rtol=0, atol=0.02)
+    assert (shown - expected[True]).abs().max() > 0.2
 
 
 def test_the_demo_dataset(run_node) -> None:
