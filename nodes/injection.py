@@ -21,6 +21,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..styleinject_core import AdapterMismatchError, Applied, Attachment, MatchReport
+from ..styleinject_core.functional.host import REPLACED
 from ..styleinject_core.hosts.architectures import describe
 from ..styleinject_core.override import HostProgram
 from ..styleinject_core.router.control import Rule, Steering
@@ -66,14 +67,17 @@ class ComfyProgram(HostProgram):
         if type(module) not in _PLAIN_LAYERS or module._forward_hooks or module._forward_pre_hooks:
             return False
         attributes = module.__dict__
-        if "_v" in attributes or any(
-            attributes.get(f"{part}_{kind}") for part in ("weight", "bias") for kind in ("function", "lowvram_function")
+        if (
+            "_v" in attributes
+            or REPLACED in attributes
+            or any(attributes.get(f"{part}_{kind}") for part in ("weight", "bias") for kind in ("function", "lowvram_function"))
         ):
             return False
         return _plain(module.weight, x) and (module.bias is None or _plain(module.bias, x))
 
-    def samples(self, x: Tensor) -> int:
-        return self.images or x.shape[0]
+    def samples(self, x: Tensor, layer: str) -> int:
+        """HyperTile splits images over rows in self-attention. More rows in cross-attention are prompts of regions."""
+        return self.images if self.images and ".attn1." in layer else x.shape[0]
 
 
 def _plain(parameter: Tensor | None, x: Tensor) -> bool:

@@ -6,7 +6,8 @@ One message of the type EVENT, JSON:
     run                a name for this sampling run, the same in all of its messages
     prompt, workflow   the id of the queued prompt, and of the workflow it was made from; "" where unknown
     layers, styles     how many
-    names              {"layers": [...], "styles": [...]}; in the first message, in the last, and about every two seconds
+    names              {"layers": [...], "styles": [...], "convolutions": [indices of layers]}; in the first message, in the
+                       last, and about every two seconds
     steps              how many steps the run will have
     columns            the steps in this message: [{"step": 0, "sigma": 14.6, "roles": ["positive", "negative"]}, ...]
     values             base64 of a byte per column, role, layer and style: 254 times the probability, 255 where there is none
@@ -23,7 +24,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from threading import Lock, Timer
 from typing import Any
@@ -41,12 +42,19 @@ MISSING = 255
 
 @dataclass(frozen=True)
 class Column:
-    """One step on its way: `values` (roles, layers, styles) uint8, still on the device of the model."""
+    """One step on its way: `values` (roles, layers, styles) uint8, and perhaps sigma, still on the device of the model."""
 
     step: int
-    sigma: float
+    sigma: float | Tensor
     roles: tuple[str, ...]
     values: Tensor
+    levels: Tensor | None
+
+    def told(self) -> dict[str, Any]:
+        """It for the browser, at the step whose level is nearest."""
+        sigma = float(self.sigma)
+        step = self.step if self.levels is None else int((self.levels - sigma).abs().argmin())
+        return {"step": step, "sigma": sigma, "roles": self.roles}
 
 
 class LiveFeed:
@@ -60,12 +68,16 @@ class LiveFeed:
         node_id: execution id of the monitor, its hidden input unique_id.
         adapter: its name, as shown.
         layers, styles: names of the rows and of the probabilities in each.
+        convolutions: the layers that are some.
     """
 
-    def __init__(self, node_id: str, adapter: str, layers: Sequence[str], styles: Sequence[str]) -> None:
+    def __init__(
+        self, node_id: str, adapter: str, layers: Sequence[str], styles: Sequence[str], convolutions: Collection[str] = ()
+    ) -> None:
         self._server = running_server()
         self._client: str | None = getattr(self._server, "client_id", None)
-        self._names = {"layers": list(layers), "styles": list(styles)}
+        numbers = [k for k, layer in enumerate(layers) if layer in convolutions]
+        self._names = {"layers": list(layers), "styles": list(styles), "convolutions": numbers}
         self._constant = {
             "node": node_id,
             "adapter": adapter,
@@ -82,13 +94,23 @@ class LiveFeed:
         self._next = 0.0  # not before these, by time.monotonic
         self._next_names = 0.0
 
-    def step(self, step: int, steps: int, sigma: float, roles: Sequence[str], probabilities: Tensor) -> None:
+    def step(
+        self,
+        step: int,
+        steps: int,
+        sigma: float | Tensor,
+        roles: Sequence[str],
+        probabilities: Tensor,
+        levels: Tensor | None = None,
+    ) -> None:
         """Show one step.
 
         Args:
             step: from 0. A step that comes twice is shown as it came last.
             steps: of the whole run.
-            sigma: noise level of the step.
+            sigma: noise level of the step, a number or a tensor of one on any device.
+            levels: the noise level at which each step begins, on the CPU. With them, the step is the nearest instead of `step`:
+                some samplers count otherwise.
             roles: "positive", "negative" or another name, for each first index of `probabilities`.
             probabilities: (roles, layers, images, styles), float32, on any device; NaN where a layer was not called.
 
@@ -108,7 +130,7 @@ class LiveFeed:
         values = torch.nan_to_num(mean * LEVELS, nan=MISSING).round().to(torch.uint8)
         with self._lock:
             self._steps = steps
-            self._waiting.append(Column(step, sigma, tuple(roles), values))
+            self._waiting.append(Column(step, sigma, tuple(roles), values, levels))
             self._plan()
 
     def close(self, finished: bool) -> None:
@@ -155,7 +177,7 @@ class LiveFeed:
         message = {
             **self._constant,
             "steps": self._steps,
-            "columns": [{"step": c.step, "sigma": c.sigma, "roles": c.roles} for c in columns],
+            "columns": [column.told() for column in columns],
             "values": base64.b64encode(values).decode("ascii"),
         }
         now = time.monotonic()

@@ -72,7 +72,7 @@ class Monitor:
                 continue  # a LoRA among them
             twins = sum(other.recorder.adapter == adapter.name for other in observations)
             name = f"{adapter.name} ({twins + 1})" if twins else adapter.name
-            feed = LiveFeed(self.node_id, name, recorder.layers, recorder.styles)
+            feed = LiveFeed(self.node_id, name, recorder.layers, recorder.styles, recorder.convolutions)
             observations.append(Observation(self, injection, recorder, feed, name))
         return observations
 
@@ -81,7 +81,8 @@ class Monitor:
         self.runs.append(RecordedRun(tuple(traces), None if result is None else _mark(result)))
 
     def find(self, after: Any) -> tuple[RouterTrace, ...]:
-        """The run that `after` comes from: the one whose result it is, where it is a LATENT, else the latest.
+        """The run that `after` comes from: the one whose result it is, where it is a LATENT, else the latest. A trace of each
+        adapter that was active in it.
 
         Raises:
             TraceError: nothing was recorded, or not the run of this LATENT; the message says what to connect.
@@ -105,9 +106,10 @@ class Monitor:
                 )
         else:
             run = self.runs[-1]
-        if empty := [trace.adapter for trace in run.traces if not trace.roles]:
-            raise TraceError(f"{empty[0]} was not active at any step of this run: look at its strength, percents and layers")
-        return run.traces
+        if not (found := tuple(trace for trace in run.traces if trace.roles)):
+            names = ", ".join(trace.adapter for trace in run.traces)
+            raise TraceError(f"{names} was not active at any step of this run: look at its strength, percents and layers")
+        return found
 
     def __deepcopy__(self, memo: dict) -> Monitor:
         return self
@@ -123,8 +125,10 @@ def _mark(result: Any) -> Tensor | None:
     if not isinstance(result, Tensor) or result.numel() == 0:
         return None
     values = result.detach().flatten()
-    places = torch.linspace(0, values.numel() - 1, min(64, values.numel()), device=values.device, dtype=torch.float64).long()
-    return torch.cat([values[places].float().cpu(), torch.tensor([float(values.numel())])])
+    places = torch.linspace(
+        0, values.numel() - 1, min(64, values.numel()), dtype=torch.float64
+    ).long()  # on the CPU: not all have float64
+    return torch.cat([values[places.to(values.device)].float().cpu(), torch.tensor([float(values.numel())])])
 
 
 def _distance(first: Tensor | None, second: Tensor) -> float:

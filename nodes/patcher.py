@@ -6,6 +6,7 @@ model, so that ComfyUI loads, counts, and offloads them like its own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -53,7 +54,9 @@ def apply_adapter(
     weights = managed_weights(adapter, model)
     applied = Applied(weights.model, strength, dma, sta, layers, layer_weights)
     injection = Injection(applied, start_percent, end_percent, tuple(control))
-    injection.attachment(model.model)  # what does not fit is said now, not in mid-sampling
+    report = injection.report(model.model)  # what does not fit is said now, not in mid-sampling
+    if report.unmatched:
+        logging.warning("StyleInject: %s", report)
     clone = _with_injections(model, (*injections_of(model), injection))
     held = clone.get_additional_models_with_key(KEY)
     if all(other.model is not weights.model for other in held):

@@ -127,7 +127,7 @@ class StyleInjectRouterControl(io.ComfyNode):
             temperature=temperature,
             top_k=top_k,
             hold_first=hold == "first step",
-            hold=traces_of(trace, after)[0] if hold == "trace" else None,
+            hold=traces_of(trace, after) if hold == "trace" else None,
             layers=layers,
             role=role,
             start_percent=start_percent,

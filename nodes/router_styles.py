@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy_api.latest import io, ui
 
-from ..styleinject_core import Adapter, save_adapter
+from ..styleinject_core import Adapter, load_adapter, save_adapter
 from ..styleinject_core.router.canvas import contact_sheet
 from ..styleinject_core.router.control import Rule
 from . import paths
@@ -122,18 +123,29 @@ class StyleInjectNameStyles(io.ComfyNode):
         named = adapter.with_style_names(names.splitlines()) if names.strip() else adapter
         lines = [f"{k}  {name}" for k, name in enumerate(named.style_names, 1)]
         if save_as.strip():
-            path = _new_file(save_as.strip())
-            save_adapter(named, path)
+            path = _file(save_as.strip())
+            if not path.exists():
+                save_adapter(named, path)
+            elif not _is_saved(named, path):
+                raise FileExistsError(f"{path.name} is in {path.parent} already: choose another name")
             lines.append(f"saved as {path.name}")
         text: Any = "\n".join(lines)
         return io.NodeOutput(named, ui=ui.PreviewText(text))
 
 
-def _new_file(name: str) -> Path:
-    """A file in the first models/styleinject folder that is not there yet. Raises ValueError, FileExistsError."""
+def _file(name: str) -> Path:
+    """A file in the first models/styleinject folder. Raises ValueError."""
     if Path(name).name != name or "\\" in name or name.startswith("."):
         raise ValueError(f"save_as is {name!r}: expected a plain file name, without folders")
-    path = Path(folder_paths.get_folder_paths(paths.FOLDER)[0]) / (name.removesuffix(paths.SUFFIX) + paths.SUFFIX)
-    if path.exists():
-        raise FileExistsError(f"{path.name} is in {path.parent} already: choose another name")
-    return path
+    return Path(folder_paths.get_folder_paths(paths.FOLDER)[0]) / (name.removesuffix(paths.SUFFIX) + paths.SUFFIX)
+
+
+def _is_saved(adapter: Adapter, path: Path) -> bool:
+    """Whether a file holds this adapter with these names already: the node ran before."""
+    saved = load_adapter(path)
+    mine, theirs = adapter.state_dict(), saved.state_dict()
+    return (
+        saved.style_names == adapter.style_names
+        and mine.keys() == theirs.keys()
+        and all(torch.equal(value, theirs[name].to(value)) for name, value in mine.items())
+    )

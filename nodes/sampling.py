@@ -45,12 +45,16 @@ class Run:
     def roles(self, conds: Sequence[Any]) -> tuple[str, ...]:
         """The name of each conditioning: the guider's for that very list, or for one made of its entries; else its place."""
         known: dict[str, Any] = getattr(self.guider, "conds", None) or {}
-        by_entry = {entry.get("uuid"): name for name, entries in known.items() for entry in entries or ()}
+        by_entry: dict[Any, set[str]] = {}  # an area's entry is in the other prompt's list too, under the same id
+        for name, entries in known.items():
+            for entry in entries or ():
+                by_entry.setdefault(entry.get("uuid"), set()).add(name)
         found = []
         for place, entries in enumerate(conds):
             name = next((name for name, own in known.items() if entries is not None and entries is own), None)
-            names = {by_entry.get(entry.get("uuid")) for entry in entries or ()} if name is None else {name}
-            found.append(names.pop() if len(names) == 1 and None not in names else f"cond {place}")
+            of_entries = [by_entry.get(entry.get("uuid"), set()) for entry in entries or ()]
+            names = {name} if name is not None else set.intersection(*of_entries) if of_entries else set()
+            found.append(names.pop() if len(names) == 1 else f"cond {place}")
         return tuple(found)
 
     def warn_of_unknown_rows(self, injection: Injection) -> None:
@@ -70,7 +74,7 @@ class Run:
             latest = recorder.since(self._seen.get(place, 0))
             self._seen[place] = recorder.recorded
             if latest is not None:
-                observation.feed.step(step, self.steps, float(self.sigmas[min(step, self.steps - 1)]), *latest)
+                observation.feed.step(step, self.steps, recorder.sigma, *latest, levels=self.sigmas[:-1])
 
     def close(self, result: Tensor | None, label: str) -> None:
         """Hand what was recorded to the monitors; `result` is None where the run did not come to its end."""
@@ -110,15 +114,16 @@ class Pass:
         """Steer and record one adapter for the length of one model call; `options` are the call's transformer_options."""
         roles, sigma = self.of_rows(x.shape[0], options.get("cond_or_uncond")), timestep.flatten()[0]
         observed = [] if self.run is None else [o.recorder for o in self.run.observations if o.injection is injection]
-        calls = [recorder.begin(roles, sigma) for recorder in observed]
+        calls = [recorder.begin(roles, sigma, x.shape[0]) for recorder in observed]
         steers: dict[str, Steer] = {}
         if injection.steering is not None:
             if roles == (UNKNOWN,) and self.run is not None:
                 self.run.warn_of_unknown_rows(injection)
             ids = options.get("uuids") or ()
-            keys = [(id(injection), ids[k] if len(ids) == len(roles) else (role, k)) for k, role in enumerate(roles)]
+            keys = [(id(injection), role, ids[k] if len(ids) == len(roles) else k) for k, role in enumerate(roles)]
             memory = {} if self.run is None else self.run.memory
-            steers = injection.steering.steers(injection.active_rules(model, timestep), roles, keys, sigma, memory)
+            active = injection.active_rules(model, timestep)
+            steers = injection.steering.steers(active, roles, keys, sigma, memory, x.shape[0])
         with tapped(injection.attachment(model).sites[0], [call for call in calls if call is not None], steers):
             yield
         for recorder, call in zip(observed, calls, strict=True):

@@ -103,7 +103,7 @@ class Attachment:
         modules = dict(host.named_modules())
         overrides: dict[nn.Module, Override] = {}
         for item in self.applied:
-            sites, unmatched = [], []
+            sites, unmatched, selected = [], [], item.layer_scales()
             for name, layer in item.adapter.layers.items():
                 module = modules.get((names or {}).get(name, name))
                 if module is None:
@@ -111,8 +111,11 @@ class Attachment:
                     continue
                 shape = _host_shape(name, module)
                 if shape != layer.shape:
+                    if name not in selected:
+                        continue
                     raise AdapterMismatchError(
-                        f"{item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}"
+                        f"{item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}; "
+                        f'a layer selector can leave it out: "!{name}"'
                     )
                 site = Site(name, layer, self.program)
                 sites.append(site)
@@ -194,7 +197,7 @@ class _Attached(Attachment):
     """An attachment that `attach` has installed already: leaving its `with` block detaches it."""
 
     def __enter__(self) -> Attachment:
-        return self
+        return self if self._installed else self.install()
 
 
 def attach(

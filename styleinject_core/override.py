@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .functional import dispatch
-from .functional.host import HostLayer
+from .functional.host import REPLACED, HostLayer
 from .layers import LayerAdapter, LayerShape, LayerWeights
 
 _ACTIVE = "_styleinject_override"
@@ -30,10 +30,12 @@ class HostProgram:
         """Whether module.weight and module.bias are what module.forward applies to x, as plain tensors."""
         if type(module) not in (nn.Linear, nn.Conv2d) or module._forward_hooks or module._forward_pre_hooks:
             return False
+        if REPLACED in module.__dict__:
+            return False
         return module.weight.dtype == x.dtype and module.weight.device == x.device
 
-    def samples(self, x: Tensor) -> int:
-        """How many images the first dimension of a Linear's input x holds."""
+    def samples(self, x: Tensor, layer: str) -> int:
+        """How many images the first dimension of a Linear's input x holds; `layer` is its name in the adapter."""
         return x.shape[0]
 
 
@@ -115,7 +117,7 @@ class Override:
         if not sites:
             return original(x, *args, **kwargs)
         program = sites[0].program
-        tokens = x if self.shape.is_conv else as_tokens(x, program.samples(x))
+        tokens = x if self.shape.is_conv else as_tokens(x, program.samples(x, sites[0].name))
         watched, h = any(site.on_call is not None for site in sites), None
 
         def frozen(y: Tensor) -> Tensor:

@@ -50,9 +50,10 @@ def select(layers: dict[str, LayerShape], selector: str) -> set[str]:
         raise SelectorError('empty layer selector: write "all" for every layer')
     chosen: set[str] = set()
     removed: set[str] = set()
-    only_removes = all(a.startswith("!") for a in alternatives)
+    removing = [a for a in alternatives if a.startswith("!") and "&" not in a]  # in "!up & cross" the ! is of "up" alone
+    only_removes = len(removing) == len(alternatives)
     for alternative in alternatives:
-        if alternative.startswith("!"):
+        if alternative in removing:
             removed |= _conjunction(layers, alternative[1:])
         else:
             chosen |= _conjunction(layers, alternative)
@@ -126,13 +127,13 @@ def _matches(name: str, shape: LayerShape, term: str) -> bool:
         return name.startswith(f"{block[1]}_blocks.{block[2]}.")
     if "*" in term:
         return fnmatch.fnmatchcase(name, term)
-    return name == term or name.endswith("." + term)
+    return name == term or name.endswith("." + term) or re.sub(r"\.\d+$", "", name).endswith("." + term)  # to_out: "to_out.0"
 
 
 def _nothing_matched(layers: dict[str, LayerShape], term: str) -> str:
     present = [g for g in _GROUPS if any(_matches(n, s, g) for n, s in layers.items())]
     blocks = sorted({f"{m[1]}.{m[2]}" for n in layers if (m := re.match(r"(down|up)_blocks\.(\d+)\.", n))})
-    ends = sorted({n.rsplit(".", 1)[-1] for n in layers})
+    ends = sorted({re.sub(r"\.\d+$", "", n).rsplit(".", 1)[-1] for n in layers})
     return f"layer selector term {term!r} matches none of the {len(layers)} layers; these have: " + ", ".join(
         _unique([*present, *blocks, *ends[:12]])
     )

@@ -34,7 +34,7 @@ _LORA_KEY = re.compile(
     r"(?P<module>.+?)(?:_lora\.|\.lora_|\.lora\.)(?P<side>down|up|A|B|mid)(?:\.[^.]+)??\.weight|(?P<alpha>.+)\.alpha"
 )
 
-_OTHER_METHOD = re.compile(r"\.(dora_scale|diff|diff_b)$|\.(hada|lokr)_")
+_OTHER_METHOD = re.compile(r"\.(dora_scale|diff|diff_b)$|\.(hada|lokr)_|\.lora_magnitude_vector\b|\.lora_[AB](\.[^.]+)?\.bias$")
 
 
 class AdapterFileError(ValueError):
@@ -143,7 +143,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             keys = list(file.keys())
             if not any(_STYLEINJECT_KEY.fullmatch(k) or _LORA_KEY.fullmatch(k) for k in keys):
                 raise AdapterFileError(f"{path.name}: {_what_else(keys)}")
-            return {key: file.get_tensor(key) for key in keys}, metadata
+            # cloned: a tensor that stays mapped to the file would change, or end the process, with it
+            return {key: file.get_tensor(key).clone() for key in keys}, metadata
     except SafetensorError as error:
         raise AdapterFileError(f"{path.name}: damaged or truncated, not a whole safetensors file ({error})") from None
 
@@ -224,7 +225,7 @@ def _load_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         if match is None or is_other_model_part(key):
             if _OTHER_METHOD.search(key):
                 raise AdapterFileError(
-                    f"{path.name}: {key}: only plain LoRA is read, not DoRA, LoHa, LoKr or weight differences"
+                    f"{path.name}: {key}: only plain LoRA is read, not DoRA, LoHa, LoKr, biases or weight differences"
                 )
             skipped.append(key)
             continue

@@ -5,7 +5,7 @@
     LDM, ComfyUI  [model.]diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q
     kohya         lora_unet_down_blocks_0_attentions_0_... or lora_unet_input_blocks_1_1_...
 
-Names of other architectures (DiTs) pass through with the prefix taken off.
+Names of other architectures (DiTs) pass through with the prefix taken off; in kohya's spelling, as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ _COMPOUND = sorted(
     ],
     key=len,
     reverse=True,
+)
+_ROOTS = (
+    *(
+        "down_blocks_",
+        "up_blocks_",
+        "mid_block_",
+        "conv_in",
+        "conv_out",
+        "time_embedding_",
+        "add_embedding_",
+        "class_embedding_",
+    ),
+    *("input_blocks_", "middle_block_", "output_blocks_", "out_2", "time_embed_", "label_emb_"),
 )
 _KOHYA_TOKEN = re.compile("(" + "|".join(_COMPOUND) + r"|[^_]+)(?:_|$)")
 
@@ -63,7 +76,10 @@ def diffusers_name(name: str, layers_per_block: int = 2) -> str:
         layers_per_block: residual blocks per U-Net level, which LDM names are numbered by (2 in every Stable Diffusion).
     """
     if name.startswith(_KOHYA_PREFIX):
-        name = ".".join(m[1] for m in _KOHYA_TOKEN.finditer(name[len(_KOHYA_PREFIX) :]))
+        own = name[len(_KOHYA_PREFIX) :]
+        if not own.startswith(_ROOTS):
+            return name  # a DiT, whose names only its program can tell: ComfyUI's table has them in this spelling
+        name = ".".join(m[1] for m in _KOHYA_TOKEN.finditer(own))
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return _from_ldm(name, layers_per_block)

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from ..layers import LayerShape
 
+REPLACED = "_conv_forward"  # in a module's own attributes: (x, weight, bias) -> h
+
 
 @dataclass(frozen=True, eq=False)  # torch.compile asks for the hash of what is called, before its fields are there
 class HostLayer:
@@ -54,9 +56,17 @@ class HostLayer:
         return F.conv2d(low, B[:, :, None, None]) if self.shape.is_conv else low @ B.mT
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-        """F.conv2d as the host convolution does it: its stride, padding (any mode) and dilation."""
+        """F.conv2d as the host convolution does it: its stride, padding (any mode) and dilation. A convolution that somebody
+        has replaced is asked itself, and takes one group."""
+        if (own := self.replaced) is not None:
+            return own(x, weight, bias)
         x, padding = self.pad(x)
         return F.conv2d(x, weight, bias, self.module.stride, padding, self.module.dilation, groups)
+
+    @property
+    def replaced(self) -> Callable[..., Tensor] | None:
+        """What is in the place of the module's own convolution: nodes for seamless textures wrap images around with it."""
+        return self.module.__dict__.get(REPLACED)
 
     def pad(self, x: Tensor) -> tuple[Tensor, Any]:
         """x with circular, reflect or replicate padding applied, and the zero padding that is left to do."""

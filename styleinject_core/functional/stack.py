@@ -27,10 +27,12 @@ def forward(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:
             gain = own if gain is None else gain + own
     if gain is not None:
         mean = h.mean(host.positions, keepdim=True, dtype=statistics_dtype(h))
-        if any(w.sta_form == "additive" for w in adapters):  # G is huge where σ is small: keep h - μ whole
-            out = torch.addcmul(h, gain.to(h.dtype), (h - mean).to(h.dtype))
+        if any(w.sta_form == "additive" for w in adapters):  # G is huge where σ is small: keep h - μ whole, and both precise
+            out = h + (gain * (h - mean)).to(h.dtype)
         else:
-            out = torch.addcmul((-gain * mean).to(h.dtype), h, (1 + gain).to(h.dtype))
+            factor = (1 + gain).to(h.dtype)
+            gain = factor.to(mean.dtype) - 1  # what is left of it by rounding: else a half-precision channel would shift
+            out = torch.addcmul((-gain * mean).to(h.dtype), h, factor)
     if collapsed.down is not None:
         out = _add_low_rank(out, x, host, collapsed.down, collapsed.up, owned=out is not h)
     for weights, s in routed:
@@ -75,7 +77,7 @@ def per_image_conv(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | No
         out = torch.bmm(weight, pixels) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, pixels)
         return out.unflatten(2, x.shape[2:])
     batch, channels = weight.shape[:2]
-    if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= 1024:
+    if host.replaced is not None or (x.device.type == "cpu" and x.shape[2] * x.shape[3] >= 1024):
         biases = [None] * batch if bias is None else bias.unbind()
         return torch.cat([host.conv(*image) for image in zip(x.split(1), weight.unbind(), biases, strict=True)])
     bias = None if bias is None else bias.reshape(-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ _RC: Any = {
 }
 
 
+_OTHER_SCRIPTS = (
+    *(f"{noto} CJK {place}" for place in ("SC", "JP", "KR", "TC") for noto in ("Noto Sans", "Noto Serif")),
+    *("Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
+    *("Microsoft YaHei", "Yu Gothic", "Meiryo", "Malgun Gothic", "SimHei"),  # Windows
+    *("PingFang SC", "PingFang HK", "Hiragino Sans", "Hiragino Sans GB", "Apple SD Gothic Neo", "Arial Unicode MS"),  # macOS
+)
+
+
 class MissingPackageError(ImportError):
     """An optional package is not installed; the message says how to install it."""
 
@@ -48,7 +56,17 @@ def look() -> Iterator[None]:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)
+        matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_fonts_of_other_scripts()]
         yield
+
+
+@cache
+def _fonts_of_other_scripts() -> list[str]:
+    """Those of these fonts that are installed: for letters that matplotlib's own has not got."""
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return [name for name in _OTHER_SCRIPTS if name in installed]
 
 
 def picture(draw: Callable[..., Any]) -> Callable[..., Tensor]:

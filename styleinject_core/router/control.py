@@ -44,7 +44,8 @@ class Rule:
         temperature: above 1 evens the styles out, below 1 sharpens.
         top_k: how many styles may be used; 0 for all.
         hold_first: keep what each conditioning had when the rule first met it in a run.
-        hold: take s from this trace, at the nearest noise level, for the same prompt and layer.
+        hold: take s from this trace, at the nearest noise level, for the same prompt and layer; of several, from the latest
+            of the adapter's name.
         layers: a layer selector. role: one of ROLES.
         start_percent, end_percent: the part of the schedule, which the host knows.
 
@@ -58,7 +59,7 @@ class Rule:
     temperature: float = 1.0
     top_k: int = 0
     hold_first: bool = False
-    hold: RouterTrace | None = None
+    hold: RouterTrace | Sequence[RouterTrace] | None = None
     layers: str = "all"
     role: str = "all"
     start_percent: float = 0.0
@@ -128,6 +129,7 @@ class Steering:
         keys: Sequence[Hashable],
         sigma: Tensor | float,
         memory: MutableMapping[Any, Tensor],
+        rows: int = 0,
     ) -> dict[str, Steer]:
         """What each layer's router goes through in one call of the host: layer -> function of s.
 
@@ -136,13 +138,14 @@ class Steering:
             roles, keys: of each equal part of the batch: its role, and what it is recognised by in later calls.
             sigma: the noise level of the call.
             memory: the run's own, empty at its beginning.
+            rows: of the batch; where a layer sees another number of images, s stays as it is. 0: any number.
         """
         chains: dict[str, list[Steer]] = {}
         for number, (bound, on) in enumerate(zip(self._bound, active, strict=True)):
             wanted = [k for k, role in enumerate(roles) if bound.rule.role in ("all", role)]
             if on and wanted:
                 for layer in bound.layers:
-                    chains.setdefault(layer, []).append(_Call(bound, number, layer, roles, keys, wanted, sigma, memory))
+                    chains.setdefault(layer, []).append(_Call(bound, number, layer, roles, keys, wanted, sigma, memory, rows))
         return {layer: chain[0] if len(chain) == 1 else _Chain(chain) for layer, chain in chains.items()}
 
 
@@ -175,8 +178,9 @@ class _Bound:
             self._vectors["weights"] = self._vectors["weights"] / self._vectors["weights"].sum()
         if "floor" in self._vectors and self._vectors["floor"].sum() > 1 + 1e-6:
             raise ControlError(f"floor: together {float(self._vectors['floor'].sum()):g}, expected at most 1")
-        if rule.hold is not None:
-            _check_trace(rule.hold, self.layers, styles, adapter.name)
+        self._trace = None if rule.hold is None else _trace_of(adapter.name, rule.hold)
+        if self._trace is not None:
+            _check_trace(self._trace, self.layers, styles, adapter.name)
         self._on_device: dict[tuple[Hashable, ...], Tensor] = {}
 
     def vector(self, part: str, like: Tensor) -> Tensor | None:
@@ -185,7 +189,7 @@ class _Bound:
 
     def held(self, layer: str, role: str, images: int, sigma: Tensor | float, like: Tensor) -> Tensor | None:
         """The trace's s at the nearest noise level, (images, n); None where the trace has not got the layer."""
-        trace = self.rule.hold
+        trace = self._trace
         if trace is None or layer not in trace.layers:
             return None
         rows = trace.rows(role if role in trace.roles else None)
@@ -234,8 +238,11 @@ class _Call:
     wanted: list[int]  # the parts of the batch it acts on
     sigma: Tensor | float
     memory: MutableMapping[Any, Tensor]
+    rows: int
 
     def __call__(self, s: Tensor) -> Tensor:
+        if self.rows and s.shape[0] != self.rows:
+            return s
         images = s.shape[0] // len(self.roles)
         parts = list(s.split(images))
         for k in self.wanted:
@@ -264,6 +271,16 @@ def _place(part: str, style: str, styles: Sequence[str], adapter: str) -> int:
         return int(style) - 1
     names = ", ".join(styles[:8]) + (" and more" if len(styles) > 8 else "")
     raise ControlError(f"{part}: {adapter} has no style {style!r}; it has {len(styles)}: {names}")
+
+
+def _trace_of(adapter: str, traces: RouterTrace | Sequence[RouterTrace]) -> RouterTrace:
+    """The latest trace of the adapter's name; a single one may have another, for files are renamed."""
+    traces = [traces] if isinstance(traces, RouterTrace) else list(traces)
+    own = [trace for trace in traces if trace.adapter == adapter]
+    if not own and len(traces) != 1:
+        names = ", ".join(dict.fromkeys(trace.adapter for trace in traces)) or "none"
+        raise ControlError(f"hold: expected a trace of {adapter}, found those of {names}")
+    return (own or traces)[-1]
 
 
 def _check_trace(trace: RouterTrace, layers: Sequence[str], styles: Sequence[str], adapter: str) -> None:

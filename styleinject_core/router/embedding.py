@@ -14,7 +14,7 @@ def embed(points: Tensor, method: str, *, seed: int = 0, neighbours: float = 30.
     """Two coordinates for each point, (points, 2).
 
     Args:
-        points: (points, dimensions), three at least.
+        points: (points, dimensions), three at least. Of points that are all the same, all coordinates are 0.
         method: one of METHODS. PCA needs nothing but torch.
         seed: t-SNE and UMAP begin at random.
         neighbours: how many near points t-SNE (its perplexity) and UMAP look at; fewer are taken of few points.
@@ -26,10 +26,12 @@ def embed(points: Tensor, method: str, *, seed: int = 0, neighbours: float = 30.
         raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     centred = (points - points.mean(0)).float()
     near = max(1.0, min(neighbours, (len(points) - 1) / 3))
+    if centred.abs().max() < 1e-6:
+        return centred.new_zeros(len(points), 2)  # all the same, of which t-SNE and UMAP make NaN, or crash
+    centred = torch.nn.functional.pad(centred, (0, max(0, 2 - centred.shape[1])))
     if method == "PCA":
         _, _, axes = torch.linalg.svd(centred, full_matrices=False)
-        found = centred @ axes[:2].mT
-        return torch.nn.functional.pad(found, (0, 2 - found.shape[1]))
+        return centred @ axes[:2].mT
     if method == "UMAP":
         try:
             from umap import UMAP

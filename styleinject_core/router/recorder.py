@@ -37,23 +37,27 @@ class Call:
         roles: the conditioning of each equal part of the batch, in order.
         sigma: its noise level, a number or a tensor of one.
         measured: the layers whose increments are looked at.
+        rows: of the batch; layers that see another number of images are left out. 0: as many as the first layer sees.
     """
 
     number: int
     roles: tuple[str, ...]
     sigma: float | Tensor
     measured: frozenset[str]
+    rows: int = 0
     heard: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, sizes.Sample] = field(default_factory=dict)
 
     def hear(self, layer: str, s: Tensor) -> None:
-        self.heard[layer] = s if s.ndim == 2 else s.mean(1)  # by token: what the image has on average
+        self.rows = self.rows or s.shape[0]
+        if s.shape[0] == self.rows:  # another node may widen the batch inside of a layer: regions, as Attention Couple has them
+            self.heard[layer] = s if s.ndim == 2 else s.mean(1)  # by token: what the image has on average
 
     def wants(self, layer: str) -> bool:
         return layer in self.measured
 
     def look(self, layer: str, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: LayerWeights) -> None:
-        taken = sizes.sample(x, h, s, host, weights)
+        taken = sizes.sample(x, h, s, host, weights) if layer in self.heard else None
         if taken is not None:
             self.samples[layer] = taken
 
@@ -93,12 +97,13 @@ class Recorder:
         self.adapter, self.styles, self.limit = adapter.name, tuple(styles), limit
         routed = [name for name, layer in adapter.layers.items() if layer.router_weight is not None]
         self.layers = tuple(name for name in routed if layers is None or name in layers)
-        self._convolutions = tuple(name for name in self.layers if adapter.layers[name].shape.is_conv)
+        self.convolutions = tuple(name for name in self.layers if adapter.layers[name].shape.is_conv)
         if not routed:
             raise TraceError(f"{adapter.name} has no style router (it is a LoRA): there is nothing to record")
         self.note = ""
         self._every, self._index = every, {name: k for k, name in enumerate(self.layers)}
         self._calls = self._bytes = self._pending_bytes = 0
+        self._turns: dict[tuple[str, ...], int] = {}  # calls of these roles
         self._rows: list[_Rows] = []
         self._pending: dict[tuple[str, tuple[int, ...]], list[tuple[int, sizes.Sample]]] = {}
         self._sizes: list[tuple[str, list[int], Tensor]] = []
@@ -108,6 +113,11 @@ class Recorder:
     def recorded(self) -> int:
         """How many calls have been recorded so far."""
         return len(self._rows)
+
+    @property
+    def sigma(self) -> float | Tensor:
+        """The noise level of the last call that was recorded, as it was given."""
+        return self._rows[-1].call.sigma if self._rows else math.nan
 
     @contextmanager
     def call(
@@ -124,14 +134,16 @@ class Recorder:
             yield
         self.end(call)
 
-    def begin(self, roles: Sequence[str], sigma: float | Tensor) -> Call | None:
-        """A listener for the next call of the host; None when the limit is reached."""
+    def begin(self, roles: Sequence[str], sigma: float | Tensor, rows: int = 0) -> Call | None:
+        """A listener for the next call of the host; None when the limit is reached. See `Call`."""
         if self.note:
             return None
         with self._lock:
             number, self._calls = self._calls, self._calls + 1
-        measured = {name for k, name in enumerate(self.layers) if self._every and (k + number) % self._every == 0}
-        return Call(number, tuple(roles), sigma, frozenset(measured))
+            turn = self._turns.get(tuple(roles), 0)  # of its own: prompts that take turns are both measured in every layer
+            self._turns[tuple(roles)] = turn + 1
+        measured = {name for k, name in enumerate(self.layers) if self._every and (k + turn) % self._every == 0}
+        return Call(number, tuple(roles), sigma, frozenset(measured), rows)
 
     def end(self, call: Call | None) -> None:
         """Keep what a call has heard."""
@@ -207,7 +219,7 @@ class Recorder:
         return RouterTrace(
             self.adapter,
             self.layers,
-            self._convolutions,
+            self.convolutions,
             self.styles,
             tuple(roles),
             torch.stack(probabilities) if probabilities else torch.empty(*shape, len(self.styles)),

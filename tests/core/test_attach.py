@@ -55,6 +55,32 @@ def state(host):
     return [dict(m.__dict__) for m in host.modules()]
 
 
+def test_a_second_with_installs_again(host, x):
+    base, attachment = host(x), attach(host, trained(host))
+    with attachment:
+        first = host(x)
+    assert torch.equal(host(x), base)
+    with attachment:
+        assert torch.equal(host(x), first) and not torch.equal(first, base)
+    assert torch.equal(host(x), base)
+
+
+def test_a_layer_of_another_size_can_be_left_out(host, x):
+    adapter, base = trained(host), host(x)
+    other = Host().requires_grad_(False)
+    other.load_state_dict(host.state_dict())
+    other.down_blocks[0].conv1 = nn.Conv2d(4, 4, 1)
+    with pytest.raises(AdapterMismatchError, match=r'a layer selector can leave it out: "!down_blocks.0.conv1"'):
+        attach(other, adapter)
+    assert "forward" not in other.down_blocks[1].conv1.__dict__
+    with attach(other, adapter, layers="!down_blocks.0.conv1") as attachment:
+        assert "down_blocks.0.conv1" not in attachment.reports[0].matched
+        other.down_blocks[0].conv1 = host.down_blocks[0].conv1
+        with attach(host, adapter, layers="!down_blocks.0.conv1"):
+            torch.testing.assert_close(other(x), host(x))
+    assert torch.equal(host(x), base)
+
+
 def test_detach_restores_the_host_in_any_order(host, x):
     before, base = state(host), host(x)
     for order in itertools.permutations(range(3)):

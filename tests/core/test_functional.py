@@ -13,6 +13,7 @@ from styleinject_core import AdapterConfig, LayerShape
 from styleinject_core.functional import dispatch, fold, reference, stack
 from styleinject_core.functional.host import HostLayer
 from styleinject_core.layers import LayerAdapter
+from styleinject_core.override import HostProgram
 
 LINEARS = [(1, 1, 5, 7), (3, 1, 16, 8), (2, 77, 24, 12), (3, 65, 8, 33), (2, 130, 32, 64)]  # B, L, k, d
 CONVS = [  # B, k, H, W, d, kernel, stride, padding, dilation, padding mode
@@ -53,6 +54,58 @@ def trained_layer(module, seed=0, **config):
 
 def weights(layer, x, dma=1.0, sta=1.0):
     return layer.weights(lambda p: p.to(x.dtype), dma=dma, sta=sta)
+
+
+def test_half_precision_does_not_shift_channels():
+    """Channels with a mean far from 0: what bfloat16 leaves of 1 + G must be what μ is scaled by."""
+    torch.manual_seed(0)
+    module = nn.Linear(32, 24)
+    with torch.no_grad():
+        module.bias.fill_(20.0)
+    layer = trained_layer(module, r=2, n_styles=2)
+    with torch.no_grad():
+        layer.hyper_weight.mul_(0.05)
+        layer.hyper_bias.mul_(0.05)
+        layer.B.zero_()
+    x = torch.randn(2, 400, 32)
+    half, y = copy.deepcopy(module).bfloat16(), x.bfloat16()
+    out = stack.forward(y, host_of(half), [weights(layer, y)]).double()
+    same = copy.deepcopy(half).double()
+    expected = reference.forward(y.double(), host_of(same), [weights(layer, y.double())])
+    shift = (out - expected).mean(1).abs().max() / expected.std(1).mean()
+    rounding = (half(y).double() - same(y.double())).mean(1).abs().max() / expected.std(1).mean()
+    assert shift < 4 * rounding + 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_additive_statistics_of_a_constant_channel(dtype):
+    """σ = 0: G is huge, and h - μ is 0."""
+    module = nn.Linear(6, 5).to(dtype)
+    layer = trained_layer(module.float(), r=2, n_styles=2, sta="additive")
+    module.to(dtype)
+    with torch.no_grad():
+        layer.hyper_bias.fill_(3.0)
+    x = torch.randn(1, 1, 6).to(dtype)
+    assert stack.forward(x, host_of(module), [weights(layer, x)]).isfinite().all()
+
+
+def test_a_replaced_convolution_is_asked_itself():
+    """As nodes for seamless textures replace it: around the border, not zeros."""
+    module, x = conv_case(2, 4, 8, 6, 8, 3, 1, 1, 1, "zeros")
+    layer = trained_layer(module, r=2, n_styles=2)
+    wrapped = nn.Conv2d(4, 8, 3, 1, 1, padding_mode="circular")
+    wrapped.load_state_dict(module.state_dict())
+    expected = reference.forward(x, host_of(wrapped), [weights(layer, x)])
+
+    def circular(image, weight, bias):
+        return nn.functional.conv2d(nn.functional.pad(image, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    module._conv_forward = circular
+    assert not HostProgram().readable(module, x)
+    torch.testing.assert_close(module(x), wrapped(x))
+    blind = HostLayer(LayerShape.of(module), module.forward, None, None, module)
+    for form in (stack, dispatch, reference):
+        torch.testing.assert_close(form.forward(x, blind, [weights(layer, x)]), expected, rtol=1e-4, atol=1e-5)
 
 
 def host_of(module):

@@ -116,6 +116,17 @@ def test_hold_to_a_trace(adapter, s):
     assert torch.equal(steered(adapter, s, rule, layer="down_blocks.to_v"), s)
 
 
+def test_hold_takes_the_adapters_own_trace(adapter, s):
+    """Of several: the latest of its name; a single one may have another name."""
+    values = torch.softmax(torch.randn(3, 4, 1, 2, 3, generator=torch.Generator().manual_seed(3)), -1)
+    traces = [make_trace(v, adapter=name) for v, name in zip(values, ("pen", "pen", "other"), strict=True)]
+    expected = values[1][[0, 1], 0].flatten(0, 1)
+    torch.testing.assert_close(steered(adapter, s, Rule(hold=traces), sigma=10.0), expected)
+    torch.testing.assert_close(steered(adapter, s, Rule(hold=traces[2:]), sigma=10.0), values[2][[0, 1], 0].flatten(0, 1))
+    with pytest.raises(ControlError, match="hold: expected a trace of pen, found those of ink, other"):
+        Steering([Rule(hold=[make_trace(values[0], adapter="ink"), traces[2]])], adapter)
+
+
 @pytest.mark.parametrize(("text", "found"), [
     ("", {}),
     ("0.7, 0, 0.3", {"1": 0.7, "2": 0, "3": 0.3}),

@@ -103,6 +103,9 @@ def test_embeddings_keep_groups_apart(method):
     assert torch.pdist(parts.mean(1)).min() > within
     few = embed(groups[:3], method)
     assert few.shape == (3, 2) and few.isfinite().all()
+    assert torch.equal(embed(groups[:1].expand(40, 8), method), torch.zeros(40, 2)), "a mixer's routing: all the same"
+    line = embed(torch.rand(12, 1), method)
+    assert line.shape == (12, 2) and line.isfinite().all()
 
 
 @pytest.mark.parametrize(("package", "call", "message"), [

@@ -223,6 +223,34 @@ def test_recordings_nest_and_add_up(host, images):
     assert not torch.allclose(inner.trace().probabilities, second.trace().probabilities, atol=0.01)
 
 
+def test_prompts_that_take_turns_are_both_measured_everywhere():
+    adapter = trained(Host())
+    recorder = Recorder(adapter, adapter.style_names, every=4)
+    measured = {"positive": set(), "negative": set()}
+    for _ in range(4):
+        for role, found in measured.items():
+            found |= recorder.begin((role,), 1.0).measured
+    assert measured["positive"] == measured["negative"] == set(recorder.layers)
+
+
+def test_layers_that_see_another_batch_are_left_out(host, images):
+    """As in nodes for regional prompts, which widen it inside of a layer."""
+    adapter = trained(host)
+    recorder = Recorder(adapter, adapter.style_names)
+    with torch.no_grad(), attach(host, adapter) as attachment:
+        first, *others = attachment.sites[0]
+        call = recorder.begin(("negative", "positive"), 1.0, 4)
+        s = torch.full((4, STYLES), 1 / STYLES)
+        call.hear(first.name, torch.full((6, STYLES), 1 / STYLES))
+        for site in others:
+            call.hear(site.name, s)
+        recorder.end(call)
+    trace = recorder.trace()
+    missing = trace.layers.index(first.name)
+    assert trace.probabilities[:, missing].isnan().all()
+    assert not trace.probabilities[:, [k for k in range(len(trace.layers)) if k != missing]].isnan().any()
+
+
 def test_since_gives_the_latest_calls_by_role(host, images):
     adapter = trained(host)
     recorder = Recorder(adapter, adapter.style_names)

@@ -31,6 +31,11 @@ LAYERS = ARCHITECTURES["sd15"].shapes()
         ("*transformer_blocks.0.attn1.to_out*", 16),
         ("conv_in", 1),
         ("self\ncross", 128),
+        ("cross & !up", 28),
+        ("!up & cross", 28),
+        ("!up & cross, conv_in", 29),
+        ("to_out", 32),
+        ("attention, !to_out", 96),
     ],
 )
 def test_counts(selector, count):

@@ -93,14 +93,63 @@ def test_hypertile_keeps_statistics_per_image(pack, model, adapter, apply, sampl
     program = pack.submodule("nodes.injection").ComfyProgram
     tiles: list[tuple[int, int]] = []
     samples = program.samples
-    monkeypatch.setattr(program, "samples", lambda self, x: tiles.append((x.shape[0], samples(self, x))) or samples(self, x))
+    monkeypatch.setattr(program, "samples", lambda self, x, name: tiles.append((x.shape[0], samples(self, x, name))) or samples(self, x, name))
 
     tiled = hypertile(apply(model, adapter))
     result = sample(tiled, steps=2)
     assert any(rows == 4 * images for rows, images in tiles), "HyperTile has not tiled anything"
     assert torch.isfinite(result).all()
-    monkeypatch.setattr(program, "samples", lambda self, x: x.shape[0])
+    monkeypatch.setattr(program, "samples", lambda self, x, name: x.shape[0])
     assert not close(sample(tiled, steps=2), result, 1e-3)
+
+
+def test_regional_prompts_are_images_of_their_own(pack, model, adapter, apply, run_node, sample, monkeypatch) -> None:
+    """Attention Couple repeats the positive rows once per region in cross-attention: the same, batched with the negative or not."""
+    import comfy.model_base
+
+    def couple(patched, regions: int = 3):
+        patched = patched.clone()
+
+        def widen(q, k, v, options):
+            parts, texts = q.chunk(len(options["cond_or_uncond"])), k.chunk(len(options["cond_or_uncond"]))
+            more = [regions if entry == 0 else 1 for entry in options["cond_or_uncond"]]
+            q = torch.cat([part.repeat(n, 1, 1) for part, n in zip(parts, more, strict=True)])
+            scaled = [torch.cat([text * (1 + 0.3 * k) for k in range(n)]) for text, n in zip(texts, more, strict=True)]
+            return q, torch.cat(scaled), torch.cat(scaled)
+
+        def narrow(out, options):
+            entries = options["cond_or_uncond"]
+            more = [regions if entry == 0 else 1 for entry in entries]
+            images = out.shape[0] // sum(more)
+            parts = out.split([n * images for n in more])
+            return torch.cat([part.unflatten(0, (n, images)).mean(0) for part, n in zip(parts, more, strict=True)])
+
+        patched.set_model_attn2_patch(widen)
+        patched.set_model_attn2_output_patch(narrow)
+        return patched
+
+    styled = couple(apply(model, adapter))
+    together = sample(styled, steps=2)
+    assert not close(together, sample(couple(model), steps=2), 0.05)
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *_a, **_k: 1e30)
+    assert close(sample(styled, steps=2), together, 1e-3), "one call for each prompt, as with little memory"
+    monkeypatch.undo()
+    monitored, trace = run_node("StyleInjectRouterMonitor", model=styled)
+    assert torch.equal(sample(monitored, steps=2), together)
+    (recorded,) = trace.find({"samples": together})
+    names = [name for name in recorded.layers if ".attn2." in name]
+    assert names and recorded.probabilities[:, [recorded.layers.index(name) for name in names]].isnan().all()
+    others = [k for k, name in enumerate(recorded.layers) if name not in names]
+    assert not recorded.probabilities[:, others].isnan().any()
+
+
+def test_an_incomplete_match_is_said(pack, model, adapter, run_node, caplog) -> None:
+    core = pack.submodule("styleinject_core")
+    name = adapter.names[0]
+    partly = core.Adapter({**adapter.layers, "no.such.to_q": adapter.layers[name]}, adapter.config, {}, "partly")
+    _, report = run_node("StyleInjectApply", model=model, adapter=partly)
+    assert "no.such.to_q" in report
+    assert "36 of 37 layers matched" in caplog.text and "no.such.to_q" in caplog.text
 
 
 def test_tiled_tokens_give_the_tiles_of_the_whole(pack, model, adapter) -> None:

@@ -106,7 +106,7 @@ def test_ten_messages_a_second_and_names_seldom(live, server) -> None:
     named = [index for index, message in enumerate(messages) if "names" in message]
     assert named[0] == 0 and named[-1] == len(messages) - 1
     assert len(named) <= seconds / live.NAMES_INTERVAL + 2
-    assert messages[0]["names"] == {"layers": LAYERS, "styles": STYLES}
+    assert messages[0]["names"] == {"layers": LAYERS, "styles": STYLES, "convolutions": []}
 
 
 def test_missing_layers_and_images(live, server) -> None:

@@ -93,6 +93,22 @@ def test_two_prompts_in_one_conditioning_are_held_apart(run_node, steer, sample,
     assert not torch.allclose(s[0, 0], s[0, 1], atol=1e-4)
 
 
+def test_an_area_of_one_prompt_is_held_apart_from_the_others(run_node, steer, sample, conditioning, pack):
+    """ComfyUI gives the other prompt an entry for the area too, with the id of the first one's."""
+    traces_of = pack.submodule("nodes.monitor").traces_of
+    ((tensor, extras),) = conditioning(5)
+    area = [[tensor, {**extras, "area": (4, 4, 0, 0), "strength": 1.0}]]
+    steered, monitor = steer(control=rule(run_node, hold="first step"))
+    (held,) = traces_of(monitor, {"samples": sample(steered, steps=2, positive=area)})
+    free, watch = steer()
+    (plain,) = traces_of(watch, {"samples": sample(free, steps=2, positive=area)})
+    assert set(held.roles) == set(plain.roles) >= {"positive", "negative"}
+    for role in ("positive", "negative"):
+        first = plain.probabilities[plain.rows(role)][: len(plain.rows(role)) // 2]
+        assert torch.equal(held.probabilities[held.rows(role)], torch.cat([first, first]))
+    assert not torch.allclose(held.by_step("positive"), held.by_step("negative"), atol=1e-4)
+
+
 def test_holding_to_a_trace_repeats_its_run(run_node, recorded):
     result, trace = recorded((), steps=4)
     other, _ = recorded((), steps=4, seed=7)
@@ -168,6 +184,9 @@ def test_names_reach_traces_and_files(pack, comfy_base, run_node, model, adapter
     result = sample(monitored)
     (trace,) = pack.submodule("nodes.monitor").traces_of(monitor, {"samples": result})
     assert trace.styles == named.style_names
+    written = (path := pack.submodule("nodes.paths").adapter_path("named.safetensors")).stat().st_mtime_ns
+    again = run_node("StyleInjectNameStyles", adapter=adapter, names="flat <b>\n$ink$", save_as="named")[0]
+    assert again.style_names == named.style_names and path.stat().st_mtime_ns == written, "the workflow runs again"
     with pytest.raises(FileExistsError, match=r"named\.safetensors is in .* already"):
         run_node("StyleInjectNameStyles", adapter=adapter, names="x", save_as="named")
     with pytest.raises(ValueError, match="expected a plain file name"):

@@ -190,6 +190,13 @@ def test_two_adapters_two_monitors_and_the_order_of_nodes(pack, model, adapter, 
     pair = traces_of(of_all, latent(result))
     assert [t.adapter for t in pair] == ["style", "other"]
     assert torch.equal(pair[1].probabilities, trace.probabilities)
+    # one that takes no part does not keep the other's trace from being seen
+    off = run_node("StyleInjectStrength", model=both, adapter_name="other", strength=0.0)[0]
+    watched, some = run_node("StyleInjectRouterMonitor", model=off)
+    assert [t.adapter for t in traces_of(some, latent(sample(watched)))] == ["style"]
+    watched, none = run_node("StyleInjectRouterMonitor", model=off, adapter_name="other")
+    with pytest.raises(ValueError, match="other was not active at any step of this run"):
+        traces_of(none, latent(sample(watched)))
     # an adapter applied, or a strength set, after the monitor is seen as well
     early, monitor = run_node("StyleInjectRouterMonitor", model=patched)
     late = run_node("StyleInjectStrength", model=run_node("StyleInjectApply", model=early, adapter=adapter)[0], strength=0.5)[0]

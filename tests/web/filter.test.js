@@ -25,11 +25,13 @@ for (const [text, expected] of /** @type {[string, number[]][]} */ ([
   ["!attention", [2, 3, 5]],
   ["down & !attention", [2]],
   ["to_q", [0, 4]],
+  ["conv", [2, 3, 5]],
+  ["linear & down", [0, 1]],
   ["samplers", [2, 5]],
   ["nothing like it", []],
   ["constructor", []],
   ["!", [0, 1, 2, 3, 4, 5]],
   ["up &", [4, 5]],
 ])) {
-  test(`"${text}" chooses ${expected.length}`, () => assert.deepEqual(filterLayers(NAMES, text), expected));
+  test(`"${text}" chooses ${expected.length}`, () => assert.deepEqual(filterLayers(NAMES, text, [2, 3, 5]), expected));
 }

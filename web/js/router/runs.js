@@ -14,7 +14,7 @@ const MOST_RUNS = 32; // of all workflows together; the oldest are forgotten
  * @property {string} workflow
  * @property {number} layers
  * @property {number} styles
- * @property {{layers: string[], styles: string[]}} [names]
+ * @property {{layers: string[], styles: string[], convolutions: number[]}} [names]
  * @property {number} steps
  * @property {{step: number, sigma: number, roles: string[]}[]} columns
  * @property {string} values
@@ -37,6 +37,8 @@ export class Run {
     this.workflow = message.workflow;
     this.layers = numbered("layer", message.layers);
     this.styles = numbered("style", message.styles);
+    /** @type {number[]} indices of the layers that are convolutions */
+    this.convolutions = [];
     this.steps = message.steps;
     /** @type {Map<number, Column>} */
     this.columns = new Map();
@@ -65,6 +67,7 @@ export class Run {
     if (message.names) {
       this.layers = message.names.layers;
       this.styles = message.names.styles;
+      this.convolutions = message.names.convolutions;
     }
     this.steps = Math.max(this.steps, message.steps);
     this.end = message.end ?? this.end;

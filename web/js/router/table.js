@@ -47,8 +47,9 @@ export function makeTable(run, view, role, layers) {
  * @param {number} layer
  */
 export function leadingStyle(run, step, role, layer) {
-  const shares = run.styles.map((_, style) => run.value(step, role, layer, style));
-  return Number.isNaN(shares[0]) ? -1 : shares.indexOf(Math.max(...shares));
+  const shares = run.styles.map((_, style) => run.value(step, role, layer, style)).map((share) => (Number.isNaN(share) ? -1 : share));
+  const most = Math.max(...shares);
+  return most < 0 ? -1 : shares.indexOf(most);
 }
 
 /**
@@ -64,12 +65,14 @@ function layerValue(run, view, step, role, layer) {
 }
 
 /**
- * 1 minus the entropy of the shares, relative to the largest it can be.
- * @param {number[]} shares
+ * 1 minus the entropy of the shares, relative to the largest it can be; NaN where there are none.
+ * @param {number[]} all NaN for styles that the layer has not got
  */
-export function decided(shares) {
+export function decided(all) {
+  const shares = all.filter((share) => !Number.isNaN(share));
+  if (shares.length === 0) return NaN;
   if (shares.length < 2) return 1;
-  const entropy = shares.reduce((sum, share) => sum - (share > 0 ? share * Math.log(share) : share * 0), 0);
+  const entropy = shares.reduce((sum, share) => sum - (share > 0 ? share * Math.log(share) : 0), 0);
   return Math.min(1, Math.max(0, 1 - entropy / Math.log(shares.length)));
 }
 
