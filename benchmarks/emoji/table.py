@@ -83,7 +83,8 @@ def rates(lines: list[dict[str, Any]]) -> str:
     for row, label in LABELS.items():
         cells = []
         for column in columns:
-            tried = [line for line in lines if (line["task"], line["steps"]) == column and line["row"] == row]
+            of = [line for line in lines if (line["task"], line["steps"]) == column and line["row"] == row]
+            tried = sorted(of, key=lambda line: line["rate"])
             measured = (
                 f"{line['rate']:g}: {spread('kid', [line['metrics']['seen_kid']])}" for line in tried if line["metrics"]
             )
