@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS
-from run import IDEAL, PROBLEMS, read
+from run import IDEAL, METHODS, PROBLEMS, read
 
 TITLES = {
     "style": "Fine-tuning, openmoji to openmoji-line",
