@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -73,11 +75,18 @@ class LatentSource:
         return Batch(latents, **{name: joined([each[k] for k in chosen]) for name, each in self.prompts.items()})
 
     def summary(self) -> dict[str, Any]:
-        return {
-            "images": len(self.latents),
-            "latents": tensors_hash(self.latents),
-            **{f"{name} prompts": tensors_hash(t for row in each for t in row.values()) for name, each in self.prompts.items()},
-        }
+        return dict(self._summary)
+
+    @cached_property
+    def _summary(self) -> dict[str, Any]:
+        known: dict[str, Any] = {"images": len(self.latents), "latents": tensors_hash(self.latents)}
+        for name, each in self.prompts.items():
+            distinct = {id(row): row for row in each}  # most images share the empty prompt
+            hashes = {key: tensors_hash(row.values()) for key, row in distinct.items()}
+            known[f"{name} prompts"] = hashlib.blake2b(
+                "".join(hashes[id(row)] for row in each).encode(), digest_size=8
+            ).hexdigest()
+        return known
 
     def state_dict(self) -> dict[str, Any]:
         return {}
