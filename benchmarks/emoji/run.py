@@ -39,7 +39,7 @@ PROBLEMS: dict[str, Callable[[Size], Problem]] = {
     "distil": partial(Distillation, "openmoji-line"),
     "chinese": partial(Distillation, "openmoji-line", chinese=True),
 }
-TUNED_ON = {"dreambooth": "style", "chinese": "distil"}  # whose learning rates they take; else their own
+TUNED_ON = {"dreambooth": "style"}  # whose learning rates it takes; the others have their own
 TUNING_SEED = 100
 IDEAL = "ideal"  # the row of what is learned from
 
