@@ -162,7 +162,7 @@ class Job:
         path = folder / f"{hashlib.blake2b(asked.encode(), digest_size=12).hexdigest()}.latents"
         latents: list[Tensor] = []
         with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
-            latents.extend(file.get_tensor("latents"))
+            latents.extend(file.get_tensor("latents").clone())  # not mapped to the file, which may be replaced
         kept, bar = len(latents), comfy.utils.ProgressBar(len(prompts))
         if kept == len(prompts):
             return latents

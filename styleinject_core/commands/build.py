@@ -294,7 +294,7 @@ def _drawn(path: Path) -> list[Tensor]:
     """The images in a file of drawn ones; none where there is no such file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return list(file.get_tensor("latents"))
+            return list(file.get_tensor("latents").clone())  # not mapped to a file that may be replaced
     except (OSError, SafetensorError):
         return []
 
