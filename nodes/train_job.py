@@ -26,11 +26,10 @@ from . import paths
 from .patcher import ModelPatcher, injections_of
 from .train_data import Encoder, Prompt, draw, flat_prompts
 from .train_model import ComfyTrainingModel, Loaded, with_lasting_weights
-from .train_options import DTYPES, TrainOptions
+from .train_options import TrainOptions
 from .train_run import Outcome, check_name, new_adapter, train_in_folder
 
 DRAWN = "drawn"  # in output/styleinject: latents that models drew for training, kept for the next run
-_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class Job:
             self.settings,
             existing=options.existing_run,
             metadata=metadata,
-            dtype=_DTYPES[options.dtype],
+            dtype=getattr(torch, options.dtype),
             node_id=self.node_id,
             pictures=pictures if options.vae is not None else None,
         )

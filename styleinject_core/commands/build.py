@@ -30,7 +30,6 @@ from .config import ConfigError, DataTable, DistilConfig, DreamBoothConfig, Mode
 
 DEMO = "demo"
 _SAVE_EVERY = 60.0  # seconds, of images that a model draws before training
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -53,7 +52,8 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """What adapter files are stored in."""
-        return _DTYPES[self.config.output.dtype]
+        dtype: torch.dtype = getattr(torch, self.config.output.dtype)
+        return dtype
 
     def metadata(self) -> dict[str, str]:
         """How the adapter was made, for its file: ModelSpec fields and our own, no paths."""
@@ -104,7 +104,7 @@ def load_model(table: ModelTable, here: Path) -> TextToImageModel:
         _, _, style = table.path.partition(":")
         return DemoTrainingModel.load(style) if style else DemoTrainingModel.load()
     config = here / table.config if table.config else None
-    return PipelineModel.load(here / table.path, launched_device(), _DTYPES[table.dtype], config)
+    return PipelineModel.load(here / table.path, launched_device(), getattr(torch, table.dtype), config)
 
 
 def _task(config: TrainConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes) -> FineTune:

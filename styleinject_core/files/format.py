@@ -169,9 +169,10 @@ def _read_config(path: Path, metadata: dict[str, str]) -> AdapterConfig | None:
         values = json.loads(metadata["styleinject_config"])
         if not isinstance(values, dict):
             raise ValueError(f"expected an object, found {type(values).__name__}")
-        return AdapterConfig.from_dict(values)
+        config = AdapterConfig.from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{path.name}: styleinject_config: {error}") from None
+    return replace(config, layers={diffusers_name(name): own for name, own in config.layers.items()})
 
 
 def _layer(path: Path, name: str, parts: dict[str, Tensor], stated: AdapterConfig | None) -> LayerAdapter:

@@ -118,15 +118,18 @@ def test_kohya_spelling_of_every_layer(base):
 
 
 def test_ldm_styleinject_names_load(tmp_path):
+    in_ldm = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
     save_adapter(adapter(), tmp_path / "a.safetensors")
-    tensors = load_file(tmp_path / "a.safetensors")
-    ldm = {
-        k.replace(TO_Q, "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"): v for k, v in tensors.items()
-    }
+    ldm = {key.replace(TO_Q, in_ldm): tensor for key, tensor in load_file(tmp_path / "a.safetensors").items()}
     save_file(ldm, tmp_path / "b.safetensors")
     loaded = load_adapter(tmp_path / "b.safetensors")
     assert set(loaded.names) == {TO_Q, CONV}
     assert loaded.config.r == 2 and loaded.config.n_styles == 3 and loaded.config.alpha is None
+    config = {"r": 2, "n_styles": 3, "layers": {in_ldm: {"alpha": 7.0, "router_pool": "token"}}}
+    save_file(ldm, tmp_path / "c.safetensors", {"styleinject_config": json.dumps(config)})
+    layers = load_adapter(tmp_path / "c.safetensors").layers
+    assert layers[TO_Q].config.alpha == 7.0 and layers[TO_Q].config.router_pool == "token"
+    assert layers[CONV].config.alpha is None
 
 
 LORA_SPELLINGS = {
