@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         return options.run(options)
-    except (AdapterFileError, SelectorError, UnsupportedLayerError, ValueError, OSError, ImportError, TrainingError) as error:
+    except (
+        AdapterFileError,
+        SelectorError,
+        UnsupportedLayerError,
+        ValueError,
+        OSError,
+        ImportError,
+        MemoryError,
+        TrainingError,
+    ) as error:
         print(f"styleinject {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -143,6 +153,12 @@ def _plot(options: argparse.Namespace) -> int:
     return 0
 
 
+_LESS_MEMORY = (
+    'What needs less memory: train.gradient_checkpointing = true, train.batch_size = 1, model.dtype = "bfloat16" (on a GPU), '
+    "or a smaller data.resolution, adapter.rank or adapter.styles"
+)
+
+
 def _train(options: argparse.Namespace) -> int:
     from .commands import config
     from .commands.run import run
@@ -153,7 +169,12 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     if options.config is None:
         raise ValueError(f"expected a config file; write one with: styleinject {options.command} --template > my.toml")
-    run(kind, options.config, options.dry_run)
+    try:
+        run(kind, options.config, options.dry_run)
+    except RuntimeError as error:
+        if re.search("out of memory|not enough memory", str(error)):
+            raise MemoryError(f"{str(error).splitlines()[0]}\n{_LESS_MEMORY}") from None
+        raise
     return 0
 
 

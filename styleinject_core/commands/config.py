@@ -31,7 +31,9 @@ class ModelTable:
 
     Args:
         path: a diffusers folder, a .safetensors checkpoint, or "demo", the embedded model ("demo:noto" draws another style).
-        config: for a checkpoint file: a diffusers folder of the same kind of model, for its tokenizer.
+            On Windows write paths with /, or in single quotes.
+        config: for a checkpoint file: a diffusers folder of the same kind of model, for its tokenizer and settings; it needs no
+            weights.
         dtype: what the frozen model computes in: float32, bfloat16 or float16; the adapter is float32 always.
     """
 
@@ -50,7 +52,7 @@ class DataTable:
     Args:
         folder: images with NAME.txt beside them, or with a metadata.jsonl of "file_name" and "text".
         shards: WebDataset shards, as in "data/{000..009}.tar"; read as a stream.
-        resolution: pixels of a square image's side.
+        resolution: pixels of a square image's side: 512 for Stable Diffusion 1.x, 1024 for XL.
         buckets: keep aspect ratios, in buckets of about the same area; false crops to squares.
         bucket_step: sides of buckets are multiples of this.
         center_crop: false crops anywhere.
@@ -242,6 +244,8 @@ class TrainConfig:
             raise ValueError("data.folder or data.shards: one of them is needed")
         if self.train.validate_every and not self.data.validation:
             raise ValueError("train.validate_every: set data.validation to how many images are held out for it")
+        if self.train.sample_every and not self.output.prompts:
+            raise ValueError("train.sample_every: set output.prompts to what is to be drawn")
 
     @property
     def needs_no_images(self) -> bool:
@@ -281,14 +285,18 @@ def load_config(kind: type[Table], path: Path) -> Table:
         ConfigError: no such file, not TOML, an unknown or missing field, a value of another type or out of range.
     """
     try:
-        values = _parse(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         hint = "it is UTF-16, as some shells write it: " if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise ConfigError(f"{path.name}: no UTF-8 text; {hint}save it as UTF-8") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{path.name}: {error}") from None
+    try:
+        values = _parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{path.name}: {error}" + (_BACKSLASH if "\\" in text else "")) from None
     try:
         return _table(kind, values, "")
     except ValueError as error:
@@ -337,11 +345,14 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, str) and re.search(r"[\x00-\x1f]", value) and not where.endswith("description"):
+        raise ValueError(f"{where}: {value!r} has a tab, a line break or the like in it{_BACKSLASH}")
     if type(value) is not kind:
         raise ValueError(f"{where}: expected {_NAMES[kind]}, found {value!r}")
     return value
 
 
+_BACKSLASH = "; write a path with / or in single quotes: 'C:\\models\\sd15'"
 _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 

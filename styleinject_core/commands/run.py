@@ -152,7 +152,7 @@ def _heading(job: Job) -> str:
     passes = job.config.train.batch_size * job.config.train.accumulation * job.processes.world
     return (
         f"{job.task.objective} on {job.model.name}: {count}, {len(job.adapter.names)} layers, "
-        f"{job.adapter.parameter_count():,} parameters, {passes} images a step"
+        f"{job.adapter.parameter_count():,} parameters, {passes} images a step, on {next(job.adapter.parameters()).device}"
     )
 
 
@@ -181,8 +181,7 @@ def _plan(job: Job) -> str:
     shown = ", ".join(job.adapter.names[:3])
     lines += [
         f"  layers       {shown}{' ...' if len(job.adapter.names) > 3 else ''}",
-        f"  steps        {settings.steps}, {seconds:.2f} s each on {next(job.adapter.parameters()).device}: "
-        f"{_duration(seconds * settings.steps)}",
+        f"  steps        {settings.steps}, {seconds:.2f} s each: {_duration(seconds * settings.steps)}",
         f"  memory       {weights / _MEBI:,.0f} MiB U-Net + {trained / _MEBI:,.0f} MiB adapter, gradients and optimiser + "
         f"{activations / _MEBI:,.0f} MiB activations",
     ]
@@ -191,6 +190,8 @@ def _plan(job: Job) -> str:
     every = settings.checkpoint_every
     lines.append(f"  checkpoints  {f'every {every} steps' if every else 'at the end'}, in {job.out}")
     lines.append("  data         " + json.dumps(job.task.plan()["data"]))
+    if job.task.advice:
+        lines.append(f"  warning      {job.task.advice}")
     return "\n".join(lines)
 
 

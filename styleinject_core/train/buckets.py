@@ -78,6 +78,17 @@ class BatchOrder:
         self._count = len(sizes)
         self._plan: tuple[int, list[tuple[Size, int]]] = (-1, [])
 
+    @property
+    def advice(self) -> str:
+        """What to do about examples of so many sizes that most are seen several times in one batch; empty if they are not."""
+        few = [len(m) for m in self._members.values() if len(m) < self._whole]
+        if len(self._members) == 1 or 2 * sum(few) <= self._count:
+            return ""
+        return (
+            f"{self._count} images have {len(self._members)} sizes, and {sum(few)} of them repeat within their batches of "
+            f"{self._whole}, as a batch has one size; bring them to one size, or use batch_size 1 with accumulation"
+        )
+
     def batch(self, step: int) -> list[int]:
         """The examples of this process at a step, `batch_size` of them."""
         epoch = self.epoch(step)

@@ -34,6 +34,11 @@ class Task(Protocol):
         """Whether the model computes in float16, whose small gradients vanish unless the loss is scaled."""
         ...
 
+    @property
+    def advice(self) -> str:
+        """What the user should know before training; empty where there is nothing."""
+        ...
+
     def installed(self, adapter: Adapter) -> AbstractContextManager[Any]:
         """The adapter on the model; held open over forward and backward passes."""
         ...
@@ -83,7 +88,7 @@ class Observer:
         """Every `sample_every` steps, with the adapter on the model and gradients off."""
 
     def problem(self, message: str) -> None:
-        """Something went wrong that training survives."""
+        """Something is wrong that training survives."""
 
 
 @dataclass
@@ -221,6 +226,8 @@ class _Loop:
 
     def go(self) -> None:
         settings = self.settings
+        if self.task.advice:
+            self.observer.problem(self.task.advice)
         try:
             while self.result.step < settings.steps and not self.result.stopped_early:
                 self.step()
@@ -307,7 +314,8 @@ class _Loop:
             return "The adapter is as it was after the last good step"
         if not self.run.state_file.exists():
             return "No checkpoint had been written yet"
-        return f"The last checkpoint is step {self.saved_at}, in {self.run.path.name}; a run with another rate starts anew"
+        where = f"The last checkpoint is step {self.saved_at}, in {self.run.path.name}"
+        return f"{where}; a run with another rate is a new one, in a folder of its own"
 
 
 class _Surviving(suppress):

@@ -59,16 +59,19 @@ class PipelineModel(TextToImageModel):
         options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
         try:
             if path.is_dir():
-                pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True, **options)
+                pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True, **options, **_of_folder(path))
             elif path.suffix != ".safetensors":
                 raise ModelError(f"model {path.name}: expected a diffusers folder or a .safetensors file")
             else:
                 if config is None:
                     raise ModelError(
-                        f"model {path.name}: a single file has no tokenizer; set model.config to a diffusers folder of its kind"
+                        f"model {path.name}: a single file has no tokenizer; set model.config to a diffusers folder "
+                        "of its kind (docs/training.md says where to get one)"
                     )
+                if not (config / "model_index.json").is_file():  # diffusers would look for it in the network
+                    raise ModelError(f"model.config {config}: no diffusers folder, there is no model_index.json in it")
                 kind = StableDiffusionXLPipeline if (config / "text_encoder_2").is_dir() else StableDiffusionPipeline
-                pipeline = kind.from_single_file(str(path), config=str(config), **options)
+                pipeline = kind.from_single_file(str(path), config=str(config), safety_checker=None, **options)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if isinstance(error, ModelError):
                 raise
@@ -147,3 +150,15 @@ class PipelineModel(TextToImageModel):
             ).images.float()
         finally:
             self.pipeline.scheduler = former
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    """How to load a diffusers folder: without a safety checker, and half-precision files where it has no others."""
+    options: dict[str, Any] = {}
+    index = folder / "model_index.json"
+    if index.is_file() and "safety_checker" in index.read_text(encoding="utf-8"):
+        options["safety_checker"] = None
+    weights = [file.name for file in (folder / "unet").glob("*.safetensors")]
+    if weights and all(".fp16." in name for name in weights):
+        options["variant"] = "fp16"
+    return options

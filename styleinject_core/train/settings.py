@@ -30,7 +30,7 @@ class TrainSettings:
         gradient_checkpointing: keeps the inputs of blocks only and runs them again in the backward pass: slower, smaller.
         seed: of the adapter, the noise, and the order of the data.
         checkpoint_every: steps between checkpoints; 0 writes only the last.
-        sample_every: steps between validation pictures; 0 for none.
+        sample_every: steps between validation pictures (of output.prompts, on the command line); 0 for none.
         validate_every: steps between measurements of the validation loss; 0 for none.
         patience: stop after so many measurements without a better validation loss; 0 never does.
 

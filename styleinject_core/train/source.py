@@ -21,7 +21,12 @@ Prompts = Conditioning | Sequence[Conditioning]
 
 
 class Source(Protocol):
-    """Batches by number, the same however often and by however many processes they are asked for."""
+    """Batches by number, the same however often and by however many processes they are asked for.
+
+    `advice` is what the user should know before training, or empty.
+    """
+
+    advice: str
 
     def batch(self, index: int) -> Batch:
         """This process's rows of batch `index`, counted from 0; in order for streams."""
@@ -68,6 +73,7 @@ class LatentSource:
         self.prompts = {name: _a_row_each(value, len(self.latents), name) for name, value in given.items() if value is not None}
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in self.latents]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
+        self.advice = self.order.advice
 
     def batch(self, index: int) -> Batch:
         chosen = self.order.batch(index)
@@ -153,6 +159,7 @@ class FolderSource:
         self._among = frozenset(self.chosen)
         sizes = [folder.sizes[k] for k in self.chosen]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
+        self.advice = self.order.advice
 
     def batch(self, index: int) -> Batch:
         seen = [self._example(self.chosen[k], index) for k in self.order.batch(index)]
@@ -182,6 +189,8 @@ class FolderSource:
 
 class StreamSource:
     """A stream of images that is read once through; batches are asked for in order."""
+
+    advice = ""
 
     def __init__(
         self,

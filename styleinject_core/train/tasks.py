@@ -54,6 +54,10 @@ class FineTune:
     def half(self) -> bool:
         return self.model.half
 
+    @property
+    def advice(self) -> str:
+        return self.source.advice
+
     @contextmanager
     def installed(self, adapter: Adapter) -> Iterator[None]:
         with ExitStack() as stack:

@@ -98,6 +98,7 @@ def test_templates_are_the_defaults(kind, tmp_path):
     ({"data": {"folder": "", "shards": ""}}, "data.folder or data.shards: one of them is needed"),
     ({"data": {"shards": "x.tar"}}, "data.folder and shards: give one of them"),
     ({"train": {"validate_every": 5}}, "train.validate_every: set data.validation"),
+    ({"train": {"sample_every": 5}}, "train.sample_every: set output.prompts to what is to be drawn"),
     ({"data": {"validation": -1}}, "data.validation: expected at least 0, found -1"),
     ({"data": {"resolution": 0}}, "data.resolution: expected at least 1, found 0"),
     ({"data": {"folder": "", "shards": "x.tar", "validation": 2}}, "data.validation: images can be held out of a folder only"),
@@ -105,6 +106,28 @@ def test_templates_are_the_defaults(kind, tmp_path):
 def test_config_errors(here, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_config(TrainConfig, write(here, **changes))
+
+
+@pytest.mark.parametrize(("path", "found"), [
+    (r"C:\models\sd15", "Unescaped"), (r"C:\Users\me", "Invalid hex value"), (r"C:\temp\new", "model.path: .* has a tab, a line break"),
+])  # fmt: skip
+def test_windows_paths(tmp_path, path, found):
+    (tmp_path / "c.toml").write_text(f'[model]\npath = "{path}"\n[output]\nfolder = "x"\n[data]\nfolder = "y"\n')
+    with pytest.raises(ConfigError, match=f"^c.toml: {found}.*; write a path with / or in single quotes"):
+        load_config(TrainConfig, tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text(f"[model]\npath = '{path}'\n[output]\nfolder = 'x'\n[data]\nfolder = 'y'\n")
+    assert load_config(TrainConfig, tmp_path / "c.toml").model.path == path
+
+
+def test_out_of_memory_says_what_helps(here, capsys, monkeypatch):
+    def loss(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("styleinject_core.train.tasks.FineTune.loss", loss)
+    for more in ([], ["--dry-run"]):
+        assert main(["train", str(write(here)), *more]) == 1
+        told = capsys.readouterr().err
+        assert "CUDA out of memory" in told and "train.gradient_checkpointing = true" in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), [

@@ -151,6 +151,14 @@ def test_fewer_examples_than_a_batch():
     assert order.epoch(0) == 3  # four epochs of two fill the first batch
 
 
+def test_advice_about_many_sizes():
+    many = [(8, k) for k in range(8, 20)]
+    assert "12 images have 12 sizes, and 12 of them repeat within their batches of 4" in BatchOrder(many, 2, 0, world=2).advice
+    assert not BatchOrder(many, 1, 0).advice
+    assert not BatchOrder([(8, 8)] * 3, 4, 0).advice  # three images of a subject: nothing to be done
+    assert not BatchOrder([(8, 8)] * 9 + many[:5], 4, 0).advice
+
+
 def test_impossible_orders():
     with pytest.raises(ValueError, match="at least one example, found none"):
         BatchOrder([], 1, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from styleinject_core import Adapter, AdapterConfig, load_adapter
 from styleinject_core.cli import main
@@ -155,6 +158,78 @@ def test_sdxl_keeps_its_vae_in_float32(models):
     assert model.pipeline.vae.config.force_upcast and model.pipeline.vae.dtype == torch.float32
     latents = model.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
     assert latents.isfinite().all() and model.decode(latents).isfinite().all()
+
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+
+
+def in_one_file(folder, path):
+    """The tiny Stable Diffusion as a checkpoint of the original program: its U-Net of two levels, one block each."""
+    unet, vae, clip = (
+        load_file(folder / part / name)
+        for part, name in [("unet", "diffusion_pytorch_model.safetensors"), ("vae", "diffusion_pytorch_model.safetensors"),
+                           ("text_encoder", "model.safetensors")]
+    )  # fmt: skip
+    tops = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+            "conv_norm_out": "out.0", "conv_out": "out.2", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+            "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.attentions.0": "input_blocks.1.1",
+            "down_blocks.1.resnets.0": "input_blocks.3.0", "mid_block.resnets.0": "middle_block.0",
+            "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+            "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv"}  # fmt: skip
+    for level in (0, 1):
+        for block in (0, 1):
+            tops[f"up_blocks.{level}.resnets.{block}"] = f"output_blocks.{2 * level + block}.0"
+            tops[f"up_blocks.{level}.attentions.{block}"] = f"output_blocks.{2 * level + block}.1"
+    tensors = {}
+    for name, tensor in unet.items():
+        module, parameter = name.rsplit(".", 1)
+        top = max((top for top in tops if f"{module}.".startswith(f"{top}.")), key=len)
+        rest = module[len(top) + 1 :]
+        rest = RESNET.get(rest, rest)
+        tensors[".".join(filter(None, ("model.diffusion_model", tops[top], rest, parameter)))] = tensor
+    for name, tensor in vae.items():
+        for ours, theirs in [(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2"), (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+                             (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{1 - int(m[1])}.block.{m[2]}"),
+                             (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample"),
+                             (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"), (r"mid_block\.attentions\.0", "mid.attn_1"),
+                             ("group_norm", "norm"), ("to_out.0", "proj_out"), (r"to_([qkv])", r"\1"),
+                             ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut")]:  # fmt: skip
+            name = re.sub(ours, theirs, name)
+        tensors[f"first_stage_model.{name}"] = tensor[..., None, None] if "attn_1" in name and tensor.ndim == 2 else tensor
+    for name, tensor in clip.items():
+        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_a_single_file_is_the_same_model(models, tmp_path):
+    """With a diffusers folder beside it that has no weights, and nothing from the network."""
+    config = tmp_path / "config"
+    shutil.copytree(models["sd"], config, ignore=shutil.ignore_patterns("*.safetensors"))
+    one = PipelineModel.load(models["sd"], CPU, torch.float32)
+    other = PipelineModel.load(in_one_file(models["sd"], tmp_path / "mine.safetensors"), CPU, torch.float32, config)
+    assert other.name == "mine" and other.schedule.prediction_type == "v_prediction"
+    torch.testing.assert_close(other.sample(["a cat"], 16, seed=3, steps=2), one.sample(["a cat"], 16, seed=3, steps=2))
+    latents = one.encode(torch.rand(1, 3, 32, 32))
+    torch.testing.assert_close(other.decode(latents), one.decode(latents))
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ModelError, match="no diffusers folder, there is no model_index.json in it"):
+            PipelineModel.load(tmp_path / "mine.safetensors", CPU, torch.float32, path)
+
+
+def test_folders_as_they_are_downloaded(models, tmp_path):
+    """Half-precision files only, and a safety checker in the index that is not there."""
+    folder = tmp_path / "downloaded"
+    shutil.copytree(models["sd"], folder)
+    for file in [*folder.glob("*/*.safetensors")]:
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    model = PipelineModel.load(folder, CPU, torch.float32)
+    assert model.pipeline.safety_checker is None
+    assert model.sample(["a cat"], 16, seed=3, steps=1).isfinite().all()
 
 
 def test_what_is_no_pipeline(models, tmp_path):
