@@ -116,6 +116,8 @@ class StyleInjectDreamBooth(io.ComfyNode):
         images = flat_latents(latents)
         data = Images(images, a_prompt_each(flat_prompts(conditioning), len(images)))
         kind = flat_prompts(class_conditioning, "class_conditioning")
+        DreamBooth.check(job.student, job.settings)
+        job.check_count(len(images))
         with job.loaded(images[0].shape) as loaded:
             prior = None
             if prior_weight[0] > 0:
@@ -238,6 +240,9 @@ class StyleInjectDistill(io.ComfyNode):
         images = None if latents is None else flat_latents(latents)
         side = size[0] // job.encoder.pixels_per_latent
         shape = (job.encoder.channels, side, side) if images is None else images[0].shape
+        weight = feature_weight[0] if shared else 0.0
+        Distil.check_pair(job.student, job.master, job.settings, weight)
+        job.check_count(len(prompts) * images_per_prompt[0] if images is None else len(images))
         with job.loaded(shape) as loaded:
             if shared and job.master.fingerprint == job.student.fingerprint:
                 raise ValueError("teacher and student are the same model, there is nothing to learn")
@@ -256,7 +261,7 @@ class StyleInjectDistill(io.ComfyNode):
                 source,
                 job.settings,
                 output_weight=output_weight[0],
-                feature_weight=feature_weight[0] if shared else 0.0,
+                feature_weight=weight,
                 **validation,
             )
             return _output(job.run(loaded, task, data))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..styleinject_core.commands.config import AdapterTable
 from ..styleinject_core.files import AdapterFileError
 from ..styleinject_core.files.format import atomic_save
+from ..styleinject_core.selector import select
 from ..styleinject_core.train.metadata import made_by
 from ..styleinject_core.train.model import tensors_hash
 from ..styleinject_core.train.settings import TrainSettings
@@ -91,8 +92,15 @@ class Job:
         if self.teacher is not None:
             self.teacher = with_lasting_weights(self.teacher)
             self.master = ComfyTrainingModel(self.teacher)
+        select(self.student.layer_shapes(), ",".join(targets))
         self.encoder = Encoder(self.model)
         self.teacher_encoder = None if self.teacher is None else Encoder(self.teacher)
+
+    def check_count(self, images: int) -> None:
+        """Refuse a number of images of which none are left to train on (ValueError)."""
+        held_out = self.options.validation_images
+        if held_out >= images:
+            raise ValueError(f"validation_images: {held_out} of {images} images leave none to train on")
 
     @contextmanager
     def loaded(self, shape: Sequence[int]) -> Iterator[Loaded]:
@@ -111,9 +119,8 @@ class Job:
         held_out = self.options.validation_images
         if not held_out:
             return self.source(images), {}
-        encoded, count = self._encoded(images), len(images.latents)
-        if held_out >= count:
-            raise ValueError(f"validation_images: {held_out} of {count} images leave none to train on")
+        self.check_count(count := len(images.latents))
+        encoded = self._encoded(images)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed)).tolist()
         return self._source(encoded, sorted(order[held_out:]), self.batch_size), {
             "validation": self._source(encoded, sorted(order[:held_out]), 1),  # one by one: each of them once

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
+import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import comfy.model_sampling
 import comfy.utils
@@ -20,6 +22,7 @@ from ..styleinject_core import Adapter, Applied, Attachment
 from ..styleinject_core.adapter import host_shapes
 from ..styleinject_core.hosts.architectures import ARCHITECTURES
 from ..styleinject_core.layers import LayerShape
+from ..styleinject_core.router.control import Rule
 from ..styleinject_core.train.model import Conditioning, TrainingModel, tensors_hash
 from ..styleinject_core.train.noise import logit_normal, prediction_of
 from .injection import ComfyProgram, layer_names, model_title
@@ -34,6 +37,10 @@ _PREDICTIONS = {  # how a model's input is scaled, and how its output is read ->
 }
 # What a step needs beyond the weights, in units of what ComfyUI estimates for sampling: a backward pass keeps activations.
 _TRAINING_MEMORY = 4
+# ComfyUI's attention functions with a gradient; SageAttention and others leave the layers before them untrained.
+_WITH_GRADIENTS = {f"attention_{name}" for name in ("basic", "sub_quad", "split", "pytorch", "xformers")}
+_OVERRIDE = "optimized_attention_override"
+_IN_PLACE = re.compile(r"(double|single)_blocks\.")  # Flux's blocks and their kin add to what their norms have been given
 _UNPACKED = "_full_precision_mm"  # of comfy.ops.mixed_precision_ops' layers
 
 
@@ -102,6 +109,11 @@ class ComfyTrainingModel(TrainingModel):
                     f'adapter "{injection.applied.adapter.name}" is on this model for {injection.start_percent:.0%} to '
                     f"{injection.end_percent:.0%} of sampling; to train on a model, its adapters must be active all the time"
                 )
+            if any(_depends_on_sampling(rule) for rule in injection.control):
+                raise ValueError(
+                    f'adapter "{injection.applied.adapter.name}" on this model has a router control for one prompt only, for a '
+                    "part of sampling, or one that holds: in training there is no such thing. Train without that control"
+                )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -160,6 +172,8 @@ class ComfyTrainingModel(TrainingModel):
         patcher = self.patcher
         called = {"wrappers": patcher.wrappers, "callbacks": patcher.callbacks}
         options = merge_nested_dicts(patcher.model_options["transformer_options"], called)  # a copy
+        if attention.optimized_attention.__name__ not in _WITH_GRADIENTS:
+            options.setdefault(_OVERRIDE, lambda _chosen, *args, **named: attention.attention_pytorch(*args, **named))
         return {**options, "sigmas": sigmas, "cond_or_uncond": [0]}
 
     def layer_shapes(self) -> dict[str, LayerShape]:
@@ -217,9 +231,10 @@ class Loaded:
             for layer in layers:
                 setattr(layer, _UNPACKED, True)
             self.prepare()
-            with ExitStack() as adapters:
+            with ExitStack() as stack:
                 for model in self.models:
-                    adapters.enter_context(model.held())
+                    stack.enter_context(model.held())
+                    stack.enter_context(lasting_norms(model.denoiser))
                 yield
         finally:
             if in_training is not None:
@@ -228,6 +243,26 @@ class Loaded:
                 setattr(layer, _UNPACKED, value)
             for model in self.models:
                 model.patcher.cleanup()
+
+
+@contextmanager
+def lasting_norms(network: nn.Module) -> Iterator[None]:
+    """Norms keep copies of their inputs for the backward pass, where blocks change these in place afterwards."""
+
+    def copied(_norm: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (given[0].clone(), *given[1:]) if torch.is_grad_enabled() else None
+
+    norms = [part for name, part in network.named_modules() if isinstance(part, nn.LayerNorm) and _IN_PLACE.search(name)]
+    hooks = [norm.register_forward_pre_hook(copied) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _depends_on_sampling(rule: Rule) -> bool:
+    return rule.role != "all" or rule.hold_first or rule.hold is not None or (rule.start_percent, rule.end_percent) != (0, 1)
 
 
 def with_lasting_weights(patcher: ModelPatcher) -> ModelPatcher:

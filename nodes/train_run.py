@@ -65,7 +65,8 @@ def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunF
 
     Args:
         existing: one of the choices of StyleInjectTrainOptions.existing_run.
-        plan, steps: the run's; a folder with a state of another plan, or of a later step, is never trained in.
+        plan, steps: the run's; a folder with a state of another plan, or of a later step, is never trained in, nor one that
+            another program trains in at the moment.
 
     Raises:
         ValueError, CheckpointError: a run must go on, and there is none, or the latest is another one.
@@ -83,12 +84,12 @@ def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunF
         runs[0].load_state(plan, steps)
         return runs[0]
     if existing == GO_ON:
-        for folder in runs:
+        for folder in (run for run in runs if not run.is_busy):
             with suppress(CheckpointError):
                 folder.load_state(plan, steps)
                 return folder
         for left in map(RunFolder, there):
-            if not left.state_file.exists() and not any(left.path.glob("*.safetensors")):
+            if not left.state_file.exists() and not any(left.path.glob("*.safetensors")) and not left.is_busy:
                 return left  # it ended before its first checkpoint
     return RunFolder(path)
 
@@ -157,13 +158,15 @@ class Watch(Observer):
     def _draw_plot(self) -> None:
         if not self._plots:
             return
-        lines = self.run.history()
-        validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
         try:
+            lines = self.run.history()
+            validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
             self._plot = _image(figure_pixels(loss_figure(self.title, [line["loss"] for line in lines], validation)))
         except ImportError as error:
             self._plots = False
             logging.info("StyleInject training: no live plot of the loss, %s", error)
+        except OSError as error:  # it may be there again the next time
+            logging.warning("StyleInject training: the loss could not be read for its plot, %s", error)
 
     def _live(self) -> tuple[str, Image.Image, int] | None:
         """The plot and the pictures side by side, as ComfyUI's progress wants it."""

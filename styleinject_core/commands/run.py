@@ -98,10 +98,10 @@ class _Watch(ProgressBar):
         self.plotted = time.monotonic()
         if not self.job.processes.is_main:
             return
-        lines = self.folder.history()
-        validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
         title = f"{self.job.config.output.name}: {self.job.task.objective}"
         with self._surviving("loss.png"):
+            lines = self.folder.history()
+            validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
             loss_plot(self.job.out / "loss.png", title, [line["loss"] for line in lines], validation)
 
     def sample(self, step: int) -> None:

@@ -98,7 +98,7 @@ class UNetArchitecture:
 ARCHITECTURES = {
     "sd15": UNetArchitecture("Stable Diffusion 1.x", "stable-diffusion-v1", (320, 640, 1280, 1280), (1, 1, 1, 0), 768),
     "sd21": UNetArchitecture(
-        "Stable Diffusion 2.x", "stable-diffusion-v2", (320, 640, 1280, 1280), (1, 1, 1, 0), 1024, linear_projection=True
+        "Stable Diffusion 2.x", "stable-diffusion-v2-512", (320, 640, 1280, 1280), (1, 1, 1, 0), 1024, linear_projection=True
     ),
     "sdxl": UNetArchitecture(
         "Stable Diffusion XL", "stable-diffusion-xl-v1-base", (320, 640, 1280), (0, 2, 10), 2048, True, 2816

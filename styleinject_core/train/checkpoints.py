@@ -6,12 +6,14 @@ Everything is safetensors and JSON. Each file is written under another name and 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -58,6 +60,34 @@ class RunFolder:
     def __init__(self, path: Path, metadata: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float16):
         self.path, self.metadata, self.dtype = Path(path), dict(metadata or {}), dtype
         self.path.mkdir(exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other programs out while a run trains here; the lock ends with the process, however it ends.
+
+        Raises:
+            CheckpointError: another run trains in this folder.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise CheckpointError(f"{self.path.name}: another run is training in this folder; give this one another") from None
+        except (OSError, NotImplementedError):  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a run trains here at the moment."""
+        try:
+            with self.locked():
+                return False
+        except CheckpointError:
+            return True
 
     @property
     def state_file(self) -> Path:
@@ -157,7 +187,7 @@ def _unpack(value: Any, file: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
-        return file.get_tensor(value[_TENSOR])
+        return file.get_tensor(value[_TENSOR]).clone()  # not mapped to the file, which is replaced while they live
     if "list" in value:
         return [_unpack(item, file) for item in value["list"]]
     return {key: _unpack(item, file) for key, item in value["pairs"]}

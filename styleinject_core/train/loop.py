@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -121,13 +121,15 @@ def train(
 
     Raises:
         TrainingError: a loss or gradient that is NaN or Inf; the parameters are those of the last good step.
-        CheckpointError: the run folder holds the state of another plan, or of a later step.
+        CheckpointError: the run folder holds the state of another plan, or of a later step, or another run trains in it.
     """
-    loop = _Loop(adapter, task, settings, run if processes.is_main else None, observer or Observer(), processes)
-    if run is not None:
-        loop.resume(run)
-    with torch.inference_mode(False), torch.enable_grad(), task.installed(adapter):
-        loop.go()
+    own = run if processes.is_main else None
+    loop = _Loop(adapter, task, settings, own, observer or Observer(), processes)
+    with nullcontext() if own is None else own.locked():
+        if run is not None:
+            loop.resume(run)
+        with torch.inference_mode(False), torch.enable_grad(), task.installed(adapter):
+            loop.go()
     return loop.result
 
 
@@ -287,15 +289,30 @@ class _Loop:
         total = torch.zeros((), device=self.parameters[0].device)
         for k in range(passes):
             loss = self.task.loss(Draws(self.settings.seed, step * passes + k, self.processes)) / passes
-            self.scaler.scale(loss).backward()
+            if loss.requires_grad:
+                self.scaler.scale(loss).backward()
             total += loss.detach()
+        if step == self.result.resumed_from:
+            self._check_gradients()
         return total
+
+    def _check_gradients(self) -> None:
+        """Refuse to leave layers untrained that were asked for: their gradient is missing, which is not the same as 0."""
+        layers = self.adapter.layers if isinstance(self.adapter, Adapter) else {}  # a benchmark trains a U-Net
+        missing = [name for name, layer in layers.items() if all(p.grad is None for p in layer.parameters() if p.requires_grad)]
+        if missing:
+            raise TrainingError(
+                f"no gradient reaches {len(missing)} of {len(layers)} layers ({', '.join(missing[:3])}): they are not used by "
+                "this model, or run by something without a backward pass, as SageAttention; leave them out, or that"
+            )
 
     def _validate(self) -> float:
         with evaluating(self.optimizer), torch.no_grad():
             value = self.task.validation_loss()
             self.result.validation.append((self.result.step, value))
-            if self.best is None or value < self.best[0]:
+            if not math.isfinite(value):
+                self.observer.problem(f"the validation loss of step {self.result.step} is {value}")
+            if math.isfinite(value) and (self.best is None or value < self.best[0]):
                 tensors = {name: tensor.detach().clone() for name, tensor in self.adapter.state_dict().items()}
                 self.best, self.result.best_step, self.waited = (value, tensors), self.result.step, 0
                 if self.run is not None:

@@ -8,6 +8,9 @@ from typing import Any
 from .settings import TrainSettings
 from .tasks import Distil, FineTune
 
+# What ModelSpec calls them, where it has other words; its ids tell the two kinds of Stable Diffusion 2 apart.
+_MODELSPEC_PREDICTIONS = {"v_prediction": "v"}
+_MODELSPEC_OF_V = {"stable-diffusion-v2-512": "stable-diffusion-v2-768-v"}
 PAPER = "https://arxiv.org/abs/2401.13942"
 
 
@@ -21,11 +24,13 @@ def made_by(
         method: the kind of adapter: "styleinject", "lora", ...
         base, teacher: what to call the frozen models.
     """
-    plan = task.plan()
+    plan, prediction = task.plan(), task.model.schedule.prediction_type
+    if prediction == "v_prediction":
+        architecture = _MODELSPEC_OF_V.get(architecture, architecture)
     entries: dict[str, Any] = {
         "modelspec.architecture": f"{architecture}/{method}",
         "modelspec.implementation": PAPER,
-        "modelspec.prediction_type": task.model.schedule.prediction_type,
+        "modelspec.prediction_type": _MODELSPEC_PREDICTIONS.get(prediction, prediction),
         "styleinject.objective": task.objective,
         "styleinject.base": base,
         "styleinject.base_hash": task.model.fingerprint,

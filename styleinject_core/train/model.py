@@ -22,7 +22,8 @@ _BLOCK = re.compile(
     r"(down_blocks|up_blocks)\.\d+\.(resnets|attentions|motion_modules|downsamplers|upsamplers)\.\d+"
     r"|mid_block\.(resnets|attentions)\.\d+"
     r"|(input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+"  # LDM's and ComfyUI's spelling of the same
-    r"|(transformer_blocks|single_transformer_blocks|joint_blocks|double_blocks|single_blocks|layers|blocks)\.\d+"
+    r"|((single_|visual_|text_)?transformer_blocks|(joint|double|single|double_stream|single_stream)_blocks|(double|single)_layers)\.\d+"
+    r"|layers\.\d+|blocks\.(block)?\d+|(down_blocks|up_blocks)\.\d+\.\d+"
 )
 
 

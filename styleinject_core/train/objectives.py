@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,18 +77,24 @@ def distil_loss(
 def block_features(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect what blocks put out, with gradients where they are on; the dict holds the last call of each.
 
+    Of a block with several streams (text and image), each is a feature: "name.0", "name.1".
+
     with block_features(model.blocks()) as features:
         prediction = model.predict(noisy, times, conditioning)
     """
     features: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            features[name] = output[0] if isinstance(output, (tuple, list)) else output
+        def hook(_module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
+            several = isinstance(output, (tuple, list))
+            for k, stream in enumerate(output if several else [output]):
+                if isinstance(stream, Tensor):
+                    in_place = any(stream is given for given in (*args, *named.values()))  # and so will the next block
+                    features[f"{name}.{k}" if several else name] = stream.clone() if in_place else stream
 
         return hook
 
-    handles = [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
+    handles = [block.register_forward_hook(keep(name), with_kwargs=True) for name, block in blocks.items()]
     try:
         yield features
     finally:
@@ -100,7 +107,8 @@ def checkpointed(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
     """Gradient checkpointing: blocks keep their inputs only and run again in the backward pass.
 
     Hold it open until after the backward pass, and enter it inside of the attachment, so that the second run has the
-    adapter too.
+    adapter too. What blocks are given is copied for them: some write into it, and their callers into dicts of options that
+    they pass on.
     """
     from torch.utils.checkpoint import checkpoint
 
@@ -110,7 +118,8 @@ def checkpointed(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return run(*args, **kwargs)
-            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+            named = {key: _noted(value) for key, value in kwargs.items()}
+            return checkpoint(partial(_on_copies, run, **named), *map(_noted, args), use_reentrant=False)
 
         return forward
 
@@ -125,3 +134,15 @@ def checkpointed(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
                 del block.__dict__["forward"]
             else:
                 block.forward = forward
+
+
+def _noted(value: Any) -> Any:
+    """Options as they are now."""
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _on_copies(run: Any, *args: Any, **kwargs: Any) -> Any:
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else _noted(value)
+
+    return run(*map(copied, args), **{key: copied(value) for key, value in kwargs.items()})

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from .model import Conditioning, TextToImageModel, rows
 from .noise import DiscreteSchedule
 
-_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
+_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
 
 
 class ModelError(ValueError):
@@ -51,7 +52,7 @@ class PipelineModel(TextToImageModel):
             ImportError: diffusers is not installed.
         """
         try:
-            from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+            from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
         except ImportError as error:
             raise ImportError("training Stable Diffusion models needs packages: pip install diffusers transformers") from error
         if not path.exists():
@@ -72,6 +73,8 @@ class PipelineModel(TextToImageModel):
                     raise ModelError(f"model.config {config}: no diffusers folder, there is no model_index.json in it")
                 kind = StableDiffusionXLPipeline if (config / "text_encoder_2").is_dir() else StableDiffusionPipeline
                 pipeline = kind.from_single_file(str(path), config=str(config), safety_checker=None, **options)
+                if stated := _sampling_of_file(path):
+                    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stated)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             if isinstance(error, ModelError):
                 raise
@@ -150,6 +153,17 @@ class PipelineModel(TextToImageModel):
             ).images.float()
         finally:
             self.pipeline.scheduler = former
+
+
+def _sampling_of_file(path: Path) -> dict[str, Any]:
+    """What a checkpoint file says about its own schedule, in diffusers' words: some v-prediction models are marked so."""
+    with safe_open(path, framework="pt") as file:
+        keys, stated = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
+    is_v = "v_pred" in keys or stated in ("v", "v_prediction")
+    return {
+        **({"prediction_type": "v_prediction"} if is_v else {}),
+        **({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}),
+    }
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:

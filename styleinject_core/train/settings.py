@@ -85,9 +85,12 @@ class TrainSettings:
     def result_fields(self) -> dict[str, Any]:
         """The settings that decide which adapter comes out; a resumed run must have the same.
 
-        How often to save and look does not matter, and a constant rate may go on for more steps.
+        How often to save and look does not matter, nor what is kept for the backward pass, and a constant rate may go on for
+        more steps.
         """
-        free = {"checkpoint_every", "sample_every"} | ({"steps"} if self.schedule == "constant" else set())
+        free = {"checkpoint_every", "sample_every", "gradient_checkpointing"} | (
+            {"steps"} if self.schedule == "constant" else set()
+        )
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from .draws import VALIDATION, Draws
 from .model import Batch, Conditioning, TrainingModel, conditioning_hash, where
-from .noise import add_noise, predicted_sample, prediction_of
+from .noise import add_noise, matching_times, predicted_sample, prediction_of
 from .objectives import block_features, checkpointed, distil_loss, fine_tune_loss
 from .settings import TrainSettings
 from .source import Source
@@ -45,10 +45,17 @@ class FineTune:
     ):
         if settings.validate_every and validation is None:
             raise ValueError("validate_every is set, but there are no validation images")
+        self.check(model, settings)
         self.model, self.source, self.settings = model, source, settings
         self.empty = empty if settings.caption_dropout else None
         self.prior, self.prior_weight = prior, prior_weight
         self.validation, self.validation_batches = validation, validation_batches
+
+    @staticmethod
+    def check(model: TrainingModel, settings: TrainSettings) -> None:
+        """Refuse what cannot be trained so (ValueError): before anything that takes long, as drawing class images does."""
+        if settings.gradient_checkpointing and not model.blocks():
+            raise ValueError("gradient_checkpointing: this model has no blocks by a name that is known here, set it to false")
 
     @property
     def half(self) -> bool:
@@ -153,6 +160,18 @@ class Distil(FineTune):
         validation: Source | None = None,
         validation_batches: int = 4,
     ):
+        self.check_pair(model, teacher, settings, feature_weight)
+        if (empty is None) != (teacher_empty is None) and teacher_empty is not None:
+            raise ValueError("the teacher has an empty prompt, the student has none: give both, or none")
+        super().__init__(model, source, settings, empty, validation=validation, validation_batches=validation_batches)
+        self.teacher, self.teacher_empty = teacher, teacher_empty if settings.caption_dropout else None
+        self.output_weight, self.feature_weight, self.teacher_reads = output_weight, feature_weight, teacher_reads
+        self._blocks, self._teacher_blocks = (m.blocks() if feature_weight else {} for m in (model, teacher))
+
+    @staticmethod
+    def check_pair(model: TrainingModel, teacher: TrainingModel, settings: TrainSettings, feature_weight: float) -> None:
+        """Refuse what cannot be distilled (ValueError); see `check`."""
+        FineTune.check(model, settings)
         if teacher.denoiser is model.denoiser:
             raise ValueError("teacher and student are the same model: there is nothing to learn")
         kinds = [m.schedule.prediction_type for m in (teacher, model)]
@@ -160,14 +179,10 @@ class Distil(FineTune):
             raise ValueError(
                 f"the teacher predicts {kinds[0]}, the student {kinds[1]}: a flow model's noisy images are not another one's"
             )
-        if (empty is None) != (teacher_empty is None) and teacher_empty is not None:
-            raise ValueError("the teacher has an empty prompt, the student has none: give both, or none")
         if settings.min_snr_gamma:
             raise ValueError("min_snr_gamma weights the error of fine-tuning; a distillation has no such term: leave it at 0")
-        super().__init__(model, source, settings, empty, validation=validation, validation_batches=validation_batches)
-        self.teacher, self.teacher_empty = teacher, teacher_empty if settings.caption_dropout else None
-        self.output_weight, self.feature_weight, self.teacher_reads = output_weight, feature_weight, teacher_reads
-        self._blocks, self._teacher_blocks = (m.blocks() if feature_weight else {} for m in (model, teacher))
+        if feature_weight and not (model.blocks() and teacher.blocks()):
+            raise ValueError("feature_weight: no blocks by a name that is known here to compare, set it to 0")
 
     def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
         times, _, noisy = self._noisy(batch.latents.to(self.model.device), draws)
@@ -176,11 +191,13 @@ class Distil(FineTune):
         if batch.teacher is not None:
             for_teacher = _captions(batch.teacher, batch.teacher_empty or self.teacher_empty, dropped)
         with torch.no_grad(), block_features(self._teacher_blocks) as wanted:
-            teacher = self.teacher.predict(noisy, times, for_teacher)
+            at = matching_times(self.model.schedule, times, self.teacher.schedule)
+            teacher = self.teacher.predict(noisy, at, for_teacher)
         with block_features(self._blocks) as features:
             student = self.model.predict(noisy, times, conditioning)
-        if self.teacher.schedule.prediction_type != self.model.schedule.prediction_type:
-            sample = predicted_sample(self.teacher.schedule, teacher, noisy, times)
+        kind = self.teacher.schedule.prediction_type
+        if kind != self.model.schedule.prediction_type:
+            sample = predicted_sample(self.model.schedule, teacher, noisy, times, kind)
             teacher = prediction_of(self.model.schedule, sample, noisy, times)
         return distil_loss(student, teacher, features, wanted, self.output_weight, self.feature_weight)
 

@@ -12,7 +12,7 @@ from torch import nn
 from styleinject_core import Adapter, AdapterConfig, attach, load_adapter
 from styleinject_core.files import AdapterFileError
 from styleinject_core.train.checkpoints import CheckpointError, RunFolder
-from styleinject_core.train.loop import Observer, TrainingError, train
+from styleinject_core.train.loop import Observer, TrainingError, run_plan, train
 from styleinject_core.train.optimizers import evaluating, make_optimizer
 from styleinject_core.train.parallel import Processes
 from styleinject_core.train.settings import OPTIMIZERS, TrainSettings
@@ -22,6 +22,7 @@ class Restyle:
     """A frozen layer, and outputs in another style: channels rescaled, and a low-rank change of what they show."""
 
     half = False
+    advice = ""
 
     def __init__(self, width=8):
         torch.manual_seed(0)
@@ -339,3 +340,65 @@ def test_an_optimizer_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         make_optimizer([nn.Parameter(torch.zeros(1))], TrainSettings(optimizer="adamw8bit"))
+
+
+def test_a_state_does_not_change_with_its_file(task, tmp_path):
+    """It is replaced while a resumed run goes on; a mapped file could not be, on Windows."""
+    folder = RunFolder(tmp_path / "run")
+    settings = TrainSettings(3, validate_every=1)
+    train(task.adapter(), task, settings, run=folder)
+    plan = run_plan(task.adapter(), task, settings)
+    state, expected = folder.load_state(plan, 3), folder.load_state(plan, 3)
+    tensors = [v for part in (state, expected) for v in (part.parts["best"][2], part.parts["adapter"])]
+    size = folder.state_file.stat().st_size
+    with folder.state_file.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"\xff" * (size - size // 2))
+    for one, other in zip(tensors[:2], tensors[2:], strict=True):
+        assert all(torch.isfinite(v).all() and torch.equal(v, other[k]) for k, v in one.items())
+
+
+def test_two_runs_do_not_train_in_one_folder(task, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        assert RunFolder(tmp_path / "run").is_busy
+        with pytest.raises(CheckpointError, match="run: another run is training in this folder"):
+            train(task.adapter(), task, SETTINGS, run=RunFolder(tmp_path / "run"))
+    assert not folder.is_busy and not folder.loss_file.exists()
+    busy = []
+    watch = Observer()
+    watch.progress = lambda _: busy.append(RunFolder(tmp_path / "run").is_busy)
+    train(task.adapter(), task, TrainSettings(2), run=folder, observer=watch)
+    assert busy == [True, True] and not folder.is_busy
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(task):
+    values = iter([float("nan"), 0.9, 0.5, float("inf"), 0.7])
+    task.validation_loss = lambda: next(values)
+    said = []
+    watch = Observer()
+    watch.problem = said.append
+    result = train(task.adapter(), task, TrainSettings(5, validate_every=1), observer=watch)
+    assert result.best_step == 3
+    assert said == ["the validation loss of step 1 is nan", "the validation loss of step 4 is inf"]
+    task.validation_loss = lambda: float("nan")
+    result = train(task.adapter(), task, TrainSettings(9, validate_every=1, patience=3))
+    assert result.best_step is None and result.stopped_early and result.step == 3
+
+
+def test_layers_without_a_gradient_are_no_secret(task, tmp_path):
+    """As those before an attention without a backward pass; the others would learn, and the loss fall."""
+    task.host["to_v"] = nn.Linear(8, 6).requires_grad_(False)
+    adapter = Adapter.create(task.host, AdapterConfig(r=2, n_styles=2, target_modules=("to_q", "to_v")))
+    with pytest.raises(TrainingError, match=r"no gradient reaches 1 of 2 layers \(to_v\).*No checkpoint had been written"):
+        train(adapter, task, TrainSettings(3), run=RunFolder(tmp_path / "run"))
+    task.loss = lambda _: (task.host["to_q"](task.x).detach() - task.target).square().mean()
+    with pytest.raises(TrainingError, match="no gradient reaches 1 of 1 layers"):
+        train(task.adapter(), task, TrainSettings(3))
+
+
+def test_a_run_goes_on_with_less_memory(task, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    train(task.adapter(), task, TrainSettings(3), run=folder)
+    result = train(task.adapter(), task, TrainSettings(5, gradient_checkpointing=True), run=folder)
+    assert result.resumed_from == 3 and result.step == 5

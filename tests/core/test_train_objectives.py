@@ -14,10 +14,12 @@ from styleinject_core.train.noise import (
     DiscreteSchedule,
     FlowSchedule,
     add_noise,
+    matching_times,
     min_snr_weight,
     predicted_sample,
     prediction_of,
     target,
+    zero_terminal_snr,
 )
 from styleinject_core.train.objectives import block_features, checkpointed, distil_loss, fine_tune_loss
 from styleinject_core.train.parallel import Processes
@@ -292,6 +294,90 @@ def test_checkpointing_inside_of_an_attachment_sees_the_adapter():
         gradients.append([p.grad.clone() for p in adapter.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+
+
+class Streams(nn.Module):
+    """A block of text and image that works in place, by options that its caller changes, as some DiTs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q = nn.Linear(3, 3)
+
+    def forward(self, text, image, options):
+        image += self.to_q(options["block"] * image)
+        return (text * 2 if options["block"] < 2 else None), image
+
+
+class TwoStreams(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Streams(), Streams()])
+
+    def forward(self, x):
+        text, image, options = x[:, :1], x[:, 1:].clone(), {}
+        for k, block in enumerate(self.blocks):
+            options["block"] = k + 1
+            text, image = block(text, image, options)
+        return image
+
+
+def test_blocks_of_several_streams_that_work_in_place():
+    torch.manual_seed(0)
+    network, x = TwoStreams().requires_grad_(False), torch.randn(2, 5, 3)
+    adapter = Adapter.create(network, AdapterConfig(r=2, n_styles=2, target_modules=("to_q",)))
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.B)
+    blocks = {f"blocks.{k}": block for k, block in enumerate(network.blocks)}
+    gradients = []
+    with attach(network, adapter):
+        for checkpointing in (False, True):
+            adapter.zero_grad()
+            with checkpointed(blocks if checkpointing else {}), block_features(blocks) as features:
+                out = network(x)
+                sum(feature.square().sum() for feature in features.values()).backward()
+            assert sorted(features) == ["blocks.0.0", "blocks.0.1", "blocks.1.1"]
+            torch.testing.assert_close(features["blocks.1.1"], out)
+            assert not torch.equal(features["blocks.0.1"], out), "it is as it was after its own block"
+            gradients.append([p.grad.clone() for p in adapter.parameters()])
+    assert any(g.abs().sum() > 0 for g in gradients[0])
+    for plain, small in zip(*gradients, strict=True):
+        torch.testing.assert_close(small, plain)
+
+
+def test_a_model_without_known_blocks():
+    model = Tiny(0)
+    model.blocks = dict
+    with pytest.raises(ValueError, match="gradient_checkpointing: this model has no blocks by a name that is known"):
+        FineTune(model, source(), TrainSettings(gradient_checkpointing=True))
+    with pytest.raises(ValueError, match="feature_weight: no blocks by a name that is known here to compare"):
+        Distil(model, Tiny(1), source(), TrainSettings())
+    Distil(model, Tiny(1), source(), TrainSettings(), feature_weight=0)
+
+
+def test_a_teacher_with_another_schedule_of_noise():
+    """It is asked at the time at which it expects as much noise as there is."""
+    student, teacher = Tiny(0), Tiny(1)
+    teacher.schedule = DiscreteSchedule(zero_terminal_snr(ALPHAS), "v_prediction")
+    times = torch.tensor([3, 50, 99])
+    at = matching_times(student.schedule, times, teacher.schedule)
+    assert (at < times)[1:].all()
+    a, theirs = (s.coefficients(t)[0] for s, t in ((student.schedule, times), (teacher.schedule, at)))
+    torch.testing.assert_close(theirs, a, rtol=0.02, atol=0.02)
+    assert torch.equal(matching_times(student.schedule, times, Tiny(1).schedule), times)
+    assert torch.equal(matching_times(FlowSchedule(), times / 100, FlowSchedule(3.0)), times / 100)
+
+    asked = []
+    predict = teacher.predict
+    teacher.predict = lambda noisy, times, prompts: asked.append(times) or predict(noisy, times, prompts)
+    task = Distil(student, teacher, source(), TrainSettings(batch_size=3, caption_dropout=0), feature_weight=0)
+    loss = task.loss(Draws(0, 0))
+    batch, draws = source().batch(0), Draws(0, 0)
+    times = (draws.uniform(3) * 100).long()
+    assert torch.equal(asked[0], matching_times(student.schedule, times, teacher.schedule))
+    noisy = add_noise(student.schedule, batch.latents, draws.normal(batch.latents), times)
+    a, b = (c.view(-1, 1, 1, 1) for c in student.schedule.coefficients(times))
+    eps = b * noisy + a * predict(noisy, asked[0], batch.conditioning)
+    torch.testing.assert_close(loss, (student.predict(noisy, times, batch.conditioning) - eps).square().mean())
 
 
 def test_prompts_of_other_lengths_are_repeated():

@@ -126,7 +126,7 @@ def test_the_command_on_a_pipeline(models, tmp_path, capsys):
     assert main(["train", str(config)]) == 0
     metadata = load_adapter(tmp_path / "run" / "adapter.safetensors").metadata
     assert metadata["styleinject.base"] == "tiny-sd"
-    assert metadata["modelspec.prediction_type"] == "v_prediction"
+    assert metadata["modelspec.prediction_type"] == "v"  # ModelSpec's word
     assert str(models["sd"].parent) not in json.dumps(metadata)
     assert (tmp_path / "run" / "samples" / "step-000002.png").exists()
     assert describe(load_adapter(tmp_path / "run" / "adapter.safetensors"))
@@ -216,6 +216,22 @@ def test_a_single_file_is_the_same_model(models, tmp_path):
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(ModelError, match="no diffusers folder, there is no model_index.json in it"):
             PipelineModel.load(tmp_path / "mine.safetensors", CPU, torch.float32, path)
+
+
+def test_a_single_file_that_says_how_it_samples(models, tmp_path):
+    """Its folder of configs is another model's, which predicts noise."""
+    config = tmp_path / "config"
+    shutil.copytree(models["sd"], config, ignore=shutil.ignore_patterns("*.safetensors"))
+    scheduler = config / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": "epsilon"}))
+    path = in_one_file(models["sd"], tmp_path / "mine.safetensors")
+    assert PipelineModel.load(path, CPU, torch.float32, config).schedule.prediction_type == "epsilon"
+    tensors = load_file(path)
+    save_file(tensors, path, {"modelspec.prediction_type": "v"})
+    assert PipelineModel.load(path, CPU, torch.float32, config).schedule.prediction_type == "v_prediction"
+    save_file({**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, path)
+    schedule = PipelineModel.load(path, CPU, torch.float32, config).schedule
+    assert schedule.prediction_type == "v_prediction" and schedule.alphas_cumprod[-1] == 0
 
 
 def test_folders_as_they_are_downloaded(models, tmp_path):
