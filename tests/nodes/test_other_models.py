@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import comfyui
 import pytest
 import tiny_model
 import torch
 from random_adapters import close
+from training import assert_clean
 
 WIDTH = 64
 
 
-@pytest.fixture(scope="module")
-def flux():
-    """A Flux-type MODEL: one double block and one single block of 64 channels, weights random."""
+def flux_model(seed: int):
+    """A Flux-type MODEL: two double blocks and two single blocks of 64 channels, weights random."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -34,8 +35,8 @@ def flux():
                 "hidden_size": WIDTH,
                 "mlp_ratio": 2.0,
                 "num_heads": 2,
-                "depth": 1,
-                "depth_single_blocks": 1,
+                "depth": 2,
+                "depth_single_blocks": 2,
                 "axes_dim": [8, 12, 12],
                 "theta": 10000,
                 "qkv_bias": True,
@@ -44,9 +45,14 @@ def flux():
         )
         config.set_inference_dtype(torch.float32, None)
         base = config.get_model({}, "", device=torch.device("cpu"))
-        tiny_model.fill(base.diffusion_model, 0)
+        tiny_model.fill(base.diffusion_model, seed)
     cpu = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return flux_model(0)
 
 
 def draw(model) -> torch.Tensor:
@@ -77,3 +83,28 @@ def test_layers_match_by_comfyuis_and_by_diffusers_names(pack, flux, run_node) -
     vanilla = draw(flux)
     assert not close(draw(patched), vanilla, 1e-3)
     assert torch.equal(draw(flux), vanilla)
+
+
+def images() -> dict[str, torch.Tensor]:
+    with torch.inference_mode():
+        return {"samples": torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.mark.skipif("0.8" <= comfyui.comfyui_version(comfyui.find_comfyui()) < "0.9", reason="0.8's rotary embedding has no gradient")
+def test_blocks_that_work_in_place_train(pack, flux, train, monkeypatch) -> None:
+    """Flux's add to what their norms have kept for the backward pass; with and without checkpointing the result is the same."""
+    given = {"model": flux, "latents": images(), "layers": "linear1, linear2, proj", "batch_size": 1}
+    plain, _, _ = train(**given)
+    assert all(layer.B.abs().sum() > 0 for layer in plain.layers.values())
+    assert len(plain.layers) == 2 * 2 + 2 * 2
+    small, _, _ = train(**given, name="small", options={"gradient_checkpointing": True})
+    for name, layer in plain.layers.items():
+        torch.testing.assert_close(small.layers[name].B, layer.B, rtol=1e-3, atol=1e-5)
+    assert_clean(flux)
+
+
+@pytest.mark.skipif("0.8" <= comfyui.comfyui_version(comfyui.find_comfyui()) < "0.9", reason="0.8's rotary embedding has no gradient")
+def test_features_of_text_and_image_are_distilled(pack, flux, train) -> None:
+    given = {"model": flux, "teacher": flux_model(5), "latents": images(), "layers": "linear1, linear2, proj", "batch_size": 1}
+    whole, out = (train("StyleInjectDistill", **given, name=f"w{weight}", feature_weight=weight)[1] for weight in (1.0, 0.0))
+    assert all(more > less for more, less in zip(whole.losses, out.losses, strict=True))

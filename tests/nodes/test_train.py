@@ -29,7 +29,7 @@ def test_it_learns_and_the_model_stays_as_it_was(model, sample, train, run_node,
     patched, report = run_node("StyleInjectApply", model=model, adapter=adapter)
     assert "rough: " in report and not close(sample(patched), plain, 0.01)
     assert sorted(path.name for path in (trained_folder / "rough").iterdir()) == [
-        "loss.jsonl", "resume.state", "rough.safetensors", "step-000030.safetensors"]  # fmt: skip
+        ".lock", "loss.jsonl", "resume.state", "rough.safetensors", "step-000030.safetensors"]  # fmt: skip
     (loaded,) = run_node("StyleInjectLoader", adapter_name="output/rough/rough.safetensors")
     assert set(loaded.names) == set(adapter.names) and loaded.metadata["styleinject.steps"] == "30"
     assert loaded.metadata["modelspec.architecture"] == "SD15/styleinject"
@@ -132,6 +132,21 @@ def test_what_else_makes_another_run(pack, model, train, run_node, conditioning,
     assert [train(**case, steps=1)[0].name for case in cases] == names
     no_dropout = {"options": {"caption_dropout": 0.0}, "name": "none", "steps": 1}
     assert {train(**case, **no_dropout)[0].name for case in cases[:3]} == {"none"}, "an empty prompt that is not used"
+
+
+def test_a_folder_that_another_program_trains_in_is_left_alone(pack, model, train, trained_folder) -> None:
+    """Two ComfyUIs with one output folder."""
+    checkpoints = pack.submodule("styleinject_core.train.checkpoints")
+    train(model=model)
+    folder = checkpoints.RunFolder(trained_folder / "rough")
+    with folder.locked():
+        assert train(model=model)[0].name == "rough_2"
+        with pytest.raises(checkpoints.CheckpointError, match="rough_?2?: another run is training in this folder"), \
+                checkpoints.RunFolder(trained_folder / "rough_2").locked():  # fmt: skip
+            train(model=model, options={"existing_run": "go on"})
+    new = checkpoints.RunFolder(trained_folder / "new")  # before its first checkpoint
+    with new.locked():
+        assert train(model=model, name="new")[0].name == "new_2"
 
 
 def test_another_model_is_another_run(model, tiny_unet_model, train) -> None:

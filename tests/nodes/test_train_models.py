@@ -49,7 +49,7 @@ def test_the_prediction_is_what_the_network_puts_out(pack, model, sampled_as, tr
     torch.testing.assert_close(prediction, seen[0].float(), rtol=1e-3, atol=1e-3)
     assert times.tolist() == sorted(times.tolist())
     adapter, _, _ = train(model=patched, steps=2)
-    assert adapter.metadata["modelspec.prediction_type"] == type
+    assert adapter.metadata["modelspec.prediction_type"] == {"v_prediction": "v"}.get(type, type)  # ModelSpec's word
     assert_clean(model)
 
 
@@ -204,6 +204,48 @@ def test_distil_refuses_what_cannot_be(model, tiny_unet_model, pack, run_node, t
     with pytest.raises(ValueError, match="teacher and student are the same model, there is nothing to learn"):
         train("StyleInjectDistill", model=model, teacher=tiny_unet_model(), latents=latents())
     assert_clean(model)
+
+
+def test_what_cannot_be_is_said_before_anything_is_drawn(model, teacher, train, conditioning, monkeypatch) -> None:
+    import comfy.sample
+
+    monkeypatch.setattr(comfy.sample, "sample", lambda *_args, **_named: pytest.fail("it draws"))
+    own = {"model": model, "class_conditioning": conditioning(1), "class_images": 3}
+    with pytest.raises(ValueError, match="validation_images: 4 of 4 images leave none to train on"):
+        train("StyleInjectDreamBooth", **own, options={"validation_images": 4, "validate_every": 1})
+    with pytest.raises(ValueError, match="matches none of the"):
+        train("StyleInjectDreamBooth", **own, layers="to_x")
+    distil = {"model": model, "teacher": teacher, "size": 64, "images_per_prompt": 2}
+    with pytest.raises(ValueError, match="min_snr_gamma"):
+        train("StyleInjectDistill", **distil, options={"min_snr_gamma": 5.0})
+    with pytest.raises(ValueError, match="validation_images: 2 of 2 images leave none to train on"):
+        train("StyleInjectDistill", **distil, options={"validation_images": 2, "validate_every": 1})
+
+
+def test_attention_without_gradients(model, train, monkeypatch) -> None:
+    """SageAttention and its like: ComfyUI's own choice is replaced while training, a patch of another pack is refused."""
+    from comfy.ldm.modules import attention
+
+    def without(q, k, v, *args, **named):
+        return attention.attention_pytorch(q.detach(), k.detach(), v.detach(), *args, **named)
+
+    patched = model.clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = lambda _chosen, *args, **named: without(*args, **named)
+    with pytest.raises(RuntimeError, match=r"no gradient reaches .* layers .*SageAttention"):
+        train(model=patched, name="patched")
+    without.__name__ = "attention_sage"
+    monkeypatch.setattr(attention, "optimized_attention", attention.wrap_attn(without))
+    monkeypatch.setattr(attention, "optimized_attention_masked", attention.optimized_attention)
+    adapter, _, _ = train(model=model)
+    assert all(layer.B.abs().sum() > 0 for layer in adapter.layers.values())
+
+
+@pytest.mark.parametrize("control", [{"top_k": 1, "role": "positive"}, {"top_k": 1, "start_percent": 0.5}, {"hold": "first step"}], ids=str)
+def test_a_control_that_training_cannot_follow(pack, model, train, run_node, control) -> None:
+    (rule,) = run_node("StyleInjectRouterControl", **control)
+    steered, _ = run_node("StyleInjectApply", model=model, adapter=random_adapter(pack, model, name="ink"), control=rule)
+    with pytest.raises(ValueError, match='adapter "ink" on this model has a router control for one prompt only'):
+        train(model=steered)
 
 
 def test_dreambooth_draws_its_class_or_takes_images_of_it(model, train, conditioning, trained_folder) -> None:
