@@ -144,6 +144,9 @@ class ComfyTrainingModel(TrainingModel):
         names = layer_names(self.patcher.model, self.denoiser, adapter.names)
         return Attachment(self.denoiser, [Applied(adapter)], names, self._program)
 
+    def in_place_blocks(self) -> set[str]:
+        return {name for name in self.blocks() if _IN_PLACE.search(f"{name}.")}  # see lasting_norms
+
     def held(self) -> ExitStack:
         """The adapters that are on the MODEL, installed until the stack is closed: a backward pass may run blocks again,
         outside of the call that they are there for otherwise."""

@@ -172,7 +172,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         run(kind, options.config, options.dry_run)
     except RuntimeError as error:
-        if re.search("out of memory|not enough memory", str(error)):
+        if re.search("out of memory|not enough memory|allocate memory", str(error)):
             raise MemoryError(f"{str(error).splitlines()[0]}\n{_LESS_MEMORY}") from None
         raise
     return 0

@@ -345,13 +345,14 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, str) and re.search(r"[\x00-\x1f]", value) and not where.endswith("description"):
+    if where.rpartition(".")[2] in _PATHS and isinstance(value, str) and re.search(r"[\x00-\x1f]", value):
         raise ValueError(f"{where}: {value!r} has a tab, a line break or the like in it{_BACKSLASH}")
     if type(value) is not kind:
         raise ValueError(f"{where}: expected {_NAMES[kind]}, found {value!r}")
     return value
 
 
+_PATHS = {"path", "config", "folder", "shards", "class_folder", "prompts", "teacher_prompts"}
 _BACKSLASH = "; write a path with / or in single quotes: 'C:\\models\\sd15'"
 _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 

@@ -5,6 +5,7 @@ Everything is safetensors and JSON. Each file is written under another name and 
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,7 +73,10 @@ class RunFolder:
         try:
             lock.acquire()
         except Timeout:
-            raise CheckpointError(f"{self.path.name}: another run is training in this folder; give this one another") from None
+            if _is_locked(lock.lock_file):
+                raise CheckpointError(
+                    f"{self.path.name}: another run is training in this folder; give this one another"
+                ) from None
         except (OSError, NotImplementedError):  # a file system without locks
             pass
         try:
@@ -168,6 +172,20 @@ class RunFolder:
         """Add a line to the loss file."""
         with self.loss_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _is_locked(path: str) -> bool:
+    """Whether a lock that could not be had is held: older filelocks cannot tell that from a file system without locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -19,6 +19,7 @@ from .optimizers import evaluating, make_optimizer, set_rate
 from .parallel import Processes
 from .settings import TrainSettings
 
+_MANY = 0.2  # of the layers: an attention function without a backward pass
 _OVERFLOWS = 40  # in a row, each of which halves the scale of the loss, from 2 ** 16 on
 
 
@@ -297,14 +298,18 @@ class _Loop:
         return total
 
     def _check_gradients(self) -> None:
-        """Refuse to leave layers untrained that were asked for: their gradient is missing, which is not the same as 0."""
-        layers = self.adapter.layers if isinstance(self.adapter, Adapter) else {}  # a benchmark trains a U-Net
-        missing = [name for name, layer in layers.items() if all(p.grad is None for p in layer.parameters() if p.requires_grad)]
-        if missing:
-            raise TrainingError(
-                f"no gradient reaches {len(missing)} of {len(layers)} layers ({', '.join(missing[:3])}): they are not used by "
-                "this model, or run by something without a backward pass, as SageAttention; leave them out, or that"
-            )
+        """Say which layers would stay untrained, for their gradient is missing (not 0); refuse to train if they are many."""
+        layers = self.adapter.layers.items() if isinstance(self.adapter, Adapter) else ()  # a benchmark trains a U-Net
+        trained = {name: [p for p in layer.parameters() if p.requires_grad] for name, layer in layers}
+        missing = [name for name, parameters in trained.items() if parameters and all(p.grad is None for p in parameters)]
+        if not missing:
+            return
+        shown = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        what = f"no gradient reaches {len(missing)} of {len(trained)} layers ({shown})"
+        if len(missing) < _MANY * len(trained):  # blocks whose last part the output does not depend on
+            self.observer.problem(f"{what}: the model's output does not depend on them, they stay as they are")
+        else:
+            raise TrainingError(f"{what}: something runs them that has no backward pass, as SageAttention; train without that")
 
     def _validate(self) -> float:
         with evaluating(self.optimizer), torch.no_grad():

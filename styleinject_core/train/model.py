@@ -69,6 +69,10 @@ class TrainingModel(ABC):
                 found[name] = module
         return found
 
+    def in_place_blocks(self) -> set[str]:
+        """Those of the blocks that may write into their inputs, as nothing in them keeps these for the backward pass."""
+        return set()
+
 
 @dataclass(frozen=True)
 class Batch:

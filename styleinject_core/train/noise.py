@@ -139,18 +139,16 @@ def matching_times(schedule: NoiseSchedule, times: Tensor, other: NoiseSchedule)
     """The times (B,) at which the noise of another schedule of the same kind is closest to this one's at `times` (B,)."""
     if not (isinstance(schedule, DiscreteSchedule) and isinstance(other, DiscreteSchedule)):
         return times  # sigmas, or t: the noise level itself
-    theirs, own = (s.alphas_cumprod.to(times.device, torch.float64).logit(1e-9) for s in (other, schedule))  # log SNR
+    theirs, own = (s.alphas_cumprod.cpu().double().logit(1e-9) for s in (other, schedule))  # log SNR
     if theirs.shape == own.shape and torch.equal(theirs, own):
         return times
-    return (own[times].unsqueeze(1) - theirs).abs().argmin(1)
+    return (own[times.cpu()].unsqueeze(1) - theirs).abs().argmin(1).to(times.device)
 
 
-def predicted_sample(
-    schedule: NoiseSchedule, prediction: Tensor, noisy: Tensor, times: Tensor, prediction_type: str | None = None
-) -> Tensor:
-    """The x0 that a prediction at z_t stands for; the schedule's own type of prediction unless another is given."""
+def predicted_sample(schedule: NoiseSchedule, prediction: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
+    """The x0 that a prediction at z_t stands for."""
     a, b = _per_sample(schedule, times, noisy)
-    match prediction_type or schedule.prediction_type:
+    match schedule.prediction_type:
         case "epsilon":
             return (noisy - b * prediction) / a
         case "sample":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -85,16 +85,22 @@ def block_features(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor
     features: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def hook(_module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
             several = isinstance(output, (tuple, list))
+            in_place = _versions(args, named) != before.pop(module, None)  # and so will the next block
             for k, stream in enumerate(output if several else [output]):
                 if isinstance(stream, Tensor):
-                    in_place = any(stream is given for given in (*args, *named.values()))  # and so will the next block
                     features[f"{name}.{k}" if several else name] = stream.clone() if in_place else stream
 
         return hook
 
-    handles = [block.register_forward_hook(keep(name), with_kwargs=True) for name, block in blocks.items()]
+    before: dict[nn.Module, list[int]] = {}
+
+    def note(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        before[module] = _versions(args, named)
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks.values()]
+    handles += [block.register_forward_hook(keep(name), with_kwargs=True) for name, block in blocks.items()]
     try:
         yield features
     finally:
@@ -103,30 +109,36 @@ def block_features(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor
 
 
 @contextmanager
-def checkpointed(blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+def checkpointed(blocks: Mapping[str, nn.Module], in_place: Collection[str] = ()) -> Iterator[None]:
     """Gradient checkpointing: blocks keep their inputs only and run again in the backward pass.
 
     Hold it open until after the backward pass, and enter it inside of the attachment, so that the second run has the
-    adapter too. What blocks are given is copied for them: some write into it, and their callers into dicts of options that
-    they pass on.
+    adapter too. What blocks are given is copied for them: their callers change dicts of options that they pass on.
+
+    Args:
+        in_place: names of blocks that may write into what they are given: nothing in them keeps that for the backward pass.
+
+    Raises:
+        ValueError: in the forward pass, where another block does so: its gradients would be wrong.
     """
     from torch.utils.checkpoint import checkpoint
 
     former: dict[nn.Module, Any] = {}
 
-    def again(run: Any) -> Any:
+    def again(name: str, run: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return run(*args, **kwargs)
             named = {key: _noted(value) for key, value in kwargs.items()}
-            return checkpoint(partial(_on_copies, run, **named), *map(_noted, args), use_reentrant=False)
+            called = partial(_on_copies, run, None if name in in_place else name, **named)
+            return checkpoint(called, *map(_noted, args), use_reentrant=False)
 
         return forward
 
     try:
-        for block in blocks.values():
+        for name, block in blocks.items():
             former[block] = block.__dict__.get("forward")
-            block.forward = again(block.forward)
+            block.forward = again(name, block.forward)
         yield
     finally:
         for block, forward in former.items():
@@ -141,8 +153,21 @@ def _noted(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-def _on_copies(run: Any, *args: Any, **kwargs: Any) -> Any:
+def _on_copies(run: Any, checked: str | None, /, *args: Any, **kwargs: Any) -> Any:
+    """Call a block on copies; one that is checked (by its name) must not write into them."""
+
     def copied(value: Any) -> Any:
         return value.clone() if isinstance(value, Tensor) else _noted(value)
 
-    return run(*map(copied, args), **{key: copied(value) for key, value in kwargs.items()})
+    args, kwargs = tuple(map(copied, args)), {key: copied(value) for key, value in kwargs.items()}
+    before = _versions(args, kwargs)
+    output = run(*args, **kwargs)
+    if checked is not None and _versions(args, kwargs) != before:
+        raise ValueError(f"gradient_checkpointing: block {checked} writes into its inputs, set it to false for this model")
+    return output
+
+
+def _versions(args: Any, kwargs: Mapping[str, Any]) -> list[int]:
+    """How often tensors have been written to."""
+    given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return [0 if tensor.is_inference() else tensor._version for tensor in given]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,11 @@ class PipelineModel(TextToImageModel):
                 if not (config / "model_index.json").is_file():  # diffusers would look for it in the network
                     raise ModelError(f"model.config {config}: no diffusers folder, there is no model_index.json in it")
                 kind = StableDiffusionXLPipeline if (config / "text_encoder_2").is_dir() else StableDiffusionPipeline
-                pipeline = kind.from_single_file(str(path), config=str(config), safety_checker=None, **options)
+                unused = {"safety_checker": None, "feature_extractor": None}
+                pipeline = kind.from_single_file(str(path), config=str(config), **unused, **options)
                 if stated := _sampling_of_file(path):
                     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stated)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(f"model {path.name}: cannot be loaded: {error}") from error
@@ -159,11 +161,10 @@ def _sampling_of_file(path: Path) -> dict[str, Any]:
     """What a checkpoint file says about its own schedule, in diffusers' words: some v-prediction models are marked so."""
     with safe_open(path, framework="pt") as file:
         keys, stated = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
-    is_v = "v_pred" in keys or stated in ("v", "v_prediction")
-    return {
-        **({"prediction_type": "v_prediction"} if is_v else {}),
-        **({"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}),
-    }
+    if "v_pred" not in keys and stated not in ("v", "v_prediction"):
+        return {}
+    zero_terminal = {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
+    return {"prediction_type": "v_prediction", **zero_terminal}
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
@@ -173,6 +174,6 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     if index.is_file() and "safety_checker" in index.read_text(encoding="utf-8"):
         options["safety_checker"] = None
     weights = [file.name for file in (folder / "unet").glob("*.safetensors")]
-    if weights and all(".fp16." in name for name in weights):
+    if weights and all(re.search(r"\.fp16[.-]", name) for name in weights):
         options["variant"] = "fp16"
     return options

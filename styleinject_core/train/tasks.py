@@ -70,7 +70,7 @@ class FineTune:
         with ExitStack() as stack:
             stack.enter_context(self.model.attachment(adapter))
             if self.settings.gradient_checkpointing:
-                stack.enter_context(checkpointed(self.model.blocks()))
+                stack.enter_context(checkpointed(self.model.blocks(), self.model.in_place_blocks()))
             yield
 
     def loss(self, draws: Draws) -> Tensor:
@@ -195,9 +195,8 @@ class Distil(FineTune):
             teacher = self.teacher.predict(noisy, at, for_teacher)
         with block_features(self._blocks) as features:
             student = self.model.predict(noisy, times, conditioning)
-        kind = self.teacher.schedule.prediction_type
-        if kind != self.model.schedule.prediction_type:
-            sample = predicted_sample(self.model.schedule, teacher, noisy, times, kind)
+        if self.teacher.schedule.prediction_type != self.model.schedule.prediction_type:
+            sample = predicted_sample(self.teacher.schedule, teacher, noisy, at)
             teacher = prediction_of(self.model.schedule, sample, noisy, times)
         return distil_loss(student, teacher, features, wanted, self.output_weight, self.feature_weight)
 

@@ -117,17 +117,23 @@ def test_windows_paths(tmp_path, path, found):
         load_config(TrainConfig, tmp_path / "c.toml")
     (tmp_path / "c.toml").write_text(f"[model]\npath = '{path}'\n[output]\nfolder = 'x'\n[data]\nfolder = 'y'\n")
     assert load_config(TrainConfig, tmp_path / "c.toml").model.path == path
+    (tmp_path / "c.toml").write_text('[model]\npath = "x"\n[output]\nfolder = "x"\nlicense = """MIT\nsee file"""\n[data]\nfolder = "y"\n')
+    assert load_config(TrainConfig, tmp_path / "c.toml").output.license == "MIT\nsee file"
 
 
-def test_out_of_memory_says_what_helps(here, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+], ids=["CUDA", "CPU"])  # fmt: skip
+def test_out_of_memory_says_what_helps(here, capsys, monkeypatch, error):
     def loss(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     monkeypatch.setattr("styleinject_core.train.tasks.FineTune.loss", loss)
     for more in ([], ["--dry-run"]):
         assert main(["train", str(write(here)), *more]) == 1
         told = capsys.readouterr().err
-        assert "CUDA out of memory" in told and "train.gradient_checkpointing = true" in told and "Traceback" not in told
+        assert str(error) in told and "train.gradient_checkpointing = true" in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from contextlib import contextmanager
 
@@ -372,6 +373,18 @@ def test_two_runs_do_not_train_in_one_folder(task, tmp_path):
     assert busy == [True, True] and not folder.is_busy
 
 
+def test_a_file_system_without_locks(task, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.is_busy
+    assert train(task.adapter(), task, TrainSettings(1), run=folder).step == 1
+
+
 def test_a_validation_that_is_no_number_is_never_the_best(task):
     values = iter([float("nan"), 0.9, 0.5, float("inf"), 0.7])
     task.validation_loss = lambda: next(values)
@@ -392,6 +405,16 @@ def test_layers_without_a_gradient_are_no_secret(task, tmp_path):
     adapter = Adapter.create(task.host, AdapterConfig(r=2, n_styles=2, target_modules=("to_q", "to_v")))
     with pytest.raises(TrainingError, match=r"no gradient reaches 1 of 2 layers \(to_v\).*No checkpoint had been written"):
         train(adapter, task, TrainSettings(3), run=RunFolder(tmp_path / "run"))
+    adapter.layers["to_v"].requires_grad_(False)
+    assert train(adapter, task, TrainSettings(1)).step == 1, "a frozen one is left out on purpose"
+    names = [f"to_{letter}" for letter in "abcde"]
+    task.host.update({name: nn.Linear(8, 6).requires_grad_(False) for name in names})
+    task.loss = lambda _: sum(task.host[name](task.x).square().mean() for name in ("to_q", *names))
+    most = Adapter.create(task.host, AdapterConfig(r=2, n_styles=2, target_modules=("to_q", "to_v", *names)))
+    said, watch = [], Observer()
+    watch.problem = said.append
+    assert train(most, task, TrainSettings(1), observer=watch).step == 1
+    assert "no gradient reaches 1 of 7 layers (to_v): the model's output does not depend on them" in said[0]
     task.loss = lambda _: (task.host["to_q"](task.x).detach() - task.target).square().mean()
     with pytest.raises(TrainingError, match="no gradient reaches 1 of 1 layers"):
         train(task.adapter(), task, TrainSettings(3))

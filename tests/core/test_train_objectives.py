@@ -332,7 +332,7 @@ def test_blocks_of_several_streams_that_work_in_place():
     with attach(network, adapter):
         for checkpointing in (False, True):
             adapter.zero_grad()
-            with checkpointed(blocks if checkpointing else {}), block_features(blocks) as features:
+            with checkpointed(blocks if checkpointing else {}, set(blocks)), block_features(blocks) as features:
                 out = network(x)
                 sum(feature.square().sum() for feature in features.values()).backward()
             assert sorted(features) == ["blocks.0.0", "blocks.0.1", "blocks.1.1"]
@@ -342,6 +342,8 @@ def test_blocks_of_several_streams_that_work_in_place():
     assert any(g.abs().sum() > 0 for g in gradients[0])
     for plain, small in zip(*gradients, strict=True):
         torch.testing.assert_close(small, plain)
+    with checkpointed(blocks), pytest.raises(ValueError, match=r"gradient_checkpointing: block blocks\.0 writes into its inputs"):
+        network(x)
 
 
 def test_a_model_without_known_blocks():
@@ -375,9 +377,19 @@ def test_a_teacher_with_another_schedule_of_noise():
     times = (draws.uniform(3) * 100).long()
     assert torch.equal(asked[0], matching_times(student.schedule, times, teacher.schedule))
     noisy = add_noise(student.schedule, batch.latents, draws.normal(batch.latents), times)
-    a, b = (c.view(-1, 1, 1, 1) for c in student.schedule.coefficients(times))
-    eps = b * noisy + a * predict(noisy, asked[0], batch.conditioning)
+    x0 = predicted_sample(teacher.schedule, predict(noisy, asked[0], batch.conditioning), noisy, asked[0])
+    eps = prediction_of(student.schedule, x0, noisy, times)
     torch.testing.assert_close(loss, (student.predict(noisy, times, batch.conditioning) - eps).square().mean())
+
+
+def test_a_student_that_starts_at_pure_noise():
+    """Where it has no x0 in its input at all, its teacher is asked a little earlier."""
+    student, teacher = Tiny(0), Tiny(1)
+    student.schedule = DiscreteSchedule(zero_terminal_snr(ALPHAS), "v_prediction")
+    task = Distil(student, teacher, source(), TrainSettings(batch_size=3, caption_dropout=0), feature_weight=0)
+    losses = [float(task.loss(Draws(0, k))) for k in range(100)]
+    last = torch.cat([(Draws(0, k).uniform(3) * 100).long() for k in range(100)]) == 99
+    assert last.any() and max(losses) < 100 * sorted(losses)[50]
 
 
 def test_prompts_of_other_lengths_are_repeated():

@@ -209,6 +209,12 @@ def test_a_single_file_is_the_same_model(models, tmp_path):
     shutil.copytree(models["sd"], config, ignore=shutil.ignore_patterns("*.safetensors"))
     one = PipelineModel.load(models["sd"], CPU, torch.float32)
     other = PipelineModel.load(in_one_file(models["sd"], tmp_path / "mine.safetensors"), CPU, torch.float32, config)
+    index = json.loads((config / "model_index.json").read_text())
+    index |= {"feature_extractor": ["transformers", "CLIPFeatureExtractor"],  # as in folders of old: there is none any more
+              "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}  # fmt: skip
+    (config / "model_index.json").write_text(json.dumps(index))
+    again = PipelineModel.load(tmp_path / "mine.safetensors", CPU, torch.float32, config)
+    assert again.pipeline.safety_checker is None
     assert other.name == "mine" and other.schedule.prediction_type == "v_prediction"
     torch.testing.assert_close(other.sample(["a cat"], 16, seed=3, steps=2), one.sample(["a cat"], 16, seed=3, steps=2))
     latents = one.encode(torch.rand(1, 3, 32, 32))
