@@ -52,7 +52,8 @@ def tables(lines: Iterable[dict[str, Any]]) -> str:
         if chosen:
             parts.append(f"**{TITLES[task]}** ({task}, {steps} steps)\n\n{results(chosen)}")
     if tuning := [line for line in lines if line["tuning"]]:
-        parts.append(f"**Learning rates tried** (KID on concepts trained on)\n\n{rates(tuning)}")
+        title = "**Learning rates tried** (on concepts trained on: per cent recognised as thing and style, and KID)"
+        parts.append(f"{title}\n\n{rates(tuning)}")
     return "\n\n".join(parts)
 
 
@@ -84,13 +85,15 @@ def rates(lines: list[dict[str, Any]]) -> str:
         for column in columns:
             of = [line for line in lines if (line["task"], line["steps"]) == column and line["row"] == row]
             tried = sorted(of, key=lambda line: line["rate"])
-            measured = (
-                f"{line['rate']:g}: {spread('kid', [line['metrics']['seen_kid']])}" for line in tried if line["metrics"]
-            )
+            measured = (f"{line['rate']:g}: {measured_at(line['metrics'])}" for line in tried if line["metrics"])
             cells.append(", ".join([*measured, *(f"{line['rate']:g}: diverged" for line in tried if "error" in line)]))
         if any(cells):
             table.append([label, *cells])
     return markdown(table)
+
+
+def measured_at(metrics: dict[str, float]) -> str:
+    return f"{spread('both', [metrics['seen_both']])} / {spread('kid', [metrics['seen_kid']])}"
 
 
 def kinds(lines: list[dict[str, Any]]) -> list[tuple[str, int]]:

@@ -95,6 +95,18 @@ def test_learning_rates_are_tried_until_the_best_has_worse_neighbours(bench, tmp
         assert sorted(line["rate"] for line in runs.lines) == tried
 
 
+def test_what_can_be_recognised_goes_before_the_colours(bench, tmp_path, monkeypatch):
+    """At a rate where nothing is recognised any more, the KID can be smallest."""
+    both = {3e-3: 0.2, 1e-2: 0.3, 3e-2: 0.3, 1e-1: 0.0}
+    kid = {3e-3: 0.15, 1e-2: 0.12, 3e-2: 0.11, 1e-1: 0.07}
+
+    def execute(_, run):
+        return {"metrics": {"seen_both": both[run.rate], "seen_kid": kid[run.rate]}}
+
+    monkeypatch.setattr(bench["run"].Bench, "execute", execute)
+    assert bench["run"].Bench(tmp_path / "results.jsonl", bench["problems"].Size(steps=1)).rate("style", "lora") == 3e-2
+
+
 def test_a_line_that_was_cut_off_spoils_no_other(bench, tmp_path):
     out = tmp_path / "results.jsonl"
     out.write_text('{"task": "style", "row": "ba')
@@ -106,7 +118,7 @@ def test_a_line_that_was_cut_off_spoils_no_other(bench, tmp_path):
 
 def test_table_has_means_spreads_and_what_was_tried(bench):
     def line(row, seed, kid, tuning=False, **more):
-        metrics = {"seen_kid": kid} if tuning else {"concept": 0.9, "kid": kid}
+        metrics = {"seen_both": 0.25, "seen_kid": kid} if tuning else {"concept": 0.9, "kid": kid}
         rate = 0.003 if row == "lora" else 0.0
         line = {"task": "style", "row": row, "seed": seed, "rate": rate, "steps": 2, "parameters": 1234 if rate else 0}
         return {**line, "tuning": tuning, "metrics": metrics, **more}
@@ -119,9 +131,9 @@ def test_table_has_means_spreads_and_what_was_tried(bench):
         "| base model |  |  | 1 | 90 | 500 |",
         "| LoRA, rank r | 1,234 | 0.003 | 3, 1 diverged | 90 ± 0 | 150 ± 71 |",
         "",
-        "**Learning rates tried** (KID on concepts trained on)",
+        "**Learning rates tried** (on concepts trained on: per cent recognised as thing and style, and KID)",
         "",
         "|  | style, 2 steps |",
         "| --- | --- |",
-        "| LoRA, rank r | 0.003: 300 |",
+        "| LoRA, rank r | 0.003: 25 / 300 |",
     ]
