@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..styleinject_core import Adapter, AdapterConfig
 from ..styleinject_core.files import AdapterFileError, save_adapter
-from ..styleinject_core.train.checkpoints import CheckpointError, RunFolder
+from ..styleinject_core.train.checkpoints import CheckpointError, RunFolder, validations
 from ..styleinject_core.train.loop import Observer, Progress, Result, run_plan, train
 from ..styleinject_core.train.settings import TrainSettings
 from ..styleinject_core.train.tasks import FineTune
@@ -160,8 +160,7 @@ class Watch(Observer):
             return
         try:
             lines = self.run.history()
-            validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
-            self._plot = _image(figure_pixels(loss_figure(self.title, [line["loss"] for line in lines], validation)))
+            self._plot = _image(figure_pixels(loss_figure(self.title, [line["loss"] for line in lines], validations(lines))))
         except ImportError as error:
             self._plots = False
             logging.info("StyleInject training: no live plot of the loss, %s", error)

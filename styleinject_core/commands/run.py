@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..files import save_adapter
 from ..files.atomic import replacing
-from ..train.checkpoints import RunFolder
+from ..train.checkpoints import RunFolder, validations
 from ..train.draws import Draws
 from ..train.loop import Progress, Result, train
 from ..train.parallel import launched_processes
@@ -101,8 +101,7 @@ class _Watch(ProgressBar):
         title = f"{self.job.config.output.name}: {self.job.task.objective}"
         with self._surviving("loss.png"):
             lines = self.folder.history()
-            validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
-            loss_plot(self.job.out / "loss.png", title, [line["loss"] for line in lines], validation)
+            loss_plot(self.job.out / "loss.png", title, [line["loss"] for line in lines], validations(lines))
 
     def sample(self, step: int) -> None:
         output, resolution = self.job.config.output, self.job.config.data.resolution

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +172,11 @@ class RunFolder:
         """Add a line to the loss file."""
         with self.loss_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def validations(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, validation loss) of the lines of a loss file that have one."""
+    return [(line["step"], line["validation"]) for line in lines if "validation" in line]
 
 
 def _is_locked(path: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from .checkpoints import RunFolder, TrainState
+from .checkpoints import RunFolder, TrainState, validations
 from .draws import Draws
 from .optimizers import evaluating, make_optimizer, set_rate
 from .parallel import Processes
@@ -200,7 +200,7 @@ class _Loop:
         self.result.stopped_early = self._patience_is_over()
         lines = run.history(until=state.step if self.run is not None else None)
         self.result.losses = [line["loss"] for line in lines if line["step"] <= state.step]
-        self.result.validation = [(line["step"], line["validation"]) for line in lines if "validation" in line]
+        self.result.validation = validations(lines)
         self.result.step = self.result.resumed_from = self.saved_at = state.step
 
     def save(self) -> None:
