@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..styleinject_core.commands.config import METHODS
-from ..styleinject_core.train.tasks import Distil, DreamBooth, FineTune
+from ..styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
 from .schema import AdapterType, schema
 from .train_data import a_prompt_each, flat_latents, flat_prompts
 from .train_job import Images, Job, empty_prompt

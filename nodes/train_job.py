@@ -18,11 +18,11 @@ from ..styleinject_core.commands.config import AdapterTable
 from ..styleinject_core.files import AdapterFileError
 from ..styleinject_core.files.format import atomic_save
 from ..styleinject_core.selector import select
-from ..styleinject_core.train.metadata import made_by
-from ..styleinject_core.train.model import tensors_hash
+from ..styleinject_core.train.data.batches import tensors_hash
+from ..styleinject_core.train.data.source import LatentSource
+from ..styleinject_core.train.objectives.tasks import FineTune
+from ..styleinject_core.train.run.metadata import made_by
 from ..styleinject_core.train.settings import TrainSettings
-from ..styleinject_core.train.source import LatentSource
-from ..styleinject_core.train.tasks import FineTune
 from . import paths
 from .patcher import ModelPatcher, injections_of
 from .train_data import Encoder, Prompt, draw, flat_prompts

@@ -23,8 +23,9 @@ from ..styleinject_core.adapter import host_shapes
 from ..styleinject_core.hosts.architectures import ARCHITECTURES
 from ..styleinject_core.layers import LayerShape
 from ..styleinject_core.router.control import Rule
-from ..styleinject_core.train.model import Conditioning, TrainingModel, tensors_hash
-from ..styleinject_core.train.noise import logit_normal, prediction_of
+from ..styleinject_core.train.data.batches import Conditioning, tensors_hash
+from ..styleinject_core.train.models.noise import logit_normal, prediction_of
+from ..styleinject_core.train.models.training_model import TrainingModel
 from .injection import ComfyProgram, layer_names, model_title
 from .patcher import ModelPatcher, compute_dtype, injections_of
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..styleinject_core import Adapter
 from ..styleinject_core.files import save_adapter
-from ..styleinject_core.train.watch import figure_pixels, loss_figure, running_mean
+from ..styleinject_core.train.run.watch import figure_pixels, loss_figure, running_mean
 from . import paths
 from .schema import AdapterType, schema
 from .train_options import DTYPES

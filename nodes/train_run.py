@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ..styleinject_core import Adapter, AdapterConfig
 from ..styleinject_core.files import AdapterFileError, save_adapter
-from ..styleinject_core.train.checkpoints import CheckpointError, RunFolder, validations
-from ..styleinject_core.train.loop import Observer, Progress, Result, run_plan, train
+from ..styleinject_core.train.objectives.tasks import FineTune
+from ..styleinject_core.train.run.checkpoints import CheckpointError, RunFolder, validations
+from ..styleinject_core.train.run.loop import Observer, Progress, Result, run_plan, train
+from ..styleinject_core.train.run.watch import figure_pixels, loss_figure
 from ..styleinject_core.train.settings import TrainSettings
-from ..styleinject_core.train.tasks import FineTune
-from ..styleinject_core.train.watch import figure_pixels, loss_figure
 from . import paths
 from .live import running_server
 from .train_options import GO_ON, MUST_GO_ON

@@ -11,23 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .buckets import BatchOrder, Size, bucket_sizes, nearest_bucket
+from .buckets import Size, bucket_sizes, nearest_bucket
 from .captions import folder_captions, one_line
-from .images import (
-    SUFFIXES,
-    Broken,
-    CorruptError,
-    DataError,
-    Example,
-    OnCorrupt,
-    View,
-    decode,
-    first_names,
-    read_size,
-)
-from .webdataset import ImageStream
-
-__all__ = ["BatchOrder", "CorruptError", "DataError", "Example", "ImageFolder", "ImageStream"]
+from .images import SUFFIXES, Broken, CorruptError, DataError, Example, OnCorrupt, View, decode, first_names, read_size
 
 _TAIL = 4096  # bytes of a file that go into the content hash: its end, because its start may be one camera's header
 

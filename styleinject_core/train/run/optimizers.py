@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .settings import TrainSettings
+from ..settings import TrainSettings
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:

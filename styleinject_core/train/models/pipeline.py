@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .model import Conditioning, TextToImageModel, rows
+from ..data.batches import Conditioning, rows
 from .noise import DiscreteSchedule
+from .training_model import TextToImageModel
 
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
 

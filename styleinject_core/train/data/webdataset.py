@@ -25,18 +25,7 @@ from typing import Any, BinaryIO
 
 from .buckets import Size, bucket_sizes, check_share, nearest_bucket
 from .captions import caption_in, one_line
-from .images import (
-    SUFFIXES,
-    Broken,
-    CorruptError,
-    DataError,
-    Example,
-    OnCorrupt,
-    View,
-    decode,
-    first_names,
-    read_size,
-)
+from .images import SUFFIXES, Broken, CorruptError, DataError, Example, OnCorrupt, View, decode, first_names, read_size
 
 _HEAD = 65536  # bytes of a shard that go into the content hash
 _HOPELESS = 100  # broken samples at the start, or batches without one good picture, before it is the data's fault

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .noise import NoiseSchedule, min_snr_weight, target
+from ..models.noise import NoiseSchedule, min_snr_weight, target
 
 
 def fine_tune_loss(

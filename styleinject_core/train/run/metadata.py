@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .settings import TrainSettings
-from .tasks import Distil, FineTune
+from ..objectives.tasks import Distil, FineTune
+from ..settings import TrainSettings
 
 # What ModelSpec calls them, where it has other words; its ids tell the two kinds of Stable Diffusion 2 apart.
 _MODELSPEC_PREDICTIONS = {"v_prediction": "v"}

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ...adapter import Adapter
+from ..draws import Draws
+from ..parallel import Processes
+from ..settings import TrainSettings
 from .checkpoints import RunFolder, TrainState, validations
-from .draws import Draws
 from .optimizers import evaluating, make_optimizer, set_rate
-from .parallel import Processes
-from .settings import TrainSettings
 
 _MANY = 0.2  # of the layers: an attention function without a backward pass
 _OVERFLOWS = 40  # in a row, each of which halves the scale of the loss, from 2 ** 16 on
@@ -344,7 +344,7 @@ class _Surviving(suppress):
     """Passes what the disk refuses to the observer instead of raising it."""
 
     def __init__(self, observer: Observer, what: str):
-        from ..files import AdapterFileError
+        from ...files import AdapterFileError
 
         super().__init__(AdapterFileError, OSError)
         self.observer, self.what = observer, what

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
-from .draws import VALIDATION, Draws
-from .model import Batch, Conditioning, TrainingModel, conditioning_hash, where
-from .noise import add_noise, matching_times, predicted_sample, prediction_of
-from .objectives import block_features, checkpointed, distil_loss, fine_tune_loss
-from .settings import TrainSettings
-from .source import Source
+from ...adapter import Adapter
+from ..data.batches import Batch, Conditioning, conditioning_hash, where
+from ..data.source import Source
+from ..draws import VALIDATION, Draws
+from ..models.noise import add_noise, matching_times, predicted_sample, prediction_of
+from ..models.training_model import TrainingModel
+from ..settings import TrainSettings
+from .losses import block_features, checkpointed, distil_loss, fine_tune_loss
 
 
 class FineTune:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..files.atomic import replacing
+from ...files.atomic import replacing
 from .loop import Observer, Progress
 
 if TYPE_CHECKING:

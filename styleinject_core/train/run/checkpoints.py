@@ -18,10 +18,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..files import save_adapter
-from ..files.atomic import replacing
-from ..files.format import atomic_save
+from ...adapter import Adapter
+from ...files import save_adapter
+from ...files.atomic import replacing
+from ...files.format import atomic_save
 
 STATE_VERSION = 1
 _TENSOR = "tensor"

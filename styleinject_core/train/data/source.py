@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..parallel import Processes
+from .batches import Batch, Conditioning, joined, rows, tensors_hash
 from .buckets import BatchOrder
-from .data import ImageFolder
+from .folder import ImageFolder
 from .images import Example
-from .model import Batch, Conditioning, joined, rows, tensors_hash
-from .parallel import Processes
 from .webdataset import ImageStream
 
 Prompts = Conditioning | Sequence[Conditioning]
