@@ -38,7 +38,7 @@ def test_it_learns_and_the_model_stays_as_it_was(model, sample, train, run_node,
 
 def test_the_loader_lists_adapters_only(model, train, pack) -> None:
     train(model=model, options={"checkpoint_every": 2})
-    listed = [name for name in pack.submodule("nodes.paths").adapter_names() if name.startswith("output/")]
+    listed = [name for name in pack.submodule("integration.paths").adapter_names() if name.startswith("output/")]
     assert listed == [
         "output/rough/rough.safetensors",
         "output/rough/step-000002.safetensors",
@@ -313,4 +313,4 @@ def test_loss_plot(model, train, run_node) -> None:
 
 def test_the_options_node_has_the_defaults_that_hold_without_it(pack, run_node) -> None:
     (options,) = run_node("StyleInjectTrainOptions")
-    assert options == pack.submodule("nodes.train_options").TrainOptions()
+    assert options == pack.submodule("integration.training.options").TrainOptions()

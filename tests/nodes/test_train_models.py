@@ -35,10 +35,10 @@ def sampled_as():
 def test_the_prediction_is_what_the_network_puts_out(pack, model, sampled_as, train, conditioning, kind, type) -> None:
     """So that the loss is the one the model was trained with, whatever ComfyUI makes of its output."""
     patched = sampled_as(model, kind)
-    module = pack.submodule("nodes.train_model")
+    module = pack.submodule("integration.training.comfy_model")
     wrapped = module.ComfyTrainingModel(patched)
     assert wrapped.schedule.prediction_type == type
-    encoder = pack.submodule("nodes.train_data").Encoder(patched)
+    encoder = pack.submodule("integration.training.graph_inputs").Encoder(patched)
     seen = []
     with torch.inference_mode(False), torch.no_grad(), module.Loaded([wrapped], [3, 4, 8, 8]).running():
         handle = patched.model.diffusion_model.register_forward_hook(lambda _module, _args, out: seen.append(out))
@@ -83,7 +83,7 @@ def test_a_model_that_takes_sizes_and_pooled_prompts(pack, train) -> None:
     images = [latents(2), latents(2, height=12)]
     adapter, _, step = train(model=model, conditioning=prompts, latents=images, empty=[prompts[0]])
     assert step == 4
-    rows = pack.submodule("nodes.train_data").Encoder(model).prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
+    rows = pack.submodule("integration.training.graph_inputs").Encoder(model).prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
     assert [row["y"].shape for row in rows] == [(1, 2816)] * 2 and not torch.equal(rows[0]["y"], rows[1]["y"])
     assert len(adapter.names) == len(set(adapter.names))
 
@@ -112,7 +112,7 @@ def test_a_native_lora_is_part_of_the_base(pack, model, train, sample) -> None:
     lora = model.clone()
     weight = comfy.utils.get_attr(model.model, key)
     lora.add_patches({key: ("diff", (0.5 * torch.randn_like(weight),))})
-    module = pack.submodule("nodes.train_model")
+    module = pack.submodule("integration.training.comfy_model")
     prints = []
     for patcher in (model, lora):
         wrapped = module.ComfyTrainingModel(patcher)
@@ -336,7 +336,7 @@ def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> 
         "StyleInjectTrain", model=[model], latents=images, conditioning=prompts, empty=[empty], options=[options], **widgets
     )
     shown = to_tensor(Image.open(trained_folder / "rough" / "samples" / "step-000006.png"))
-    draw = pack.submodule("nodes.train_data").draw
+    draw = pack.submodule("integration.training.graph_inputs").draw
     expected = {}
     for patched in (model, run_node("StyleInjectApply", model=model, adapter=adapter)[0]):
         prompt, negative = tuple(prompts[0][0]), tuple(empty[0])
@@ -378,7 +378,7 @@ def test_a_teacher_with_another_adapter_draws_anew(pack, model, teacher, train, 
 
 def test_what_belongs_to_a_prompt_counts(pack, conditioning) -> None:
     """Pooled outputs, and numbers: the sizes of SDXL, Flux's guidance."""
-    prompts_hash = pack.submodule("nodes.train_job").prompts_hash
+    prompts_hash = pack.submodule("integration.training.job").prompts_hash
     tensor, extras = conditioning(0)[0]
     variants = [
         extras,
@@ -392,7 +392,7 @@ def test_what_belongs_to_a_prompt_counts(pack, conditioning) -> None:
 
 def test_a_dropped_caption_keeps_the_size_of_its_picture(pack, train, monkeypatch) -> None:
     model, seen = tiny_sdxl(), []
-    module = pack.submodule("nodes.train_model").ComfyTrainingModel
+    module = pack.submodule("integration.training.comfy_model").ComfyTrainingModel
     predict = module.predict
     monkeypatch.setattr(module, "predict", lambda self, *a: seen.append((a[0].shape[-2], a[2]["y"])) or predict(self, *a))
     prompts = [[torch.randn(1, 77, 64), {"pooled_output": torch.randn(1, 1280)}] for _ in range(5)]
@@ -400,7 +400,7 @@ def test_a_dropped_caption_keeps_the_size_of_its_picture(pack, train, monkeypatc
         model=model, conditioning=prompts[:4], latents=[latents(2), latents(2, height=12)], empty=[prompts[4]], batch_size=1,
         steps=8, options={"caption_dropout": 1.0},
     )  # fmt: skip
-    encoder = pack.submodule("nodes.train_data").Encoder(model)
+    encoder = pack.submodule("integration.training.graph_inputs").Encoder(model)
     expected = {height: encoder.prompts([tuple(prompts[4])], [(4, height, 8)])[0]["y"] for height in (8, 12)}
     assert {height for height, _ in seen} == {8, 12}
     assert all(torch.equal(y, expected[height]) for height, y in seen)
@@ -412,7 +412,7 @@ def test_prompts_that_cannot_be_repeated_are_never_mixed(pack, tiny_unet_model, 
 
     model, seen = tiny_unet_model(), []
     model.model.extra_conds = lambda **kwargs: {"c_crossattn": comfy.conds.CONDRegular(kwargs["cross_attn"])}
-    module = pack.submodule("nodes.train_model").ComfyTrainingModel
+    module = pack.submodule("integration.training.comfy_model").ComfyTrainingModel
     predict = module.predict
     monkeypatch.setattr(module, "predict", lambda self, *a: seen.append(a[2]["c_crossattn"].shape) or predict(self, *a))
     prompts = [conditioning(k, tokens=tokens) for k, tokens in enumerate((23, 26, 29, 31))]
@@ -431,7 +431,7 @@ def test_latents_of_other_models(pack, tiny_unet_model) -> None:
     import comfy.latent_formats as formats
 
     model = tiny_unet_model()
-    encoder = pack.submodule("nodes.train_data").Encoder(model)
+    encoder = pack.submodule("integration.training.graph_inputs").Encoder(model)
     assert encoder.pixels_per_latent == 8 and encoder.framed(torch.zeros(4, 8, 6)).shape == (4, 8, 6)
     model.model.latent_format = formats.Wan21()
     assert encoder.framed(torch.zeros(16, 8, 6)).shape == (16, 1, 8, 6)

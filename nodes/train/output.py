@@ -9,13 +9,13 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..styleinject_core import Adapter
-from ..styleinject_core.files import save_adapter
-from ..styleinject_core.train.run.watch import figure_pixels, loss_figure, running_mean
-from . import paths
-from .schema import AdapterType, schema
-from .train_options import DTYPES
-from .train_run import LossHistory, LossType
+from ...integration import paths
+from ...integration.training.named_runs import LossHistory
+from ...integration.training.options import DTYPES
+from ...styleinject_core import Adapter
+from ...styleinject_core.files import save_adapter
+from ...styleinject_core.train.run.watch import figure_pixels, loss_figure, running_mean
+from ..schema import AdapterType, LossType, schema
 
 
 class StyleInjectSave(io.ComfyNode):

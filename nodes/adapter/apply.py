@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from comfy_api.latest import io
 
-from ..styleinject_core import Adapter, load_adapter
-from ..styleinject_core.hosts.architectures import describe
-from ..styleinject_core.router.control import Rule
-from . import paths
-from .injection import Injection, model_title
-from .patcher import ModelPatcher, apply_adapter, injections_of, set_strength
-from .schema import AdapterType, LayerWeightsType, RouterControlType, adapter_name_input, schema, strength_input
+from ...integration import paths
+from ...integration.injection import Injection, model_title
+from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, set_strength
+from ...styleinject_core import Adapter, load_adapter
+from ...styleinject_core.hosts.architectures import describe
+from ...styleinject_core.router.control import Rule
+from ..schema import AdapterType, LayerWeightsType, RouterControlType, adapter_name_input, schema, strength_input
 
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
 

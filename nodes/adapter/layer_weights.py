@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .schema import LayerWeightsType, schema
+from ..schema import LayerWeightsType, schema
 
 # input -> (selector, what it means to a user)
 _GROUPS = {

@@ -14,21 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..styleinject_core.commands.config import AdapterTable
-from ..styleinject_core.files import AdapterFileError
-from ..styleinject_core.files.format import atomic_save
-from ..styleinject_core.selector import select
-from ..styleinject_core.train.data.batches import tensors_hash
-from ..styleinject_core.train.data.source import LatentSource
-from ..styleinject_core.train.objectives.tasks import FineTune
-from ..styleinject_core.train.run.metadata import made_by
-from ..styleinject_core.train.settings import TrainSettings
-from . import paths
-from .patcher import ModelPatcher, injections_of
-from .train_data import Encoder, Prompt, draw, flat_prompts
-from .train_model import ComfyTrainingModel, Loaded, with_lasting_weights
-from .train_options import TrainOptions
-from .train_run import Outcome, check_name, new_adapter, train_in_folder
+from ...styleinject_core.commands.config import AdapterTable
+from ...styleinject_core.files import AdapterFileError
+from ...styleinject_core.files.format import atomic_save
+from ...styleinject_core.selector import select
+from ...styleinject_core.train.data.batches import tensors_hash
+from ...styleinject_core.train.data.source import LatentSource
+from ...styleinject_core.train.objectives.tasks import FineTune
+from ...styleinject_core.train.run.metadata import made_by
+from ...styleinject_core.train.settings import TrainSettings
+from .. import paths
+from ..patcher import ModelPatcher, injections_of
+from .comfy_model import ComfyTrainingModel, Loaded, with_lasting_weights
+from .graph_inputs import Encoder, Prompt, draw, flat_prompts
+from .named_runs import Outcome, check_name, new_adapter, train_in_folder
+from .options import TrainOptions
 
 DRAWN = "drawn"  # in output/styleinject: latents that models drew for training, kept for the next run
 

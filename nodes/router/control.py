@@ -7,11 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..styleinject_core import Adapter
-from ..styleinject_core.router.control import ROLES, Rule, parse_styles
-from ..styleinject_core.router.trace import TraceError
-from .monitor import traces_of
-from .schema import AdapterType, RouterControlType, TraceType, after_input, schema
+from ...integration.monitor import traces_of
+from ...styleinject_core import Adapter
+from ...styleinject_core.router.control import ROLES, Rule, parse_styles
+from ...styleinject_core.router.trace import TraceError
+from ..schema import AdapterType, RouterControlType, TraceType, after_input, schema
 
 SLIDERS = 16
 _HOLD = ("no", "first step", "trace")

@@ -14,22 +14,19 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..styleinject_core import Adapter, AdapterConfig
-from ..styleinject_core.files import AdapterFileError, save_adapter
-from ..styleinject_core.train.objectives.tasks import FineTune
-from ..styleinject_core.train.run.checkpoints import CheckpointError, RunFolder, validations
-from ..styleinject_core.train.run.loop import Observer, Progress, Result, run_plan, train
-from ..styleinject_core.train.run.watch import figure_pixels, loss_figure
-from ..styleinject_core.train.settings import TrainSettings
-from . import paths
-from .live import running_server
-from .train_options import GO_ON, MUST_GO_ON
-
-LossType = io.Custom("STYLEINJECT_LOSS")  # a LossHistory
+from ...styleinject_core import Adapter, AdapterConfig
+from ...styleinject_core.files import AdapterFileError, save_adapter
+from ...styleinject_core.train.objectives.tasks import FineTune
+from ...styleinject_core.train.run.checkpoints import CheckpointError, RunFolder, validations
+from ...styleinject_core.train.run.loop import Observer, Progress, Result, run_plan, train
+from ...styleinject_core.train.run.watch import figure_pixels, loss_figure
+from ...styleinject_core.train.settings import TrainSettings
+from .. import paths
+from ..live import running_server
+from .options import GO_ON, MUST_GO_ON
 
 _PLOT_EVERY = 3.0  # seconds, at least; and at most a tenth of the time
 _TEXT_EVERY = 0.5

@@ -8,12 +8,12 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..styleinject_core.router import analysis, plots
-from ..styleinject_core.router.canvas import batch
-from ..styleinject_core.router.embedding import METHODS, embed
-from ..styleinject_core.router.trace import RouterTrace, TraceError
-from .monitor import traces_of
-from .schema import after_input, schema, trace_input
+from ...integration.monitor import traces_of
+from ...styleinject_core.router import analysis, plots
+from ...styleinject_core.router.canvas import batch
+from ...styleinject_core.router.embedding import METHODS, embed
+from ...styleinject_core.router.trace import RouterTrace, TraceError
+from ..schema import after_input, schema, trace_input
 
 _ALL = "all"
 _SELECTOR = 'Which layers to show: "all", or groups such as attention, conv, self, cross, down, mid, up, up.1, to_q.'

@@ -6,13 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..styleinject_core.commands.config import METHODS
-from ..styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
-from .schema import AdapterType, schema
-from .train_data import a_prompt_each, flat_latents, flat_prompts
-from .train_job import Images, Job, empty_prompt
-from .train_options import OptionsType, TrainOptions
-from .train_run import LossType, Outcome
+from ...integration.training.graph_inputs import a_prompt_each, flat_latents, flat_prompts
+from ...integration.training.job import Images, Job, empty_prompt
+from ...integration.training.named_runs import Outcome
+from ...integration.training.options import TrainOptions
+from ...styleinject_core.commands.config import METHODS
+from ...styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
+from ..schema import AdapterType, LossType, OptionsType, schema
 
 _SEVERAL = "One LATENT or several, batches or lists; pictures of different sizes may be mixed."
 

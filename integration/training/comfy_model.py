@@ -18,16 +18,16 @@ import torch
 from comfy.patcher_extension import merge_nested_dicts
 from torch import Tensor, nn
 
-from ..styleinject_core import Adapter, Applied, Attachment
-from ..styleinject_core.adapter import host_shapes
-from ..styleinject_core.hosts.architectures import ARCHITECTURES
-from ..styleinject_core.layers import LayerShape
-from ..styleinject_core.router.control import Rule
-from ..styleinject_core.train.data.batches import Conditioning, tensors_hash
-from ..styleinject_core.train.models.noise import logit_normal, prediction_of
-from ..styleinject_core.train.models.training_model import TrainingModel
-from .injection import ComfyProgram, layer_names, model_title
-from .patcher import ModelPatcher, compute_dtype, injections_of
+from ...styleinject_core import Adapter, Applied, Attachment
+from ...styleinject_core.adapter import host_shapes
+from ...styleinject_core.hosts.architectures import ARCHITECTURES
+from ...styleinject_core.layers import LayerShape
+from ...styleinject_core.router.control import Rule
+from ...styleinject_core.train.data.batches import Conditioning, tensors_hash
+from ...styleinject_core.train.models.noise import logit_normal, prediction_of
+from ...styleinject_core.train.models.training_model import TrainingModel
+from ..injection import ComfyProgram, layer_names, model_title
+from ..patcher import ModelPatcher, compute_dtype, injections_of
 
 _SCALED, _PLAIN = comfy.model_sampling.EPS.calculate_input, comfy.model_sampling.CONST.calculate_input
 _PREDICTIONS = {  # how a model's input is scaled, and how its output is read -> what it predicts

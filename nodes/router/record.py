@@ -9,10 +9,10 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..styleinject_core.router.trace import RouterTrace, load_trace, save_trace
-from .monitor import Monitor, traces_of
-from .patcher import ModelPatcher, monitored
-from .schema import TraceType, after_input, schema, trace_input
+from ...integration.monitor import Monitor, traces_of
+from ...integration.patcher import ModelPatcher, monitored
+from ...styleinject_core.router.trace import RouterTrace, load_trace, save_trace
+from ..schema import TraceType, after_input, schema, trace_input
 
 TRACES = "styleinject_traces"  # the folder in ComfyUI's output folder
 _SUFFIX = ".safetensors"

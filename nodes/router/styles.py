@@ -9,12 +9,12 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..styleinject_core import Adapter, load_adapter, save_adapter
-from ..styleinject_core.router.canvas import contact_sheet
-from ..styleinject_core.router.control import Rule
-from . import paths
-from .patcher import ModelPatcher, apply_adapter
-from .schema import AdapterType, schema, strength_input
+from ...integration import paths
+from ...integration.patcher import ModelPatcher, apply_adapter
+from ...styleinject_core import Adapter, load_adapter, save_adapter
+from ...styleinject_core.router.canvas import contact_sheet
+from ...styleinject_core.router.control import Rule
+from ..schema import AdapterType, schema, strength_input
 
 
 class StyleInjectStyleGrid(io.ComfyNode):

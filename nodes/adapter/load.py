@@ -6,10 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..styleinject_core import Adapter, load_adapter
-from ..styleinject_core.summary import as_text, summarize
-from . import paths
-from .schema import AdapterType, adapter_name_input, schema
+from ...integration import paths
+from ...styleinject_core import Adapter, load_adapter
+from ...styleinject_core.summary import as_text, summarize
+from ..schema import AdapterType, adapter_name_input, schema
 
 
 class StyleInjectLoader(io.ComfyNode):

@@ -12,8 +12,8 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ..styleinject_core.train.data.batches import Conditioning
-from .patcher import ModelPatcher
+from ...styleinject_core.train.data.batches import Conditioning
+from ..patcher import ModelPatcher
 
 Prompt = tuple[Tensor, dict[str, Any]]  # one entry of a CONDITIONING: (1, L, C), and what else belongs to it
 
