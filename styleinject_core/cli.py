@@ -60,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--method", choices=choices(), default=choices()[0], help="what kind of adapter (default styleinject)")
     init.add_argument("--rank", type=int, default=32, help="r (default 32)")
     init.add_argument("--styles", type=int, default=16, help="n, parallel down-projections (default 16)")
-    init.add_argument(
-        "--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)"
-    )
+    init.add_argument("--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)")
     init.add_argument(
         "--factors", type=_integers, default=kronecker.FACTORS, metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)"
     )
