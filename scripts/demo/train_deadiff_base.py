@@ -1,12 +1,13 @@
 """Tune the demo's base model until it draws all five styles, as Stable Diffusion knows every style DEADiff copies.
 
     python scripts/demo/train_deadiff_base.py WORK --steps 4000     # resumes where it was stopped, bit for bit
-    python scripts/demo/train_deadiff_base.py WORK --export         # WORK/deadiff-base.pt -> assets/deadiff-base.safetensors, fp16
+    python scripts/demo/train_deadiff_base.py WORK --export         # WORK/deadiff-base.pt -> the package, fp16
 
 It starts from the shipped base (OpenMoji alone) and sees every drawing of every style. The captions are the name / the
-style's word and the name / the style's word / nothing, .40 / .35 / .15 / .10. In half of the steps every cross-attention gets as many
-zero keys and values as a DEADiff has tokens: they stand for "no reference", and a base that never met them loses
-concepts to them (4 rows beside 8 of text are a third of the softmax's terms; Stable Diffusion's are 16 beside 77).
+style's word and the name / the style's word / nothing, .40 / .35 / .15 / .10. In half of the steps every
+cross-attention gets as many zero keys and values as a DEADiff has tokens: they stand for "no reference", and a base
+that never met them loses concepts to them (4 rows beside 8 of text are a third of the softmax's terms; Stable
+Diffusion's are 16 beside 77).
 
 The learning rate warms up, stays, and falls linearly over the last quarter of --steps, so that a run can be resumed with
 another --steps as long as the fall has not begun. About .7 CPU s a step.
@@ -75,7 +76,7 @@ def captions(styles: list[str], names: list[str]) -> list[str]:
 def null_rows(unet: nn.Module, count: int) -> Iterator[None]:
     """`count` zero keys and values in every cross-attention."""
 
-    def longer(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def longer(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         return torch.cat([output, output.new_zeros(output.shape[0], count, output.shape[2])], 1)
 
     layers = [m for name, m in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))] if count else []
@@ -167,7 +168,9 @@ def main() -> None:
         if (step + 1) % PICTURE_EVERY == 0:
             average = ema.average.module.eval()
             chosen = [f"{word} {name}" for word in STYLE_WORDS.values() for name in names[:: len(names) // 10][:10]]
-            pictures(args.work / f"{args.name}-{step + 1:06d}.png", average["unet"], average["text_encoder"], autoencoder, chosen)
+            pictures(
+                args.work / f"{args.name}-{step + 1:06d}.png", average["unet"], average["text_encoder"], autoencoder, chosen
+            )
 
 
 if __name__ == "__main__":

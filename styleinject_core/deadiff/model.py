@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import CLIP_L, ENCODERS, STREAMS, DeadiffConfig
-from .ops import Casting
+from .ops import CASTING, LayerOps
 from .qformer import Stream
 from .tokens import Tokens, TokensError
 
@@ -20,7 +19,7 @@ class Deadiff(nn.Module):
 
     Args:
         config: the sizes.
-        ops: where Linear and LayerNorm come from: any that cast their parameters to the dtype of the input at each use.
+        ops: where its layers come from; a host program has its own.
         name: for messages.
         factory: device and dtype of the parameters.
 
@@ -31,15 +30,13 @@ class Deadiff(nn.Module):
 
     class_embedding: Tensor | None
 
-    def __init__(self, config: DeadiffConfig, ops: Any = Casting, name: str = "DEADiff", **factory: Any):
+    def __init__(self, config: DeadiffConfig, ops: LayerOps = CASTING, name: str = "DEADiff", **factory: Any):
         super().__init__()
         self.config, self.name = config, name
         self.metadata: dict[str, str] = {}
         self.streams = nn.ModuleDict({stream: Stream(config, ops, **factory) for stream in STREAMS})
         self.to_kv = nn.ModuleList(
-            nn.ParameterDict(
-                {part: nn.Parameter(torch.empty(width, config.width, **factory)) for part in ("i_to_k", "i_to_v")}
-            )
+            nn.ParameterDict({part: nn.Parameter(torch.empty(width, config.width, **factory)) for part in ("i_to_k", "i_to_v")})
             for _, width in config.layers
         )
         embedding = torch.empty(config.vision_width, **factory) if config.encoder == CLIP_L else None
@@ -73,8 +70,9 @@ class Deadiff(nn.Module):
     @torch.no_grad()
     def key_values(self, tokens: Tokens, place: int) -> tuple[Tensor, Tensor]:
         """The unscaled rows K = Ik img, V = Iv img of the layer at `place` of `config.layers`: (R, S, C) each, float32."""
-        weights, values = self.to_kv[place], tokens.values
-        return tuple(values @ weights[part].to(values).T for part in ("i_to_k", "i_to_v"))  # type: ignore[return-value]
+        weights: Any = self.to_kv[place]
+        keys, values = (tokens.values @ weights[part].to(tokens.values).T for part in ("i_to_k", "i_to_v"))
+        return keys, values
 
     def stream_id(self, stream: str) -> str:
         """A short hash of what shapes this stream's tokens: tokens of one file mean nothing to another one's i_to_k."""

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Casting:
-    """Linear and LayerNorm that cast their parameters to the input's dtype at each use, like ComfyUI's manual_cast."""
+@dataclass(frozen=True)
+class LayerOps:
+    """Where layers come from: classes with torch's arguments that cast their parameters to the input's dtype at each use."""
 
-    class Linear(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            bias = None if self.bias is None else self.bias.to(input.dtype)
-            return F.linear(input, self.weight.to(input.dtype), bias)
+    linear: Callable[..., nn.Module]
+    layer_norm: Callable[..., nn.Module]
 
-    class LayerNorm(nn.LayerNorm):
-        def forward(self, input: Tensor) -> Tensor:
-            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+class _Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class _LayerNorm(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight.to(input.dtype), self.bias.to(input.dtype), self.eps)
+
+
+CASTING = LayerOps(_Linear, _LayerNorm)

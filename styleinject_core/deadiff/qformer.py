@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import DeadiffConfig
-from .ops import Casting
+from .ops import CASTING, LayerOps
 
 LN_EPS = 1e-12  # BERT's; below what half precision can hold, so norms run in float32
 VISION_EPS = 1e-5
@@ -18,14 +18,14 @@ VISION_EPS = 1e-5
 class Attention(nn.Module):
     """BERT's attention with its output projection, residual and post-norm: LN(x + Wo · MHA(x, source))."""
 
-    def __init__(self, width: int, source: int, heads: int, ops: Any, **factory: Any):
+    def __init__(self, width: int, source: int, heads: int, ops: LayerOps, **factory: Any):
         super().__init__()
         self.heads = heads
-        self.query = ops.Linear(width, width, **factory)
-        self.key = ops.Linear(source, width, **factory)
-        self.value = ops.Linear(source, width, **factory)
-        self.out = ops.Linear(width, width, **factory)
-        self.norm = ops.LayerNorm(width, eps=LN_EPS, **factory)
+        self.query = ops.linear(width, width, **factory)
+        self.key = ops.linear(source, width, **factory)
+        self.value = ops.linear(source, width, **factory)
+        self.out = ops.linear(width, width, **factory)
+        self.norm = ops.layer_norm(width, eps=LN_EPS, **factory)
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         """x (B, N, width), source (B, M, source width) -> (B, N, width)."""
@@ -40,11 +40,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """LN(x + W2 · gelu(W1 · x)), with the exact (erf) GELU."""
 
-    def __init__(self, width: int, hidden: int, ops: Any, **factory: Any):
+    def __init__(self, width: int, hidden: int, ops: LayerOps, **factory: Any):
         super().__init__()
-        self.rise = ops.Linear(width, hidden, **factory)
-        self.fall = ops.Linear(hidden, width, **factory)
-        self.norm = ops.LayerNorm(width, eps=LN_EPS, **factory)
+        self.rise = ops.linear(width, hidden, **factory)
+        self.fall = ops.linear(hidden, width, **factory)
+        self.norm = ops.layer_norm(width, eps=LN_EPS, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, width) -> (B, N, width)."""
@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
 class QFormerLayer(nn.Module):
     """Queries and text attend to each other, the queries to the image; each then has a feed-forward of its own."""
 
-    def __init__(self, config: DeadiffConfig, ops: Any, **factory: Any):
+    def __init__(self, config: DeadiffConfig, ops: LayerOps, **factory: Any):
         super().__init__()
         self.queries, width, hidden = config.queries, config.width, config.feed_forward
         self.attention = Attention(width, width, config.heads, ops, **factory)
@@ -76,11 +76,11 @@ class QFormer(nn.Module):
     word and position embeddings and no tokenizer is needed. Queries have no position.
     """
 
-    def __init__(self, config: DeadiffConfig, ops: Any = Casting, **factory: Any):
+    def __init__(self, config: DeadiffConfig, ops: LayerOps = CASTING, **factory: Any):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(config.queries, config.width, **factory))
         self.text = nn.Parameter(torch.empty(config.words, config.width, **factory))
-        self.norm = ops.LayerNorm(config.width, eps=LN_EPS, **factory)
+        self.norm = ops.layer_norm(config.width, eps=LN_EPS, **factory)
         self.layers = nn.ModuleList(QFormerLayer(config, ops, **factory) for _ in range(config.depth))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class QFormer(nn.Module):
 class TokenProjection(nn.Module):
     """x + W2 · quickgelu(W1 · LN(x)), as BLIP-Diffusion has it; quickgelu(z) = z · sigmoid(1.702 z)."""
 
-    def __init__(self, config: DeadiffConfig, ops: Any = Casting, **factory: Any):
+    def __init__(self, config: DeadiffConfig, ops: LayerOps = CASTING, **factory: Any):
         super().__init__()
-        self.norm = ops.LayerNorm(config.width, eps=LN_EPS, **factory)
-        self.rise = ops.Linear(config.width, config.feed_forward, **factory)
-        self.fall = ops.Linear(config.feed_forward, config.width, **factory)
+        self.norm = ops.layer_norm(config.width, eps=LN_EPS, **factory)
+        self.rise = ops.linear(config.width, config.feed_forward, **factory)
+        self.fall = ops.linear(config.feed_forward, config.width, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, queries, width) -> tokens (B, queries, width)."""
@@ -110,9 +110,9 @@ class TokenProjection(nn.Module):
 class Stream(nn.Module):
     """One stream's path from image features to tokens: norm of the features, Q-Former, projection. Runs in float32."""
 
-    def __init__(self, config: DeadiffConfig, ops: Any = Casting, **factory: Any):
+    def __init__(self, config: DeadiffConfig, ops: LayerOps = CASTING, **factory: Any):
         super().__init__()
-        self.vision_norm = ops.LayerNorm(config.vision_width, eps=VISION_EPS, **factory)
+        self.vision_norm = ops.layer_norm(config.vision_width, eps=VISION_EPS, **factory)
         self.qformer = QFormer(config, ops, **factory)
         self.projection = TokenProjection(config, ops, **factory)
 

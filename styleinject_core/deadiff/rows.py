@@ -9,13 +9,13 @@ softmax's denominator. The model was trained with them, so they stay wherever DE
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 
 from ..layers import LayerShape
 from ..selector import parse_weights
@@ -95,10 +95,11 @@ class Reference:
         for name, weight in weights.items():
             if abs(weight) > MAX_WEIGHT:
                 raise TokensError(f"layer weight of {name} is {weight:g}, expected {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
-        return {
-            site.name: tuple(getattr(self, f"weight_{site.stream}") * weights[f"{site.name}.{part}"] for part in ("to_k", "to_v"))
-            for site in config.sites
-        }  # type: ignore[return-value]
+        scales = {}
+        for site in config.sites:
+            weight = getattr(self, f"weight_{site.stream}")
+            scales[site.name] = (weight * weights[f"{site.name}.to_k"], weight * weights[f"{site.name}.to_v"])
+        return scales
 
     def rows(self) -> dict[str, LayerRows]:
         """The constants of every site. A matter of milliseconds; i_to_k and i_to_v are not needed afterwards."""
@@ -113,7 +114,7 @@ class Reference:
                 return torch.zeros(1, count, site.width), torch.zeros(1, count, site.width)
             missing = (0, 0, 0, count - tokens.count)  # a shorter negative reference: null tokens for the rest
             keys, values = self.model.key_values(tokens, place)
-            return tuple(torch.nn.functional.pad(x, missing) for x in (key_scale * keys, value_scale * values))  # type: ignore[return-value]
+            return pad(key_scale * keys, missing), pad(value_scale * values, missing)
 
         keys, values = scaled(getattr(self, site.stream))
         negative_keys, negative_values = scaled(getattr(self, f"negative_{site.stream}"))
@@ -213,7 +214,7 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | 
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     mask = None if bias is None else bias.unsqueeze(1).to(q)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def mask_bias(mask: Tensor, height: int, width: int, text: int, added: int) -> Tensor:
@@ -227,7 +228,7 @@ def mask_bias(mask: Tensor, height: int, width: int, text: int, added: int) -> T
     Returns:
         (B, N, text + added), float32, -inf where the mask is 0.
     """
-    small = torch.nn.functional.interpolate(mask.float().unsqueeze(1), (height, width), mode="area")
+    small = interpolate(mask.float().unsqueeze(1), (height, width), mode="area")
     columns = small.clamp(0, 1).flatten(1).log().unsqueeze(-1)  # (B, N, 1)
     return torch.cat([columns.new_zeros(*columns.shape[:2], text), columns.expand(-1, -1, added)], -1)
 
@@ -242,17 +243,3 @@ def check_mask(mask: Tensor) -> None:
         raise TokensError("the mask has NaN or Inf values")
     if not (mask > 0).any():
         raise TokensError("the mask is empty: it is 0 everywhere, so no part of the image would take the reference")
-
-
-def percent(value: float, label: str) -> float:
-    """A number between 0 and 1. Raises TokensError."""
-    if not math.isfinite(value) or not 0 <= value <= 1:
-        raise TokensError(f"{label} is {value}, expected 0 to 1")
-    return value
-
-
-def describe(reference: Reference, matched: Mapping[str, Any]) -> str:
-    """How many layers of each stream found their place."""
-    sites = reference.model.config.sites
-    found = {s: sum(site.name in matched for site in sites if site.stream == s) for s in ("style", "content")}
-    return f"{found['style']} style + {found['content']} content layers of {len(sites)} matched"

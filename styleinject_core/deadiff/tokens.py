@@ -67,7 +67,7 @@ class Tokens:
         """All images at once, (1, R·S, width): each image of the output attends to every reference."""
         return replace(self, values=self.values.flatten(0, 1).unsqueeze(0))
 
-    def of_word(self) -> str:
+    def described(self) -> str:
         """In words, for reports."""
         per_image = f" for each of {self.images} images" if self.images > 1 else ""
         named = f" ({', '.join(self.labels)})" if self.labels else ""
@@ -95,7 +95,9 @@ def mix(tokens: Sequence[Tokens], weights: Sequence[float]) -> Tokens:
         raise TokensError(f"weights {', '.join(f'{w:g}' for w in weights)}: expected numbers with a sum above 0")
     counts = {t.count for t in tokens}
     if len(counts) > 1:
-        raise TokensError(f"tokens to mix have different counts, {' and '.join(map(str, sorted(counts)))}: put them side by side")
+        raise TokensError(
+            f"tokens to mix have different counts, {' and '.join(map(str, sorted(counts)))}: put them side by side"
+        )
     images = _common_images(tokens)
     mixed = sum(w / total * t.values.expand(images, -1, -1) for t, w in zip(tokens, weights, strict=True))
     assert isinstance(mixed, Tensor)
