@@ -3,6 +3,7 @@
 from .cards import StyleCard, card_of, load_card, save_card
 from .config import SD15, STREAMS, DeadiffConfig
 from .file import DeadiffFileError, load_deadiff, load_vision, save_deadiff
+from .inject import ReferenceAttachment, ReferenceMismatchError, referenced
 from .model import Deadiff
 from .rows import LayerRows, Reference
 from .tokens import Tokens, TokensError, mix, side_by_side
@@ -15,6 +16,8 @@ __all__ = [
     "DeadiffFileError",
     "LayerRows",
     "Reference",
+    "ReferenceAttachment",
+    "ReferenceMismatchError",
     "StyleCard",
     "Tokens",
     "TokensError",
@@ -23,6 +26,7 @@ __all__ = [
     "load_deadiff",
     "load_vision",
     "mix",
+    "referenced",
     "save_card",
     "save_deadiff",
     "side_by_side",

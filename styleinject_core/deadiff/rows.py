@@ -116,14 +116,15 @@ class Reference:
             keys, values = self.model.key_values(tokens, place)
             return pad(key_scale * keys, missing), pad(value_scale * values, missing)
 
-        keys, values = scaled(getattr(self, site.stream))
-        negative_keys, negative_values = scaled(getattr(self, f"negative_{site.stream}"))
-        text_tokens = self.model.config.text_tokens
-        return LayerRows(site, Rows(keys, negative_keys, text_tokens), Rows(values, negative_values, text_tokens))
+        positive, negative = scaled(getattr(self, site.stream)), scaled(getattr(self, f"negative_{site.stream}"))
+        keys, values = (
+            ConstantRows(own, others, self.model.config.text_tokens) for own, others in zip(positive, negative, strict=True)
+        )
+        return LayerRows(site, keys, values)
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ConstantRows:
     """Constant rows for the output of one Linear, to_k or to_v.
 
     Args:
@@ -168,8 +169,8 @@ class LayerRows:
     """The rows of one site's keys and values."""
 
     site: Site
-    keys: Rows
-    values: Rows
+    keys: ConstantRows
+    values: ConstantRows
 
     def nbytes(self) -> int:
         """Memory of the constants."""
