@@ -1,4 +1,4 @@
-"""The command line: styleinject init | info | demo | plot | train | dreambooth | distill."""
+"""The command line: styleinject init | info | demo | plot | train | dreambooth | distill | deadiff."""
 
 from __future__ import annotations
 
@@ -97,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--method", choices=METHODS, default=METHODS[0], help="of the map")
     plot.set_defaults(run=_plot)
 
+    deadiff = commands.add_parser("deadiff", help="style from a reference image: convert the authors' checkpoint")
+    actions = deadiff.add_subparsers(dest="action", required=True, metavar="ACTION")
+    convert = actions.add_parser("convert", help="make a small .safetensors file of deadiff_v1.ckpt, for models/deadiff")
+    convert.add_argument("checkpoint", type=Path, metavar="FILE.ckpt")
+    convert.add_argument("output", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--with-vision", action="store_true", help="take CLIP ViT-L/14 along, 0.58 GB more")
+    convert.add_argument("--force", action="store_true", help="replace an existing file")
+    convert.set_defaults(run=_convert_deadiff)
+
     for name, help_text in (
         ("train", "fine-tune an adapter on images and captions"),
         ("dreambooth", "learn one subject from a few images"),
@@ -145,6 +154,16 @@ def _init(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     summary = summarize(load_adapter(options.file))
     print(json.dumps(summary, indent=2, ensure_ascii=False) if options.json else as_text(summary))
+    return 0
+
+
+def _convert_deadiff(options: argparse.Namespace) -> int:
+    from .deadiff.convert import LICENSE, convert
+
+    done = convert(options.checkpoint, options.output, options.with_vision, options.force)
+    print(f"{options.output}: {done.tensors} tensors, {done.parameters:,} parameters, {done.size / 1e6:,.0f} MB as float16")
+    print(f"  {done.unused} tensors of {options.checkpoint.name} were left out (Stable Diffusion and what nobody uses)")
+    print("\n".join(f"  {line}" for line in (*done.notes, LICENSE)))
     return 0
 
 

@@ -15,7 +15,7 @@ FLOORS = ["styleinject_core", "integration", "nodes"]
 # Within a package, its parts likewise: modules, or sub-packages.
 ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
-                         "hosts", "summary", "router", "train", "demo", "commands", "cli"],
+                         "hosts", "summary", "router", "deadiff", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "parallel", "draws", "data", "models", "objectives", "run"],
     "integration": ["paths", "live", "injection", "monitor", "sampling", "patcher", "demo_model", "training"],
     "integration/training": ["graph_inputs", "options", "comfy_model", "named_runs", "job"],
@@ -26,8 +26,8 @@ OPTIONAL = {  # packages that need not be there, and the files of the core that 
     "diffusers": {"demo/model.py", "train/models/pipeline.py"},
     "matplotlib": {"demo/pictures.py", "train/run/watch.py", "router/canvas.py"},
     "tqdm": {"demo/run.py", "train/run/watch.py", "commands/build.py"},
-    "PIL": {"demo/data.py", "commands/run.py", "train/data/images.py"},
-    "numpy": {"demo/data.py", "train/data/images.py"},
+    "PIL": {"deadiff/cards.py", "demo/data.py", "commands/run.py", "train/data/images.py"},
+    "numpy": {"deadiff/cards.py", "demo/data.py", "train/data/images.py"},
     "peft": set(),
     "accelerate": {"train/parallel.py"},
     "sklearn": {"router/embedding.py"},
