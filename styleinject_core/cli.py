@@ -19,6 +19,7 @@ from .router.embedding import METHODS
 from .router.plots import VIEWS
 from .selector import SelectorError
 from .summary import as_text, summarize
+from .train.request import AdapterRequest
 from .train.run.loop import TrainingError
 
 
@@ -54,8 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write an untrained adapter, an exact identity, for a known architecture")
     init.add_argument("output", type=Path, metavar="OUT.safetensors")
     init.add_argument("--base", choices=ARCHITECTURES, required=True, help="the architecture; no weights are needed")
-    init.add_argument("--rank", type=int, default=32, help="r (default 32)")
-    init.add_argument("--styles", type=int, default=16, help="n, parallel down-projections (default 16)")
+    init.add_argument("--rank", type=int, default=AdapterRequest.rank, help="r (default %(default)s)")
+    init.add_argument(
+        "--styles", type=int, default=AdapterRequest.styles, help="n, parallel down-projections (default %(default)s)"
+    )
     init.add_argument("--alpha", type=float, help="the low-rank increment is scaled by alpha / rank (default: rank)")
     init.add_argument("--targets", default="to_q,to_v", help='layer selector, as in "to_q,to_v" or "attention,conv"')
     init.add_argument("--router-pool", choices=ROUTER_POOLS, default="mean")

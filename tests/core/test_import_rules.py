@@ -16,9 +16,9 @@ FLOORS = ["styleinject_core", "integration", "nodes"]
 ORDER = {
     "styleinject_core": ["config", "layers", "selector", "adapter", "functional", "override", "attach", "files", "hosts",
                          "summary", "router", "train", "demo", "commands", "cli"],
-    "styleinject_core/train": ["settings", "parallel", "draws", "data", "models", "objectives", "run"],
+    "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
     "integration": ["paths", "live", "injection", "monitor", "sampling", "patcher", "demo_model", "training"],
-    "integration/training": ["graph_inputs", "options", "comfy_model", "named_runs", "job"],
+    "integration/training": ["graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
     "nodes": ["schema", "adapter", "router", "train", "demo"],
 }  # fmt: skip
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
@@ -37,6 +37,7 @@ OPTIONAL = {  # packages that need not be there, and the files of the core that 
     "schedulefree": {"train/run/optimizers.py"},
     "prodigyopt": {"train/run/optimizers.py"},
 }
+COMMAND_LINE = {("styleinject_core", "commands"), ("styleinject_core", "cli")}  # of the core; ComfyUI has its own ways in
 FUNCTIONAL_SEES = {"layers", "functional"}
 PICTURES = {"analysis", "embedding", "canvas", "plots"}  # of the router: they see traces and nothing else
 # Attributes and arguments of __init__ that are `Any`, and what they are. Only what belongs to other programs may be, or
@@ -132,6 +133,7 @@ def test_the_core_knows_no_host_program_and_imports_optional_packages_where_they
 def test_only_the_patcher_touches_modelpatcher_and_only_nodes_have_schemas(path):
     relative = path.relative_to(ROOT).as_posix()
     for module, _, _ in imports(path):
+        assert module[:2] not in COMMAND_LINE, f"{relative} imports the command line's {'.'.join(module)}"
         assert module[:2] != ("comfy", "model_patcher") or relative == "integration/patcher.py", f"{relative}: ModelPatcher"
         assert module[0] != "comfy_api" or relative.startswith("nodes/"), f"{relative}: schemas are the nodes'"
 
