@@ -24,7 +24,8 @@ from ...integration.training.trainings import (
     dreambooth,
     fine_tune,
 )
-from ...styleinject_core.train.request import METHODS, AdapterRequest
+from ...styleinject_core.methods import choices
+from ...styleinject_core.train.request import AdapterRequest
 from ...styleinject_core.train.settings import TrainSettings
 from ..schema import AdapterType, LossType, OptionsType, schema
 
@@ -251,7 +252,7 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
         ),
         io.Combo.Input(
             "method",
-            options=list(METHODS),
+            options=list(choices()),
             default=AdapterRequest.method,
             tooltip="styleinject is the method whole. lora is plain LoRA, to compare with. dma-only leaves out the statistics, "
             "sta-only the several styles.",

@@ -299,8 +299,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(k for k in get_args(kind) if k is not type(None))
     if get_origin(kind) is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{where}: expected a list of strings, found {value!r}")
+        item_kind, words = get_args(kind)[0], {str: "strings", int: "whole numbers"}
+        if not isinstance(value, list) or not all(type(item) is item_kind for item in value):
+            raise ValueError(f"{where}: expected a list of {words[item_kind]}, found {value!r}")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -339,7 +340,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 

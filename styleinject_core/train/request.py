@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..config import AdapterConfig
+from ..config import LayerConfig
 from ..layers import LayerShape
+from ..methods import configure, kronecker
 from .settings import TrainSettings, about, check_choice
 
-METHODS = ("styleinject", "lora", "dma-only", "sta-only")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,33 +28,35 @@ class AdapterRequest:
     method: str = field(
         default="styleinject",
         metadata=about(
-            '"styleinject"; "lora" (one style, no router, no AdaIN); "dma-only" (no AdaIN); "sta-only" (one style).'
+            '"styleinject"; "dma-only" (no AdaIN); "sta-only" (one style); "lora" (one style, no router, no AdaIN);\n'
+            '"kronecker" (DiffuseKronA: rank, styles, alpha and all below factors mean nothing to it).'
         ),
     )
     rank: int = field(default=32, metadata=about("r."))
     styles: int = field(default=16, metadata=about("n, parallel down-projections; 1 for lora and sta-only."))
     alpha: float = field(default=0.0, metadata=about("the low-rank part is scaled by alpha / rank; 0 means alpha = rank."))
     targets: tuple[str, ...] = field(
-        default=("to_q", "to_v"), metadata=about('a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"].')
+        default=("to_q", "to_v"),
+        metadata=about(
+            'a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; for kronecker the paper has\n'
+            '["to_q", "to_k", "to_v", "to_out.0"].'
+        ),
+    )
+    factors: tuple[int, ...] = field(
+        default=kronecker.FACTORS,
+        metadata=about(
+            "of kronecker: the sizes of A, (a1, a2); fewer numbers the nearer their product is to the root of the layer's."
+        ),
     )
     router_pool: str = field(default="mean", metadata=about('"mean", "sum" or "token".'))
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
         self.config()  # its own checks
 
-    def config(self) -> AdapterConfig:
+    def config(self) -> LayerConfig:
         """The adapter's config."""
-        one_style = self.method in ("lora", "sta-only")
-        return AdapterConfig(
-            r=self.rank,
-            n_styles=1 if one_style else self.styles,
-            alpha=self.alpha or None,
-            router_pool="mean" if one_style else self.router_pool,
-            sta="none" if self.method in ("lora", "dma-only") else self.sta,
-            target_modules=self.targets,
-        )
+        return configure(self)
 
 
 @dataclass(frozen=True)
