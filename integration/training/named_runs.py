@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...styleinject_core import Adapter
 from ...styleinject_core.files import AdapterFileError, save_adapter
+from ...styleinject_core.files.atomic import replacing
 from ...styleinject_core.train.objectives.tasks import FineTune
 from ...styleinject_core.train.run.checkpoints import CheckpointError, RunFolder, validations
 from ...styleinject_core.train.run.loop import Observer, Progress, Result, run_plan, train
@@ -133,7 +134,8 @@ class Watch(Observer):
         folder = self.run.path / "samples"
         try:
             folder.mkdir(exist_ok=True)
-            self._latest.save(folder / f"step-{step:06}.png")
+            with replacing(folder / f"step-{step:06}.png") as temporary:
+                self._latest.save(temporary, format="png")
         except OSError as error:
             self.problem(f"picture of step {step}: {error}")
 

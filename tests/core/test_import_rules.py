@@ -15,7 +15,7 @@ FLOORS = ["styleinject_core", "integration", "nodes"]
 # Within a package, its parts likewise: modules, or sub-packages.
 ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
-                         "hosts", "summary", "router", "train", "demo", "commands", "cli"],
+                         "hosts", "summary", "colors", "router", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
     "integration": ["paths", "live", "injection", "monitor", "sampling", "patcher", "demo_model", "training"],
     "integration/training": ["graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
@@ -39,7 +39,7 @@ OPTIONAL = {  # packages that need not be there, and the files of the core that 
 }
 COMMAND_LINE = {("styleinject_core", "commands"), ("styleinject_core", "cli")}  # of the core; ComfyUI has its own ways in
 FUNCTIONAL_SEES = {"layers", "functional"}
-PICTURES = {"analysis", "embedding", "canvas", "plots"}  # of the router: they see traces and nothing else
+PICTURES = {"analysis", "embedding", "canvas", "plots"}  # of the router: they see traces, colors and how to write a file
 # Attributes and arguments of __init__ that are `Any`, and what they are. Only what belongs to other programs may be, or
 # what torch types too narrowly: `Any` for a type of this pack would hide an import that the rules above forbid.
 FOREIGN = {
@@ -122,7 +122,8 @@ def test_the_core_knows_no_host_program_and_imports_optional_packages_where_they
         elif relative.parts[0] == "functional":
             assert module[1] in FUNCTIONAL_SEES, f"{relative} imports {'.'.join(module)}"
         elif relative.parts[0] == "router" and path.stem in PICTURES:
-            assert module[1] == "router" and module[2] in {"trace", *PICTURES}, f"{relative} imports {'.'.join(module)}"
+            seen = {"colors", "files.atomic", *(f"router.{name}" for name in ("trace", *PICTURES))}
+            assert ".".join(module[1:]) in seen, f"{relative} imports {'.'.join(module)}"
 
 
 @pytest.mark.parametrize("path", [param for param in EVERY_FILE if not param.id.startswith("styleinject_core/")])

@@ -10,8 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...files import AdapterFileError
-from ...files.format import atomic_save
+from ...files.atomic import save_tensors
 
 SAVE_EVERY = 60.0  # seconds
 
@@ -47,7 +46,7 @@ def draw_once(
         (C, ..., H, W) each, on the CPU.
 
     Raises:
-        AdapterFileError, OSError: the file cannot be written. What was drawn before an error or an interrupt is kept.
+        OSError: the file cannot be written. What was drawn before an error or an interrupt is kept.
     """
     latents = kept_latents(path)
     saved, saved_at = len(latents), time.monotonic()
@@ -56,8 +55,8 @@ def draw_once(
         nonlocal saved, saved_at
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_save({"latents": torch.stack(latents)}, path, {"format": "pt"})
-        except (OSError, AdapterFileError) as error:
+            save_tensors({"latents": torch.stack(latents)}, path, {"format": "pt"})
+        except OSError as error:
             if problem is None:
                 raise
             problem(f"images drawn for training are not kept: {error}")
