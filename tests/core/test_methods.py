@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from styleinject_core import Adapter, Applied, LayerShape, attach, load_adapter, methods, save_adapter
-from styleinject_core.commands.config import AdapterTable
 from styleinject_core.config import LayerConfig
 from styleinject_core.functional import dispatch, fold, reference, stack
 from styleinject_core.functional.host import HostLayer
@@ -20,6 +19,7 @@ from styleinject_core.methods.method import AdapterLayer, Method
 from styleinject_core.router.recorder import Recorder
 from styleinject_core.router.trace import TraceError
 from styleinject_core.summary import as_text, summarize
+from styleinject_core.train.request import AdapterRequest
 
 
 class Host(nn.Module):
@@ -126,7 +126,7 @@ EVERY = [*methods.choices(), "toy"]
 
 def new(choice: str, host: nn.Module | None = None, **settings) -> Adapter:
     torch.manual_seed(0)
-    table = AdapterTable(**{"method": choice, "rank": 2, "styles": 3, "factors": (6, 4), "targets": ("all",), **settings})
+    table = AdapterRequest(**{"method": choice, "rank": 2, "styles": 3, "factors": (6, 4), "targets": ("all",), **settings})
     return Adapter.create(host or Host(), table.config(), choice)
 
 
@@ -263,7 +263,7 @@ def test_router_tools_refuse_a_method_without_router(choice):
 
 def test_a_method_that_does_not_exist():
     with pytest.raises(ValueError, match="method: expected one of styleinject, lora, kronecker, .*, found 'dora'"):
-        AdapterTable(method="dora")
+        AdapterRequest(method="dora")
 
 
 def inputs(host: nn.Module, x: Tensor) -> dict[str, Tensor]:
