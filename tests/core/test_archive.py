@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("pathspec")
 
-from archive import REPO, archived  # noqa: E402
+from archive import REPO, archived
 
 if sys.version_info >= (3, 11):
     import tomllib
