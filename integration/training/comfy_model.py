@@ -129,7 +129,7 @@ class ComfyTrainingModel(TrainingModel):
         return hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()
 
     @property
-    def half(self) -> bool:
+    def is_float16(self) -> bool:
         return compute_dtype(self.patcher) == torch.float16
 
     @property

@@ -101,12 +101,12 @@ def drawn_for_training(
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
     """A fingerprint of prompts and of all that belongs to them: pooled outputs, sizes, guidance."""
-    tensors, others = [], []
+    tensors, texts = [], []
     for tensor, extras in prompts:
         tensors.append(tensor)
         for key, value in sorted(extras.items()):
             if isinstance(value, Tensor):
                 tensors.append(value)
             else:
-                others.append(f"{key}: {value!r}")
-    return hashlib.blake2b(f"{tensors_hash(tensors)} {others}".encode(), digest_size=8).hexdigest()
+                texts.append(f"{key}: {value!r}")
+    return hashlib.blake2b(f"{tensors_hash(tensors)} {texts}".encode(), digest_size=8).hexdigest()

@@ -203,7 +203,7 @@ def _folder(data: DataTable, path: Path, seed: int, caption: str | None) -> Imag
 def _folder_source(
     config: TrainConfig,
     folder: ImageFolder,
-    chosen: Sequence[int] | None,
+    indices: Sequence[int] | None,
     model: TextToImageModel,
     batch_size: int,
     processes: Processes,
@@ -213,7 +213,7 @@ def _folder_source(
         return model.encode_text([caption])
 
     options: dict[str, Any] = {"batch_size": batch_size, "seed": config.train.seed, "processes": processes}
-    return FolderSource(folder, model.encode, read, chosen=chosen, **options, **reading)
+    return FolderSource(folder, model.encode, read, indices=indices, **options, **reading)
 
 
 def _prior(

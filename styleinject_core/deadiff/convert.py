@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.atomic import WriteError, replacing
+from ..files.atomic import replacing
 from ..files.names import diffusers_name
 from .config import SD15, STREAMS
 from .file import SUFFIX, VISION, DeadiffFileError, expected_tensors, header
@@ -68,7 +68,8 @@ def convert(source: str | Path, target: str | Path, with_vision: bool = False, f
 
     Raises:
         DeadiffFileError: a source that is missing, holds more than tensors, is no DEADiff, or lacks tensors or has them in
-            other shapes; a target that exists or cannot be written.
+            other shapes; a target that exists.
+        WriteError: the disk refuses.
     """
     source, target = Path(source), Path(target)
     if target.suffix != SUFFIX:
@@ -230,7 +231,7 @@ def stream_save(
         value: gives the tensor of a name, float16 and contiguous; called in the order of `shapes`.
 
     Raises:
-        DeadiffFileError: the disk refuses; nothing is left behind.
+        WriteError: the disk refuses; nothing is left behind.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -238,10 +239,7 @@ def stream_save(
         table[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset := offset + 2 * _size(shape)]}
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in shapes:
-                file.write(memoryview(value(name).view(torch.uint8).numpy().reshape(-1)))  # type: ignore[arg-type]
-    except WriteError as error:
-        raise DeadiffFileError(str(error)) from error
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in shapes:
+            file.write(memoryview(value(name).view(torch.uint8).numpy().reshape(-1)))  # type: ignore[arg-type]

@@ -139,10 +139,10 @@ def matching_times(schedule: NoiseSchedule, times: Tensor, other: NoiseSchedule)
     """The times (B,) at which the noise of another schedule of the same kind is closest to this one's at `times` (B,)."""
     if not (isinstance(schedule, DiscreteSchedule) and isinstance(other, DiscreteSchedule)):
         return times  # sigmas, or t: the noise level itself
-    theirs, own = (s.alphas_cumprod.cpu().double().logit(1e-9) for s in (other, schedule))  # log SNR
-    if theirs.shape == own.shape and torch.equal(theirs, own):
+    other_snr, snr = (s.alphas_cumprod.cpu().double().logit(1e-9) for s in (other, schedule))  # log SNR
+    if other_snr.shape == snr.shape and torch.equal(other_snr, snr):
         return times
-    return (own[times.cpu()].unsqueeze(1) - theirs).abs().argmin(1).to(times.device)
+    return (snr[times.cpu()].unsqueeze(1) - other_snr).abs().argmin(1).to(times.device)
 
 
 def predicted_sample(schedule: NoiseSchedule, prediction: Tensor, noisy: Tensor, times: Tensor) -> Tensor:
