@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,8 @@ from styleinject_core.train.data.batches import joined, rows, where
 from styleinject_core.train.data.source import LatentSource
 from styleinject_core.train.models.noise import (
     DiscreteSchedule,
-    FlowSchedule,
     add_noise,
+    logit_normal,
     matching_times,
     min_snr_weight,
     predicted_sample,
@@ -29,6 +31,23 @@ from styleinject_core.train.run.loop import train
 from styleinject_core.train.settings import TrainSettings
 
 ALPHAS = torch.linspace(0.99, 0.01, 100)
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Rectified flow: z_t = (1 - t) x0 + t ε, the model predicts ε - x0; times are shifted logit-normal ones."""
+
+    shift: float = 1.0
+    prediction_type: str = "flow"
+
+    def coefficients(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 1 - times.float(), times.float()
+
+    def times(self, uniform: torch.Tensor) -> torch.Tensor:
+        t = logit_normal(uniform)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+
 SCHEDULES = [DiscreteSchedule(ALPHAS, kind) for kind in ("epsilon", "v_prediction", "sample")] + [FlowSchedule(3.0)]
 
 

@@ -79,26 +79,6 @@ class DiscreteSchedule:
         return cls(alphas_cumprod, prediction_type)
 
 
-@dataclass(frozen=True)
-class FlowSchedule:
-    """Rectified flow: z_t = (1 - t) x0 + t ε, the model predicts ε - x0; times are t in (0, 1), drawn logit-normally
-    and shifted (Esser et al., arXiv 2403.03206).
-
-    Args:
-        shift: the model's timestep shift; 1 leaves times as drawn.
-    """
-
-    shift: float = 1.0
-    prediction_type: str = "flow"
-
-    def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - times.float(), times.float()
-
-    def times(self, uniform: Tensor) -> Tensor:
-        t = logit_normal(uniform)
-        return self.shift * t / (1 + (self.shift - 1) * t)
-
-
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """ᾱ (T,) shifted and scaled so that the last time is pure noise (Lin et al., arXiv 2305.08891, algorithm 1)."""
     root = alphas_cumprod.sqrt()
