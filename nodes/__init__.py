@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import paths
-from .apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjectStrength
-from .demo import StyleInjectDemoDataset, StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
-from .load import StyleInjectInfo, StyleInjectLoader
-from .router_control import StyleInjectRouterControl, StyleInjectStyleMixer
-from .router_plots import (
+from ..integration import paths
+from .adapter.apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjectStrength
+from .adapter.layer_weights import StyleInjectLayerWeights
+from .adapter.load import StyleInjectInfo, StyleInjectLoader
+from .demo.dataset import StyleInjectDemoDataset
+from .demo.drawing import StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
+from .router.control import StyleInjectRouterControl, StyleInjectStyleMixer
+from .router.plots import (
     StyleInjectRouterCompare,
     StyleInjectRouterHeatmap,
     StyleInjectRouterLayers,
     StyleInjectRouterMap,
     StyleInjectRouterTimeline,
 )
-from .router_record import StyleInjectLoadRouterTrace, StyleInjectRouterMonitor, StyleInjectRouterTrace
-from .router_styles import StyleInjectNameStyles, StyleInjectStyleGrid, StyleInjectStyleSheet
-from .train import StyleInjectDistill, StyleInjectDreamBooth, StyleInjectTrain
-from .train_options import StyleInjectTrainOptions
-from .train_output import StyleInjectLossPlot, StyleInjectSave
-from .weights import StyleInjectLayerWeights
+from .router.record import StyleInjectLoadRouterTrace, StyleInjectRouterMonitor, StyleInjectRouterTrace
+from .router.styles import StyleInjectNameStyles, StyleInjectStyleGrid, StyleInjectStyleSheet
+from .train.options import StyleInjectTrainOptions
+from .train.output import StyleInjectLossPlot, StyleInjectSave
+from .train.trainers import StyleInjectDistill, StyleInjectDreamBooth, StyleInjectTrain
 
 NODES: list[type[io.ComfyNode]] = [
     StyleInjectLoadAndApply,

@@ -7,15 +7,17 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import paths
+from ..integration import paths
 
 CATEGORY = "StyleInject"
 STRENGTH_RANGE = {"min": -10.0, "max": 10.0, "step": 0.05, "round": 0.001}
 
 AdapterType = io.Custom("STYLEINJECT_ADAPTER")  # a styleinject_core.Adapter
-TraceType = io.Custom("STYLEINJECT_TRACE")  # a monitor.Monitor, or a sequence of the core's RouterTrace
+TraceType = io.Custom("STYLEINJECT_TRACE")  # an integration.monitor.Monitor, or a sequence of the core's RouterTrace
 RouterControlType = io.Custom("STYLEINJECT_ROUTER_CONTROL")  # a sequence of the core's Rule
 LayerWeightsType = io.Custom("STYLEINJECT_LAYER_WEIGHTS")  # text in the core's layer weight language
+OptionsType = io.Custom("STYLEINJECT_TRAIN_OPTIONS")  # a TrainOptions of integration.training.options
+LossType = io.Custom("STYLEINJECT_LOSS")  # a LossHistory of integration.training.named_runs
 
 
 def schema(node_id: str, *, search_aliases: list[str], **values: Any) -> io.Schema:

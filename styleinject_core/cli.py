@@ -19,7 +19,7 @@ from .router.embedding import METHODS
 from .router.plots import VIEWS
 from .selector import SelectorError
 from .summary import as_text, summarize
-from .train.loop import TrainingError
+from .train.run.loop import TrainingError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

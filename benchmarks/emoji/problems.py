@@ -14,9 +14,9 @@ from tqdm import tqdm
 from styleinject_core.demo import data
 from styleinject_core.demo.classifier import Classifier, load_classifier
 from styleinject_core.demo.training import DemoTrainingModel
+from styleinject_core.train.data.source import LatentSource
+from styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
 from styleinject_core.train.settings import TrainSettings
-from styleinject_core.train.source import LatentSource
-from styleinject_core.train.tasks import Distil, DreamBooth, FineTune
 
 PIXELS = 64
 QUERY_VALUE, WITH_CONVOLUTIONS = ("to_q", "to_v"), ("to_q", "to_v", "conv")

@@ -30,7 +30,7 @@ from methods import METHODS, RATES, trained_parameters, trainee
 from problems import QUICK, Distillation, Problem, Size, Subject
 from tqdm import tqdm
 
-from styleinject_core.train.loop import Observer, Progress, TrainingError, train
+from styleinject_core.train.run.loop import Observer, Progress, TrainingError, train
 
 PROBLEMS: dict[str, Callable[[Size], Problem]] = {
     "style": partial(Problem, "openmoji-line"),

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from styleinject_core import save_adapter
 from styleinject_core.demo import data, styles
-from styleinject_core.train.watch import ProgressBar
+from styleinject_core.train.run.watch import ProgressBar
 
 
 def main() -> None:

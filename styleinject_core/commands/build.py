@@ -18,14 +18,15 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..demo.training import DemoTrainingModel
 from ..files.format import atomic_save
-from ..train.data import ImageFolder
-from ..train.metadata import made_by
-from ..train.model import Conditioning, TextToImageModel, joined
+from ..train.data.batches import Conditioning, joined
+from ..train.data.folder import ImageFolder
+from ..train.data.source import FolderSource, LatentSource, Source, StreamSource
+from ..train.data.webdataset import ImageStream
+from ..train.models.pipeline import PipelineModel
+from ..train.models.training_model import TextToImageModel
+from ..train.objectives.tasks import Distil, DreamBooth, FineTune
 from ..train.parallel import Processes, launched_device
-from ..train.pipeline import PipelineModel
-from ..train.source import FolderSource, LatentSource, Source, StreamSource
-from ..train.tasks import Distil, DreamBooth, FineTune
-from ..train.webdataset import ImageStream
+from ..train.run.metadata import made_by
 from .config import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..files import save_adapter
 from ..files.atomic import replacing
-from ..train.checkpoints import RunFolder, validations
 from ..train.draws import Draws
-from ..train.loop import Progress, Result, train
 from ..train.parallel import launched_processes
-from ..train.watch import ProgressBar, loss_plot
+from ..train.run.checkpoints import RunFolder, validations
+from ..train.run.loop import Progress, Result, train
+from ..train.run.watch import ProgressBar, loss_plot
 from .build import Job, build
 from .config import TrainConfig, load_config
 

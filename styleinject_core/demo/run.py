@@ -14,7 +14,7 @@ from ..attach import Applied, attach
 from ..files import load_adapter, save_adapter
 from ..router.recorder import record
 from ..router.trace import RouterTrace
-from ..train.watch import ProgressBar, loss_plot
+from ..train.run.watch import ProgressBar, loss_plot
 from . import data, pictures
 from .classifier import load_classifier, recognised
 from .model import sample

@@ -11,10 +11,10 @@ from torch import nn
 from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..hosts.architectures import ARCHITECTURES
-from ..train.loop import Observer, train
+from ..train.data.source import LatentSource
+from ..train.objectives.tasks import FineTune
+from ..train.run.loop import Observer, train
 from ..train.settings import TrainSettings
-from ..train.source import LatentSource
-from ..train.tasks import FineTune
 from . import data
 from .autoencoder import Autoencoder
 from .model import load_autoencoder, load_text_encoder, load_unet

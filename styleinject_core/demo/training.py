@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..train.model import Conditioning, TextToImageModel
-from ..train.noise import DiscreteSchedule
+from ..train.data.batches import Conditioning
+from ..train.models.noise import DiscreteSchedule
+from ..train.models.training_model import TextToImageModel
 from .autoencoder import DOWNSCALE, Autoencoder
 from .model import BASE_STYLE, NOISE_SCHEDULE, load_autoencoder, load_text_encoder, load_unet, sample
 from .text import TextEncoder

@@ -117,7 +117,9 @@ def test_windows_paths(tmp_path, path, found):
         load_config(TrainConfig, tmp_path / "c.toml")
     (tmp_path / "c.toml").write_text(f"[model]\npath = '{path}'\n[output]\nfolder = 'x'\n[data]\nfolder = 'y'\n")
     assert load_config(TrainConfig, tmp_path / "c.toml").model.path == path
-    (tmp_path / "c.toml").write_text('[model]\npath = "x"\n[output]\nfolder = "x"\nlicense = """MIT\nsee file"""\n[data]\nfolder = "y"\n')
+    (tmp_path / "c.toml").write_text(
+        '[model]\npath = "x"\n[output]\nfolder = "x"\nlicense = """MIT\nsee file"""\n[data]\nfolder = "y"\n'
+    )
     assert load_config(TrainConfig, tmp_path / "c.toml").output.license == "MIT\nsee file"
 
 
@@ -129,7 +131,7 @@ def test_out_of_memory_says_what_helps(here, capsys, monkeypatch, error):
     def loss(*_):
         raise error
 
-    monkeypatch.setattr("styleinject_core.train.tasks.FineTune.loss", loss)
+    monkeypatch.setattr("styleinject_core.train.objectives.tasks.FineTune.loss", loss)
     for more in ([], ["--dry-run"]):
         assert main(["train", str(write(here)), *more]) == 1
         told = capsys.readouterr().err
@@ -145,7 +147,11 @@ def test_out_of_memory_says_what_helps(here, capsys, monkeypatch, error):
     (DistilConfig, {"data": {"folder": "", "validation": 2}, "distil": {"prompts": "p.txt"}}, "data.validation: images can be held out"),
 ])  # fmt: skip
 def test_config_errors_of_the_others(here, kind, changes, message):
-    needed = {"dreambooth": {"instance_prompt": "sks cat", "class_prompt": "cat"}, "teacher": {"path": "demo:noto"}, "distil": {}}
+    needed = {
+        "dreambooth": {"instance_prompt": "sks cat", "class_prompt": "cat"},
+        "teacher": {"path": "demo:noto"},
+        "distil": {},
+    }
     own = {"dreambooth"} if kind is DreamBoothConfig else {"teacher", "distil"}
     tables = {name: {**needed.get(name, {}), **changes.get(name, {})} for name in {*own, *changes}}
     with pytest.raises(ConfigError, match=message):
@@ -158,7 +164,9 @@ def test_texts_of_other_systems(here):
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_config(TrainConfig, path).output.name == "noto style"
     path.write_text(path.read_text(encoding="utf-8-sig"), encoding="utf-16")
-    with pytest.raises(ConfigError, match=r"config.toml: no UTF-8 text; it is UTF-16, as some shells write it: save it as UTF-8"):
+    with pytest.raises(
+        ConfigError, match=r"config.toml: no UTF-8 text; it is UTF-16, as some shells write it: save it as UTF-8"
+    ):
         load_config(TrainConfig, path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     for command in ("train", "dreambooth", "distill"):

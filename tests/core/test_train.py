@@ -12,10 +12,10 @@ from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, attach, load_adapter
 from styleinject_core.files import AdapterFileError
-from styleinject_core.train.checkpoints import CheckpointError, RunFolder
-from styleinject_core.train.loop import Observer, TrainingError, run_plan, train
-from styleinject_core.train.optimizers import evaluating, make_optimizer
 from styleinject_core.train.parallel import Processes
+from styleinject_core.train.run.checkpoints import CheckpointError, RunFolder
+from styleinject_core.train.run.loop import Observer, TrainingError, run_plan, train
+from styleinject_core.train.run.optimizers import evaluating, make_optimizer
 from styleinject_core.train.settings import OPTIMIZERS, TrainSettings
 
 
@@ -185,7 +185,9 @@ def test_what_resume_refuses(task, tmp_path):
     run = RunFolder(tmp_path / "run")
     train(task.adapter(), task, SETTINGS, run=run)
     changed = TrainSettings(**{**vars(SETTINGS), "learning_rate": 1e-3, "seed": 4})
-    with pytest.raises(CheckpointError, match=r"step 30 of another run(.|\n)*learning_rate: was 0.02, is 0.001(.|\n)*seed: was 0"):
+    with pytest.raises(
+        CheckpointError, match=r"step 30 of another run(.|\n)*learning_rate: was 0.02, is 0.001(.|\n)*seed: was 0"
+    ):
         train(task.adapter(), task, changed, run=run)
     other = Adapter.create(task.host, AdapterConfig(r=1, n_styles=2, target_modules=("to_q",)))
     with pytest.raises(CheckpointError, match=r"adapter\.r: was 2, is 1"):

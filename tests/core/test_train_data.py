@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from styleinject_core.train.buckets import bucket_sizes, nearest_bucket
-from styleinject_core.train.data import BatchOrder, CorruptError, DataError, ImageFolder, ImageStream
-from styleinject_core.train.webdataset import find_shards
+from styleinject_core.train.data.buckets import BatchOrder, bucket_sizes, nearest_bucket
+from styleinject_core.train.data.folder import ImageFolder
+from styleinject_core.train.data.images import CorruptError, DataError
+from styleinject_core.train.data.webdataset import ImageStream, find_shards
 
 SMALL = {"resolution": 32, "bucket_step": 8}
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, attach
+from styleinject_core.train.data.batches import joined, rows, where
+from styleinject_core.train.data.source import LatentSource
 from styleinject_core.train.draws import Draws
-from styleinject_core.train.loop import train
-from styleinject_core.train.model import TrainingModel, joined, rows, where
-from styleinject_core.train.noise import (
+from styleinject_core.train.models.noise import (
     DiscreteSchedule,
     FlowSchedule,
     add_noise,
@@ -21,11 +21,12 @@ from styleinject_core.train.noise import (
     target,
     zero_terminal_snr,
 )
-from styleinject_core.train.objectives import block_features, checkpointed, distil_loss, fine_tune_loss
+from styleinject_core.train.models.training_model import TrainingModel
+from styleinject_core.train.objectives.losses import block_features, checkpointed, distil_loss, fine_tune_loss
+from styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
 from styleinject_core.train.parallel import Processes
+from styleinject_core.train.run.loop import train
 from styleinject_core.train.settings import TrainSettings
-from styleinject_core.train.source import LatentSource
-from styleinject_core.train.tasks import Distil, DreamBooth, FineTune
 
 ALPHAS = torch.linspace(0.99, 0.01, 100)
 SCHEDULES = [DiscreteSchedule(ALPHAS, kind) for kind in ("epsilon", "v_prediction", "sample")] + [FlowSchedule(3.0)]
@@ -74,7 +75,9 @@ def test_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="prediction_type: expected epsilon, v_prediction or sample, found 'flow'"):
         DiscreteSchedule(ALPHAS, "flow")
     with pytest.raises(ValueError, match="beta_schedule: expected linear or scaled_linear, found 'squaredcos'"):
-        DiscreteSchedule.from_diffusers({"beta_start": 1, "beta_end": 2, "num_train_timesteps": 3, "beta_schedule": "squaredcos"})
+        DiscreteSchedule.from_diffusers(
+            {"beta_start": 1, "beta_end": 2, "num_train_timesteps": 3, "beta_schedule": "squaredcos"}
+        )
     with pytest.raises(ValueError, match="EDMEulerScheduler: beta_schedule: expected linear or scaled_linear, found None"):
         DiscreteSchedule.from_diffusers({"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "prediction_type": "epsilon"})
     with pytest.raises(ValueError, match="rescale_betas_zero_snr: .* expected v or x0"):
@@ -342,7 +345,10 @@ def test_blocks_of_several_streams_that_work_in_place():
     assert any(g.abs().sum() > 0 for g in gradients[0])
     for plain, small in zip(*gradients, strict=True):
         torch.testing.assert_close(small, plain)
-    with checkpointed(blocks), pytest.raises(ValueError, match=r"gradient_checkpointing: block blocks\.0 writes into its inputs"):
+    with (
+        checkpointed(blocks),
+        pytest.raises(ValueError, match=r"gradient_checkpointing: block blocks\.0 writes into its inputs"),
+    ):
         network(x)
 
 

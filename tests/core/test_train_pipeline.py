@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from styleinject_core import Adapter, AdapterConfig, load_adapter
 from styleinject_core.cli import main
 from styleinject_core.hosts.architectures import describe
+from styleinject_core.train.data.source import LatentSource
 from styleinject_core.train.draws import Draws
-from styleinject_core.train.pipeline import ModelError, PipelineModel
+from styleinject_core.train.models.pipeline import ModelError, PipelineModel
+from styleinject_core.train.objectives.tasks import FineTune
 from styleinject_core.train.settings import TrainSettings
-from styleinject_core.train.source import LatentSource
-from styleinject_core.train.tasks import FineTune
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,10 @@ def save_pipeline(folder, xl=False):
     )
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     common = {"sample_size": 8, "block_out_channels": (32, 32), "layers_per_block": 1, "attention_head_dim": 2, **blocks}
     vae = AutoencoderKL(block_out_channels=(32, 32), latent_channels=4, norm_num_groups=32,
                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
@@ -255,6 +258,8 @@ def test_folders_as_they_are_downloaded(models, tmp_path):
 
 
 def test_what_is_no_pipeline(models, tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30"}')
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionInpaintPipeline", "_diffusers_version": "0.30"}'
+    )
     with pytest.raises(ModelError, match="cannot be loaded|expected Stable Diffusion"):
         PipelineModel.load(tmp_path, CPU, torch.float32)

@@ -58,7 +58,7 @@ def comfy_base() -> Path:
 
 @pytest.fixture(scope="session")
 def pack() -> Pack:
-    """The pack, loaded as ComfyUI loads it: ``pack["NodeId"]``, ``pack.submodule("nodes.patcher")``."""
+    """The pack, loaded as ComfyUI loads it: ``pack["NodeId"]``, ``pack.submodule("integration.patcher")``."""
     return load_pack(comfyui.REPO)
 
 

@@ -90,7 +90,7 @@ def test_hook_lora(model, adapter, lora, apply, sample, conditioning, tiny_unet_
 
 
 def test_hypertile_keeps_statistics_per_image(pack, model, adapter, apply, sample, monkeypatch) -> None:
-    program = pack.submodule("nodes.injection").ComfyProgram
+    program = pack.submodule("integration.injection").ComfyProgram
     tiles: list[tuple[int, int]] = []
     samples = program.samples
     monkeypatch.setattr(program, "samples", lambda self, x, name: tiles.append((x.shape[0], samples(self, x, name))) or samples(self, x, name))
@@ -153,7 +153,7 @@ def test_an_incomplete_match_is_said(pack, model, adapter, run_node, caplog) -> 
 
 
 def test_tiled_tokens_give_the_tiles_of_the_whole(pack, model, adapter) -> None:
-    core, injection = pack.submodule("styleinject_core"), pack.submodule("nodes.injection")
+    core, injection = pack.submodule("styleinject_core"), pack.submodule("integration.injection")
     attachment = injection.Injection(core.Applied(adapter)).attachment(model.model)
     attachment.program.images = 2
     layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q
@@ -192,7 +192,7 @@ def test_torch_compile(model, adapter, apply, sample, order) -> None:
 
 
 def test_layers_inside_of_compiled_blocks_are_found(pack, model, adapter) -> None:
-    layer_names = pack.submodule("nodes.injection").layer_names
+    layer_names = pack.submodule("integration.injection").layer_names
     host = model.model.diffusion_model
     plain = layer_names(model.model, host, adapter.names)
     host.middle_block[1].transformer_blocks[0] = torch.compile(host.middle_block[1].transformer_blocks[0])

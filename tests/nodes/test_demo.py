@@ -51,7 +51,7 @@ def test_unet_equals_the_diffusers_one(pack) -> None:
     x, context = torch.randn(2, 16, 8, 8, generator=generator), torch.randn(2, 8, 128, generator=generator)
     timesteps = torch.tensor([900.0, 13.0])
     with torch.inference_mode():
-        unet = pack.submodule("nodes.demo").base_model(random_weights(state)).diffusion_model
+        unet = pack.submodule("integration.demo_model").base_model(random_weights(state)).diffusion_model
         out = unet(x, timesteps, context=context)
     expected = [0.2092806, -0.5196215, -0.4024335, -0.8202262, 0.2269492, 0.6883150, 0.2010228, -0.8260315]
     assert out[:, ::5, 3, 4].flatten().tolist() == pytest.approx(expected, abs=1e-4)

@@ -43,7 +43,7 @@ class Listening:
 
 @pytest.fixture(scope="module")
 def live(pack):
-    return pack.submodule("nodes.live")
+    return pack.submodule("integration.live")
 
 
 @pytest.fixture

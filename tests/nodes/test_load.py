@@ -51,7 +51,7 @@ def listed(pack, folders):
 def test_folder_is_registered_once_and_for_safetensors_only(pack, folders) -> None:
     import folder_paths
 
-    paths = pack.submodule("nodes.paths")
+    paths = pack.submodule("integration.paths")
     elsewhere = str(folders["styleinject"] / "elsewhere")
     folder_paths.folder_names_and_paths["styleinject"] = ([elsewhere], set())  # as extra_model_paths.yaml does
     paths.register_folder()
@@ -62,7 +62,7 @@ def test_folder_is_registered_once_and_for_safetensors_only(pack, folders) -> No
 
 
 def test_adapters_that_come_with_the_pack_fit_the_demo_model(pack, run_node) -> None:
-    shipped = sorted(path.name for path in pack.submodule("nodes.paths").DEMO_ADAPTERS.glob("*.safetensors"))
+    shipped = sorted(path.name for path in pack.submodule("integration.paths").DEMO_ADAPTERS.glob("*.safetensors"))
     assert shipped
     assert set(shipped) <= set(pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"])
     demo, _ = run_node("StyleInjectDemoModel")

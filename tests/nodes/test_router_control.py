@@ -31,7 +31,7 @@ def steer(run_node, model, adapter):
 @pytest.fixture
 def recorded(pack, steer, sample):
     """Sample with a control; the latent, and the probabilities by step of one role."""
-    traces_of = pack.submodule("nodes.monitor").traces_of
+    traces_of = pack.submodule("integration.monitor").traces_of
 
     def run(control, steps=4, **settings):
         steered, monitor = steer(control=control)
@@ -68,7 +68,7 @@ def test_weights_for_one_prompt_in_some_layers_and_steps(run_node, recorded):
 
 
 def test_the_first_step_is_held_and_forgotten_after_the_run(run_node, steer, sample, pack):
-    traces_of = pack.submodule("nodes.monitor").traces_of
+    traces_of = pack.submodule("integration.monitor").traces_of
     steered, monitor = steer(control=rule(run_node, hold="first step"))
     firsts = []
     for seed in (1, 2):
@@ -87,7 +87,7 @@ def test_two_prompts_in_one_conditioning_are_held_apart(run_node, steer, sample,
     monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *_, **__: 1e30)  # one by one
     steered, monitor = steer(control=rule(run_node, hold="first step"))
     result = sample(steered, steps=3, positive=conditioning(0) + conditioning(5))
-    (trace,) = pack.submodule("nodes.monitor").traces_of(monitor, {"samples": result})
+    (trace,) = pack.submodule("integration.monitor").traces_of(monitor, {"samples": result})
     s = trace.probabilities[trace.rows("positive")].unflatten(0, (3, 2))
     assert torch.equal(s[1], s[0]) and torch.equal(s[2], s[0])
     assert not torch.allclose(s[0, 0], s[0, 1], atol=1e-4)
@@ -95,7 +95,7 @@ def test_two_prompts_in_one_conditioning_are_held_apart(run_node, steer, sample,
 
 def test_an_area_of_one_prompt_is_held_apart_from_the_others(run_node, steer, sample, conditioning, pack):
     """ComfyUI gives the other prompt an entry for the area too, with the id of the first one's."""
-    traces_of = pack.submodule("nodes.monitor").traces_of
+    traces_of = pack.submodule("integration.monitor").traces_of
     ((tensor, extras),) = conditioning(5)
     area = [[tensor, {**extras, "area": (4, 4, 0, 0), "strength": 1.0}]]
     steered, monitor = steer(control=rule(run_node, hold="first step"))
@@ -182,9 +182,9 @@ def test_names_reach_traces_and_files(pack, comfy_base, run_node, model, adapter
     assert loaded.style_names == named.style_names == ("flat <b>", "$ink$", "style 3")
     monitored, monitor = run_node("StyleInjectRouterMonitor", model=run_node("StyleInjectApply", model=model, adapter=loaded)[0])
     result = sample(monitored)
-    (trace,) = pack.submodule("nodes.monitor").traces_of(monitor, {"samples": result})
+    (trace,) = pack.submodule("integration.monitor").traces_of(monitor, {"samples": result})
     assert trace.styles == named.style_names
-    written = (path := pack.submodule("nodes.paths").adapter_path("named.safetensors")).stat().st_mtime_ns
+    written = (path := pack.submodule("integration.paths").adapter_path("named.safetensors")).stat().st_mtime_ns
     again = run_node("StyleInjectNameStyles", adapter=adapter, names="flat <b>\n$ink$", save_as="named")[0]
     assert again.style_names == named.style_names and path.stat().st_mtime_ns == written, "the workflow runs again"
     with pytest.raises(FileExistsError, match=r"named\.safetensors is in .* already"):

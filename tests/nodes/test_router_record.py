@@ -30,7 +30,7 @@ def patched(model, adapter, run_node):
 
 @pytest.fixture
 def traces_of(pack):
-    return pack.submodule("nodes.monitor").traces_of
+    return pack.submodule("integration.monitor").traces_of
 
 
 def latent(samples):
@@ -43,7 +43,7 @@ def spied(pack, model, seen: list, layer: str):
 
     core_router = pack.submodule("styleinject_core.functional.router")
     fold, stack = pack.submodule("styleinject_core.functional.fold"), pack.submodule("styleinject_core.functional.stack")
-    (injection,) = pack.submodule("nodes.patcher").injections_of(model)
+    (injection,) = pack.submodule("integration.patcher").injections_of(model)
     wanted = injection.applied.adapter.layers[layer]
 
     def spy(executor, *args, **kwargs):

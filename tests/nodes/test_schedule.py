@@ -50,7 +50,7 @@ def test_active_at_the_steps_of_a_core_schedule(model, adapter, run_node, sample
 @pytest.mark.parametrize("start", [0.3, 0.7, 0.123])
 def test_boundary_sigma_is_inside_although_percents_are_doubles(pack, model, adapter, start) -> None:
     """A step whose sigma is exactly the boundary's is active, in float32 as samplers have it."""
-    core, injection = pack.submodule("styleinject_core"), pack.submodule("nodes.injection")
+    core, injection = pack.submodule("styleinject_core"), pack.submodule("integration.injection")
     one = injection.Injection(core.Applied(adapter), start, 1.0)
     sigma = torch.tensor([model.model.model_sampling.percent_to_sigma(start)], dtype=torch.float32)
     assert one.active(model.model, sigma)

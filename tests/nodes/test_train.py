@@ -38,8 +38,12 @@ def test_it_learns_and_the_model_stays_as_it_was(model, sample, train, run_node,
 
 def test_the_loader_lists_adapters_only(model, train, pack) -> None:
     train(model=model, options={"checkpoint_every": 2})
-    listed = [name for name in pack.submodule("nodes.paths").adapter_names() if name.startswith("output/")]
-    assert listed == ["output/rough/rough.safetensors", "output/rough/step-000002.safetensors", "output/rough/step-000004.safetensors"]
+    listed = [name for name in pack.submodule("integration.paths").adapter_names() if name.startswith("output/")]
+    assert listed == [
+        "output/rough/rough.safetensors",
+        "output/rough/step-000002.safetensors",
+        "output/rough/step-000004.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,7 @@ def test_what_else_makes_another_run(pack, model, train, run_node, conditioning,
 
 def test_a_folder_that_another_program_trains_in_is_left_alone(pack, model, train, trained_folder) -> None:
     """Two ComfyUIs with one output folder."""
-    checkpoints = pack.submodule("styleinject_core.train.checkpoints")
+    checkpoints = pack.submodule("styleinject_core.train.run.checkpoints")
     train(model=model)
     folder = checkpoints.RunFolder(trained_folder / "rough")
     with folder.locked():
@@ -158,9 +162,11 @@ def test_nan_stops_with_the_step_and_the_last_checkpoint(pack, model, sample, tr
     plain = sample(model)
     broken = {"samples": latents()["samples"].clone()}
     broken["samples"][2] = torch.nan
-    order = pack.submodule("styleinject_core.train.buckets").BatchOrder
+    order = pack.submodule("styleinject_core.train.data.buckets").BatchOrder
     seed = next(seed for seed in range(100) if order([(8, 8)] * 4, 1, seed).batch(2) == [2])
-    with pytest.raises(RuntimeError, match=r"loss became nan at step 3 of 4: lower the learning rate\. The last checkpoint is step 2, in rough"):
+    with pytest.raises(
+        RuntimeError, match=r"loss became nan at step 3 of 4: lower the learning rate\. The last checkpoint is step 2, in rough"
+    ):
         train(model=model, latents=broken, batch_size=1, options={"checkpoint_every": 1, "seed": seed})
     assert_clean(model)
     assert torch.equal(sample(model), plain)
@@ -285,7 +291,9 @@ def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, samp
 def test_save_and_its_metadata(pack, model, train, run_node, trained_folder) -> None:
     adapter, _, _ = train(model=model, steps=1)
     about = {"title": "Rough ink", "author": "me", "trigger_phrase": "rough ink", "description": "", "license": "MIT"}
-    names = [run_node("StyleInjectSave", adapter=adapter, filename_prefix="mine/ink", dtype="float32", **about)[0] for _ in range(2)]
+    names = [
+        run_node("StyleInjectSave", adapter=adapter, filename_prefix="mine/ink", dtype="float32", **about)[0] for _ in range(2)
+    ]
     assert names == ["output/mine/ink_00001_.safetensors", "output/mine/ink_00002_.safetensors"]
     (loaded,) = run_node("StyleInjectLoader", adapter_name=names[0])
     assert same(loaded, adapter)
@@ -305,4 +313,4 @@ def test_loss_plot(model, train, run_node) -> None:
 
 def test_the_options_node_has_the_defaults_that_hold_without_it(pack, run_node) -> None:
     (options,) = run_node("StyleInjectTrainOptions")
-    assert options == pack.submodule("nodes.train_options").TrainOptions()
+    assert options == pack.submodule("integration.training.options").TrainOptions()

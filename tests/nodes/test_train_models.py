@@ -29,21 +29,25 @@ def sampled_as():
     return patch
 
 
-@pytest.mark.parametrize(("kind", "type"), [("eps", "epsilon"), ("v_prediction", "v_prediction"), ("x0", "sample"), ("flow", "flow")])
+@pytest.mark.parametrize(
+    ("kind", "type"), [("eps", "epsilon"), ("v_prediction", "v_prediction"), ("x0", "sample"), ("flow", "flow")]
+)
 def test_the_prediction_is_what_the_network_puts_out(pack, model, sampled_as, train, conditioning, kind, type) -> None:
     """So that the loss is the one the model was trained with, whatever ComfyUI makes of its output."""
     patched = sampled_as(model, kind)
-    module = pack.submodule("nodes.train_model")
+    module = pack.submodule("integration.training.comfy_model")
     wrapped = module.ComfyTrainingModel(patched)
     assert wrapped.schedule.prediction_type == type
-    encoder = pack.submodule("nodes.train_data").Encoder(patched)
+    encoder = pack.submodule("integration.training.graph_inputs").Encoder(patched)
     seen = []
     with torch.inference_mode(False), torch.no_grad(), module.Loaded([wrapped], [3, 4, 8, 8]).running():
         handle = patched.model.diffusion_model.register_forward_hook(lambda _module, _args, out: seen.append(out))
         times = wrapped.schedule.times(torch.tensor([0.02, 0.5, 0.97]))
         a, b = wrapped.schedule.coefficients(times)
         noisy = a.view(-1, 1, 1, 1) * latents(3)["samples"] + b.view(-1, 1, 1, 1) * latents(3, seed=1)["samples"]
-        rows = pack.submodule("styleinject_core.train.model").joined(encoder.prompts([tuple(conditioning(0)[0])] * 3, [(4, 8, 8)] * 3))
+        rows = pack.submodule("styleinject_core.train.data.batches").joined(
+            encoder.prompts([tuple(conditioning(0)[0])] * 3, [(4, 8, 8)] * 3)
+        )
         prediction = wrapped.predict(noisy, times, rows)
         handle.remove()
     torch.testing.assert_close(prediction, seen[0].float(), rtol=1e-3, atol=1e-3)
@@ -79,7 +83,7 @@ def test_a_model_that_takes_sizes_and_pooled_prompts(pack, train) -> None:
     images = [latents(2), latents(2, height=12)]
     adapter, _, step = train(model=model, conditioning=prompts, latents=images, empty=[prompts[0]])
     assert step == 4
-    rows = pack.submodule("nodes.train_data").Encoder(model).prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
+    rows = pack.submodule("integration.training.graph_inputs").Encoder(model).prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
     assert [row["y"].shape for row in rows] == [(1, 2816)] * 2 and not torch.equal(rows[0]["y"], rows[1]["y"])
     assert len(adapter.names) == len(set(adapter.names))
 
@@ -108,7 +112,7 @@ def test_a_native_lora_is_part_of_the_base(pack, model, train, sample) -> None:
     lora = model.clone()
     weight = comfy.utils.get_attr(model.model, key)
     lora.add_patches({key: ("diff", (0.5 * torch.randn_like(weight),))})
-    module = pack.submodule("nodes.train_model")
+    module = pack.submodule("integration.training.comfy_model")
     prints = []
     for patcher in (model, lora):
         wrapped = module.ComfyTrainingModel(patcher)
@@ -135,7 +139,14 @@ def teacher(tiny_unet_model):
 def test_distil_brings_the_student_closer_to_the_teacher(model, teacher, train, run_node, sample) -> None:
     wanted, plain = sample(teacher, cfg=1.0), sample(model, cfg=1.0)
     adapter, losses, _ = train(
-        "StyleInjectDistill", model=model, teacher=teacher, latents=latents(), layers="to_q, to_v", rank=8, steps=60, learning_rate=5e-3
+        "StyleInjectDistill",
+        model=model,
+        teacher=teacher,
+        latents=latents(),
+        layers="to_q, to_v",
+        rank=8,
+        steps=60,
+        learning_rate=5e-3,
     )
     assert mean(losses.losses[-10:]) < 0.6 * mean(losses.losses[:10])
     patched = run_node("StyleInjectApply", model=model, adapter=adapter)[0]
@@ -146,11 +157,19 @@ def test_distil_brings_the_student_closer_to_the_teacher(model, teacher, train, 
     assert adapter.metadata["styleinject.objective"] == "distil" and adapter.metadata["styleinject.teacher_hash"]
 
 
-def test_distil_without_images_draws_the_teachers_own_once(model, teacher, train, conditioning, trained_folder, monkeypatch) -> None:
+def test_distil_without_images_draws_the_teachers_own_once(
+    model, teacher, train, conditioning, trained_folder, monkeypatch
+) -> None:
     import comfy.sample
 
     options = {"sampling_steps": 2}
-    arguments = {"model": model, "teacher": teacher, "conditioning": [conditioning(0), conditioning(1)], "size": 64, "images_per_prompt": 2}
+    arguments = {
+        "model": model,
+        "teacher": teacher,
+        "conditioning": [conditioning(0), conditioning(1)],
+        "size": 64,
+        "images_per_prompt": 2,
+    }
     first, _, _ = train("StyleInjectDistill", options=options, **arguments)
     assert len(list((trained_folder / "drawn").iterdir())) == 1
     monkeypatch.setattr(comfy.sample, "sample", None)  # another draw would raise
@@ -171,7 +190,14 @@ def test_drawing_goes_on_after_an_interrupt(model, teacher, train, monkeypatch) 
         return sample(*args, seed=seed, **kwargs)
 
     monkeypatch.setattr(comfy.sample, "sample", counting)
-    given = {"model": model, "teacher": teacher, "size": 64, "images_per_prompt": 4, "steps": 1, "options": {"sampling_steps": 1}}
+    given = {
+        "model": model,
+        "teacher": teacher,
+        "size": 64,
+        "images_per_prompt": 4,
+        "steps": 1,
+        "options": {"sampling_steps": 1},
+    }
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train("StyleInjectDistill", **given)
     assert_clean(teacher)
@@ -187,7 +213,9 @@ def test_distil_across_text_encoders(model, tiny_unet_model, train, conditioning
     assert train("StyleInjectDistill", **arguments)[2] == 4
     with pytest.raises(ValueError, match="connect both empty and teacher_empty, or none"):
         train("StyleInjectDistill", **arguments, empty=conditioning(9))
-    with_empty = train("StyleInjectDistill", **arguments, empty=conditioning(9), teacher_empty=conditioning(9, context=48), name="e")
+    with_empty = train(
+        "StyleInjectDistill", **arguments, empty=conditioning(9), teacher_empty=conditioning(9, context=48), name="e"
+    )
     assert with_empty[2] == 4
 
 
@@ -198,7 +226,12 @@ def test_distil_between_predictions(model, teacher, sampled_as, train) -> None:
 def test_distil_refuses_what_cannot_be(model, tiny_unet_model, pack, run_node, train) -> None:
     adapter = random_adapter(pack, model)
     with pytest.raises(ValueError, match="teacher and student are the same loaded checkpoint"):
-        train("StyleInjectDistill", model=model, teacher=run_node("StyleInjectApply", model=model, adapter=adapter)[0], latents=latents())
+        train(
+            "StyleInjectDistill",
+            model=model,
+            teacher=run_node("StyleInjectApply", model=model, adapter=adapter)[0],
+            latents=latents(),
+        )
     with pytest.raises(ValueError, match="the teacher's latents are DemoLatent, the student's SD15"):
         train("StyleInjectDistill", model=model, teacher=run_node("StyleInjectDemoModel")[0], latents=latents())
     with pytest.raises(ValueError, match="teacher and student are the same model, there is nothing to learn"):
@@ -230,7 +263,9 @@ def test_attention_without_gradients(model, train, monkeypatch) -> None:
         return attention.attention_pytorch(q.detach(), k.detach(), v.detach(), *args, **named)
 
     patched = model.clone()
-    patched.model_options["transformer_options"]["optimized_attention_override"] = lambda _chosen, *args, **named: without(*args, **named)
+    patched.model_options["transformer_options"]["optimized_attention_override"] = lambda _chosen, *args, **named: without(
+        *args, **named
+    )
     with pytest.raises(RuntimeError, match=r"no gradient reaches .* layers .*SageAttention"):
         train(model=patched, name="patched")
     without.__name__ = "attention_sage"
@@ -240,7 +275,9 @@ def test_attention_without_gradients(model, train, monkeypatch) -> None:
     assert all(layer.B.abs().sum() > 0 for layer in adapter.layers.values())
 
 
-@pytest.mark.parametrize("control", [{"top_k": 1, "role": "positive"}, {"top_k": 1, "start_percent": 0.5}, {"hold": "first step"}], ids=str)
+@pytest.mark.parametrize(
+    "control", [{"top_k": 1, "role": "positive"}, {"top_k": 1, "start_percent": 0.5}, {"hold": "first step"}], ids=str
+)
 def test_a_control_that_training_cannot_follow(pack, model, train, run_node, control) -> None:
     (rule,) = run_node("StyleInjectRouterControl", **control)
     steered, _ = run_node("StyleInjectApply", model=model, adapter=random_adapter(pack, model, name="ink"), control=rule)
@@ -258,7 +295,11 @@ def test_dreambooth_draws_its_class_or_takes_images_of_it(model, train, conditio
     plain, _, _ = train(model=model, options={"sampling_steps": 2}, name="d")
     assert same(alone, plain), "without its class it is fine-tuning"
     with pytest.raises(ValueError, match="class_conditioning: 2 prompts for 3 images"):
-        train("StyleInjectDreamBooth", **{**common, "class_conditioning": [conditioning(1), conditioning(2)]}, class_latents=latents(3))
+        train(
+            "StyleInjectDreamBooth",
+            **{**common, "class_conditioning": [conditioning(1), conditioning(2)]},
+            class_latents=latents(3),
+        )
 
 
 def test_the_demo_trains_and_shows_pictures(run_node, trained_folder) -> None:
@@ -266,14 +307,19 @@ def test_the_demo_trains_and_shows_pictures(run_node, trained_folder) -> None:
     images, prompts, pictures = run_node("StyleInjectDemoDataset", style="noto", count=6)
     assert len(images) == len(prompts) == len(pictures) == 6
     (empty, _) = run_node("StyleInjectDemoPrompt", text="")
-    (options,) = run_node("StyleInjectTrainOptions", vae=vae, picture_every=2, sampling_steps=2, guidance=3.0, picture_prompt=empty)
+    (options,) = run_node(
+        "StyleInjectTrainOptions", vae=vae, picture_every=2, sampling_steps=2, guidance=3.0, picture_prompt=empty
+    )
     widgets = {key: [value] for key, value in SMALL.items()}
     adapter, _, _ = run_node(
         "StyleInjectTrain", model=[model], latents=images, conditioning=prompts, empty=[empty], options=[options], **widgets
     )
     assert adapter.metadata["modelspec.architecture"] == "styleinject-demo/styleinject"
     assert adapter.metadata["modelspec.resolution"] == "64x64"
-    assert sorted(path.name for path in (trained_folder / "rough" / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    assert sorted(path.name for path in (trained_folder / "rough" / "samples").iterdir()) == [
+        "step-000002.png",
+        "step-000004.png",
+    ]
 
 
 def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> None:
@@ -290,7 +336,7 @@ def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> 
         "StyleInjectTrain", model=[model], latents=images, conditioning=prompts, empty=[empty], options=[options], **widgets
     )
     shown = to_tensor(Image.open(trained_folder / "rough" / "samples" / "step-000006.png"))
-    draw = pack.submodule("nodes.train_data").draw
+    draw = pack.submodule("integration.training.graph_inputs").draw
     expected = {}
     for patched in (model, run_node("StyleInjectApply", model=model, adapter=adapter)[0]):
         prompt, negative = tuple(prompts[0][0]), tuple(empty[0])
@@ -301,7 +347,9 @@ def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> 
 
 
 def test_the_demo_dataset(run_node) -> None:
-    _, prompts, pictures = run_node("StyleInjectDemoDataset", style="all but the base's", things="turtle, Owl", prompt="red owl")
+    _, prompts, pictures = run_node(
+        "StyleInjectDemoDataset", style="all but the base's", things="turtle, Owl", prompt="red owl"
+    )
     assert len(pictures) == 8 and pictures[0].shape == (1, 64, 64, 3)
     assert torch.equal(prompts[0][0][0], run_node("StyleInjectDemoPrompt", text="red owl")[0][0][0])
     assert len(run_node("StyleInjectDemoDataset", style="noto")[0]) == 186
@@ -313,7 +361,10 @@ def test_a_flow_model_and_another_kind_do_not_distil(model, teacher, sampled_as,
     for student, other in ((model, sampled_as(teacher, "flow")), (sampled_as(model, "flow"), teacher)):
         with pytest.raises(ValueError, match="a flow model's noisy images are not another one's"):
             train("StyleInjectDistill", model=student, teacher=other, latents=latents())
-    assert train("StyleInjectDistill", model=sampled_as(model, "flow"), teacher=sampled_as(teacher, "flow"), latents=latents())[2] == 4
+    assert (
+        train("StyleInjectDistill", model=sampled_as(model, "flow"), teacher=sampled_as(teacher, "flow"), latents=latents())[2]
+        == 4
+    )
     assert_clean(model)
 
 
@@ -327,16 +378,21 @@ def test_a_teacher_with_another_adapter_draws_anew(pack, model, teacher, train, 
 
 def test_what_belongs_to_a_prompt_counts(pack, conditioning) -> None:
     """Pooled outputs, and numbers: the sizes of SDXL, Flux's guidance."""
-    prompts_hash = pack.submodule("nodes.train_job").prompts_hash
+    prompts_hash = pack.submodule("integration.training.job").prompts_hash
     tensor, extras = conditioning(0)[0]
-    variants = [extras, {**extras, "guidance": 3.5}, {**extras, "guidance": 4.0}, {"pooled_output": extras["pooled_output"] + 1}]
+    variants = [
+        extras,
+        {**extras, "guidance": 3.5},
+        {**extras, "guidance": 4.0},
+        {"pooled_output": extras["pooled_output"] + 1},
+    ]
     assert len({prompts_hash([(tensor, variant)]) for variant in variants}) == 4
     assert prompts_hash([(tensor, extras)]) == prompts_hash([(tensor.clone(), dict(extras))])
 
 
 def test_a_dropped_caption_keeps_the_size_of_its_picture(pack, train, monkeypatch) -> None:
     model, seen = tiny_sdxl(), []
-    module = pack.submodule("nodes.train_model").ComfyTrainingModel
+    module = pack.submodule("integration.training.comfy_model").ComfyTrainingModel
     predict = module.predict
     monkeypatch.setattr(module, "predict", lambda self, *a: seen.append((a[0].shape[-2], a[2]["y"])) or predict(self, *a))
     prompts = [[torch.randn(1, 77, 64), {"pooled_output": torch.randn(1, 1280)}] for _ in range(5)]
@@ -344,7 +400,7 @@ def test_a_dropped_caption_keeps_the_size_of_its_picture(pack, train, monkeypatc
         model=model, conditioning=prompts[:4], latents=[latents(2), latents(2, height=12)], empty=[prompts[4]], batch_size=1,
         steps=8, options={"caption_dropout": 1.0},
     )  # fmt: skip
-    encoder = pack.submodule("nodes.train_data").Encoder(model)
+    encoder = pack.submodule("integration.training.graph_inputs").Encoder(model)
     expected = {height: encoder.prompts([tuple(prompts[4])], [(4, height, 8)])[0]["y"] for height in (8, 12)}
     assert {height for height, _ in seen} == {8, 12}
     assert all(torch.equal(y, expected[height]) for height, y in seen)
@@ -356,12 +412,14 @@ def test_prompts_that_cannot_be_repeated_are_never_mixed(pack, tiny_unet_model, 
 
     model, seen = tiny_unet_model(), []
     model.model.extra_conds = lambda **kwargs: {"c_crossattn": comfy.conds.CONDRegular(kwargs["cross_attn"])}
-    module = pack.submodule("nodes.train_model").ComfyTrainingModel
+    module = pack.submodule("integration.training.comfy_model").ComfyTrainingModel
     predict = module.predict
     monkeypatch.setattr(module, "predict", lambda self, *a: seen.append(a[2]["c_crossattn"].shape) or predict(self, *a))
     prompts = [conditioning(k, tokens=tokens) for k, tokens in enumerate((23, 26, 29, 31))]
     given = {"model": model, "conditioning": prompts, "empty": conditioning(9, tokens=5), "options": {"caption_dropout": 0.5}}
-    with pytest.raises(ValueError, match=r"batch_size 2: this model takes prompts of different lengths \(5, 23, 26, 29, 31 tokens\)"):
+    with pytest.raises(
+        ValueError, match=r"batch_size 2: this model takes prompts of different lengths \(5, 23, 26, 29, 31 tokens\)"
+    ):
         train(**given)
     train(**given, batch_size=1, steps=12)
     lengths = {tuple(shape[:2]) for shape in seen}
@@ -373,7 +431,7 @@ def test_latents_of_other_models(pack, tiny_unet_model) -> None:
     import comfy.latent_formats as formats
 
     model = tiny_unet_model()
-    encoder = pack.submodule("nodes.train_data").Encoder(model)
+    encoder = pack.submodule("integration.training.graph_inputs").Encoder(model)
     assert encoder.pixels_per_latent == 8 and encoder.framed(torch.zeros(4, 8, 6)).shape == (4, 8, 6)
     model.model.latent_format = formats.Wan21()
     assert encoder.framed(torch.zeros(16, 8, 6)).shape == (16, 1, 8, 6)

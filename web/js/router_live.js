@@ -1,6 +1,6 @@
 /**
  * The live view of the router in StyleInject's monitor nodes: what ComfyUI's frontend calls, and nothing else.
- * The messages come from nodes/live.py.
+ * The messages come from integration/live.py.
  */
 
 // @ts-expect-error ComfyUI serves it

@@ -5,7 +5,7 @@ const LEVELS = 254;
 const MOST_RUNS = 32; // of all workflows together; the oldest are forgotten
 
 /**
- * One message of nodes/live.py, where its fields are described.
+ * One message of integration/live.py, where its fields are described.
  * @typedef {object} Message
  * @property {string} node
  * @property {string} adapter

@@ -1,0 +1,197 @@
+"""Training data from the graph: LATENT and CONDITIONING, single or in lists, and pictures that a model draws first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ...styleinject_core.train.data.batches import Conditioning
+from ..patcher import ModelPatcher
+
+Prompt = tuple[Tensor, dict[str, Any]]  # one entry of a CONDITIONING: (1, L, C), and what else belongs to it
+
+_NOT_FOR_TRAINING = {
+    "control": "a ControlNet",
+    "area": "an area",
+    "mask": "a mask",
+    "hooks": "hooks",
+    "gligen": "GLIGEN boxes",
+    "start_percent": "a range of timesteps",
+}
+
+
+def flat_latents(values: Sequence[dict[str, Any]], what: str = "latents") -> list[Tensor]:
+    """The latents of one or several LATENTs, (C, H, W) each (or (C, T, H, W)), as the VAE made them.
+
+    Raises:
+        ValueError: none, or audio and video packed into one.
+    """
+    found: list[Tensor] = []
+    for value in values:
+        samples = value["samples"]
+        if getattr(samples, "is_nested", False):
+            raise ValueError(f"{what}: these hold several streams (video and audio); expected images")
+        found.extend(samples.detach().float().cpu())
+    if not found:
+        raise ValueError(f"{what}: no images")
+    return found
+
+
+def flat_prompts(values: Sequence[Sequence[Any]], what: str = "conditioning") -> list[Prompt]:
+    """The prompts of one or several CONDITIONINGs, in order.
+
+    Raises:
+        ValueError: none, or one with something that training cannot honour; names it.
+    """
+    found: list[Prompt] = []
+    for tensor, extras in (entry for value in values for entry in value):
+        for key, meaning in _NOT_FOR_TRAINING.items():
+            if extras.get(key) is not None:
+                raise ValueError(
+                    f"{what}: prompt {len(found) + 1} has {meaning}; training takes prompts as the text encoder gives them"
+                )
+        rows = tensor.shape[0]
+        for row in range(rows):
+            own = {
+                key: value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+                for key, value in extras.items()
+            }
+            found.append((tensor[row : row + 1].detach(), own))
+    if not found:
+        raise ValueError(f"{what}: no prompts")
+    return found
+
+
+def a_prompt_each(prompts: Sequence[Prompt], count: int, what: str = "conditioning") -> list[Prompt]:
+    """As many prompts as images; a single one serves all. Raises ValueError: another number."""
+    if len(prompts) not in (1, count):
+        raise ValueError(f"{what}: {len(prompts)} prompts for {count} images; expected as many, or one for all")
+    return list(prompts) * count if len(prompts) == 1 else list(prompts)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What a model makes of latents and prompts before it denoises: from the graph's values to a training batch's.
+
+    Args:
+        patcher: the MODEL.
+        lengths: how many tokens the prompts had that only prompts of the same length can share a batch with.
+    """
+
+    patcher: ModelPatcher
+    lengths: set[int] = field(default_factory=set)
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.patcher.model.latent_format.latent_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Of an image's side."""
+        return getattr(self.patcher.model.latent_format, "spacial_downscale_ratio", 8)  # older versions: 8
+
+    def latents(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Latents in the model's own scale.
+
+        Raises:
+            ValueError: latents of another model.
+        """
+        found = []
+        for k, value in enumerate(values):
+            value = self.framed(value)
+            if value.shape[0] != self.channels:
+                raise ValueError(
+                    f"latent {k + 1} has {value.shape[0]} channels, this model takes {self.channels}: "
+                    "encode the images with this model's VAE"
+                )
+            found.append(self.patcher.model.process_latent_in(value.unsqueeze(0))[0].float())
+        return found
+
+    def framed(self, value: Tensor) -> Tensor:
+        """A latent (C, H, W) as the model takes it: for video models (C, 1, H, W), an image is a video of one frame."""
+        video = getattr(self.patcher.model.latent_format, "latent_dimensions", 2) == 3
+        return value.unsqueeze(1) if value.ndim == 3 and video else value
+
+    def prompts(self, prompts: Sequence[Prompt], shapes: Sequence[Sequence[int]]) -> list[Conditioning]:
+        """What the model is given for each prompt, one row each, for images of these shapes (C, ..., H, W).
+
+        Raises:
+            ValueError: a kind of prompt that training does not support.
+        """
+        made: dict[tuple[int, tuple[int, ...]], Conditioning] = {}
+        keys = [(id(prompt), tuple(shape)) for prompt, shape in zip(prompts, shapes, strict=True)]
+        for prompt, key in zip(prompts, keys, strict=True):
+            if key not in made:
+                made[key] = self._prompt(prompt, key[1])
+        return [made[key] for key in keys]
+
+    def _prompt(self, prompt: Prompt, shape: tuple[int, ...]) -> Conditioning:
+        tensor, extras = prompt
+        blank = torch.zeros(1, *shape)
+        height, width = (side * self.pixels_per_latent for side in shape[-2:])
+        given = {"width": width, "height": height, "prompt_type": "positive", "latent_image": blank, "seed": 0, **extras}
+        conds = self.patcher.model.extra_conds(cross_attn=tensor, noise=blank, device=torch.device("cpu"), **given)
+        row: Conditioning = {}
+        for key, cond in conds.items():
+            if not isinstance(cond.cond, Tensor):
+                raise ValueError(
+                    f"this model is conditioned by {key!r} ({type(cond.cond).__name__}), which training does not support"
+                )
+            if cond.cond.ndim == 3 and not isinstance(cond, comfy.conds.CONDCrossAttn):
+                self.lengths.add(cond.cond.shape[1])
+            row[key] = cond.cond.detach().float().cpu() if cond.cond.is_floating_point() else cond.cond.detach().cpu()
+        return row
+
+
+def draw(
+    patcher: ModelPatcher,
+    prompts: Sequence[Prompt],
+    empty: Prompt | None,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    steps: int,
+    guidance: float,
+) -> Tensor:
+    """Sample one latent per prompt; seed + k seeds number k.
+
+    Args:
+        empty: the negative prompt; without one there is no guidance.
+        shape: of a latent, (C, ..., H, W).
+
+    Returns:
+        (N, C, ..., H, W), float32 on the CPU, in the scale of the VAE.
+    """
+
+    def interruptible(*_: Any) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    found = []
+    with torch.inference_mode():
+        blank = Encoder(patcher).framed(torch.zeros(*shape)).unsqueeze(0)
+        for k, prompt in enumerate(prompts):
+            latent = comfy.sample.sample(
+                patcher,
+                comfy.sample.prepare_noise(blank, seed + k),
+                steps,
+                guidance if empty is not None else 1.0,
+                "euler",
+                "simple",
+                [list(prompt)],
+                [list(empty or prompt)],
+                blank,
+                callback=interruptible,
+                disable_pbar=True,
+                seed=seed + k,
+            )
+            found.append(latent.float().cpu())
+    with torch.inference_mode(False):
+        return torch.cat(found).clone()

@@ -1,0 +1,1 @@
+"""Nodes that load adapters and put them on models."""

@@ -1,0 +1,189 @@
+"""Putting adapters on a MODEL, and changing their strength afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from comfy_api.latest import io
+
+from ...integration import paths
+from ...integration.injection import Injection, model_title
+from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, set_strength
+from ...styleinject_core import Adapter, load_adapter
+from ...styleinject_core.hosts.architectures import describe
+from ...styleinject_core.router.control import Rule
+from ..schema import AdapterType, LayerWeightsType, RouterControlType, adapter_name_input, schema, strength_input
+
+_PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+
+
+class StyleInjectApply(io.ComfyNode):
+    """MODEL and STYLEINJECT_ADAPTER -> MODEL, with every setting."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "StyleInjectApply",
+            display_name="Apply StyleInject",
+            description="Applies an adapter to a model. Chain several for several styles; LoRAs may come before or after.",
+            search_aliases=["style adapter", "apply style", "lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
+                AdapterType.Input("adapter", tooltip="The adapter, from Load StyleInject Adapter."),
+                strength_input(
+                    "How much of the style: 0 is the model alone, 1 the adapter as trained. Negative values and "
+                    "values above 1 are allowed."
+                ),
+                strength_input("Strength of the learned details (the low-rank part), times strength.", "dma_strength"),
+                strength_input(
+                    "Strength of the learned contrast and tone (the statistics part), times strength. No effect on a LoRA.",
+                    "sta_strength",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    tooltip="When in sampling the adapter begins: 0 is the first "
+                    "step. A later start keeps the composition of the model.",
+                    **_PERCENT,
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    tooltip="When in sampling the adapter ends: 1 is the last step. An "
+                    "earlier end leaves fine detail to the model.",
+                    **_PERCENT,
+                ),
+                io.String.Input(
+                    "layers",
+                    default="all",
+                    tooltip='Which layers to use: "all", or groups such as attention, conv, '
+                    "self, cross, down, mid, up, up.1, to_q. Comma for either, & for both, ! for not: "
+                    '"up & cross, mid".',
+                ),
+                LayerWeightsType.Input(
+                    "layer_weights",
+                    optional=True,
+                    tooltip="Strengths for groups of layers, from StyleInject "
+                    "Layer Weights. They multiply the strengths above.",
+                ),
+                RouterControlType.Input(
+                    "control",
+                    optional=True,
+                    tooltip="What steers the style router, from StyleInject Router Control or Style Mixer.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        adapter: Adapter,
+        strength: float,
+        dma_strength: float,
+        sta_strength: float,
+        start_percent: float,
+        end_percent: float,
+        layers: str,
+        layer_weights: str = "",
+        control: Sequence[Rule] = (),
+    ) -> io.NodeOutput:
+        patched, injection = apply_adapter(
+            model,
+            adapter,
+            strength=strength,
+            dma=dma_strength,
+            sta=sta_strength,
+            layers=layers,
+            layer_weights=layer_weights or "",
+            start_percent=start_percent,
+            end_percent=end_percent,
+            control=control or (),
+        )
+        return io.NodeOutput(patched, report(patched, injection))
+
+
+class StyleInjectLoadAndApply(io.ComfyNode):
+    """The one-node path: a file and a strength."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "StyleInjectLoadAndApply",
+            display_name="Load and Apply StyleInject",
+            description="Loads an adapter and applies it to a model, in one node. Apply StyleInject has more settings.",
+            search_aliases=["style adapter", "lora", "apply style"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
+                adapter_name_input(),
+                strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
+            ],
+            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, adapter_name: str | None = None) -> bool | str:
+        return paths.problem(adapter_name) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str, **_others: object) -> str:
+        return paths.fingerprint(adapter_name)
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
+        adapter = load_adapter(paths.adapter_path(adapter_name))
+        return io.NodeOutput(apply_adapter(model, adapter, strength=strength)[0])
+
+
+class StyleInjectStrength(io.ComfyNode):
+    """MODEL with adapters -> MODEL with the same adapters at another strength."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "StyleInjectStrength",
+            display_name="Set StyleInject Strength",
+            description="Changes the strength of adapters that are on a model already, one by name or all of them.",
+            search_aliases=["rescale style", "adapter strength"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model that has adapters, from Apply StyleInject."),
+                io.String.Input(
+                    "adapter_name", default="all", tooltip='The adapter\'s file name, or "all" for every adapter on the model.'
+                ),
+                strength_input(
+                    "The new strength; it replaces the one the adapter was applied with. Its dma, sta and layer strengths stay."
+                ),
+            ],
+            outputs=[
+                io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapters at the new strength.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
+        return io.NodeOutput(set_strength(model, adapter_name, strength))
+
+
+def report(model: ModelPatcher, injection: Injection) -> str:
+    """What Apply did, for people."""
+    applied = injection.applied
+    scales = list(applied.layer_scales().values())
+    lines = [
+        str(injection.report(model.model)),
+        f"  made for {describe(applied.adapter)}; this model is {model_title(model.model)}",
+        f"  strength {applied.strength:g} (details {applied.dma:g}, statistics {applied.sta:g}), "
+        f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
+        f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
+    ]
+    if injection.control:
+        lines.append(f"  router steered by {len(injection.control)} control(s)")
+    names = [other.applied.adapter.name for other in injections_of(model)[:-1]]
+    if names:
+        lines.append(f"  beside {', '.join(names)}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Nodes that record, draw and steer the style router."""

@@ -1,0 +1,128 @@
+"""What most users leave alone in training: one node, whose defaults are also what trains without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_api.latest import io
+
+from ...integration.training.graph_inputs import flat_prompts
+from ...integration.training.options import DTYPES, GO_ON, MUST_GO_ON, NEW, TrainOptions
+from ...styleinject_core.train.settings import OPTIMIZERS, SCHEDULES
+from ..schema import OptionsType, schema
+
+
+class StyleInjectTrainOptions(io.ComfyNode):
+    """-> STYLEINJECT_TRAIN_OPTIONS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = TrainOptions()
+
+        def number(name: str, tooltip: str, most: int, least: int = 0) -> io.Int.Input:
+            return io.Int.Input(name, default=getattr(default, name), min=least, max=most, tooltip=tooltip)
+
+        def real(name: str, tooltip: str, most: float, step: float) -> io.Float.Input:
+            return io.Float.Input(
+                name, default=getattr(default, name), min=0.0, max=most, step=step, round=step / 100, tooltip=tooltip
+            )
+
+        def choice(name: str, options: Sequence[str], tooltip: str) -> io.Combo.Input:
+            return io.Combo.Input(name, options=list(options), default=getattr(default, name), tooltip=tooltip)
+
+        return schema(
+            "StyleInjectTrainOptions",
+            display_name="StyleInject Train Options",
+            description="Settings that most trainings leave as they are, for the three StyleInject training nodes.",
+            search_aliases=["train settings", "optimizer", "learning rate schedule"],
+            inputs=[
+                io.Int.Input(
+                    "seed",
+                    default=default.seed,
+                    min=0,
+                    max=2**53 - 1,
+                    control_after_generate=False,
+                    tooltip="Of the new adapter, the noise, and the order of the images. Another seed is another run.",
+                ),
+                choice(
+                    "existing_run",
+                    (GO_ON, MUST_GO_ON, NEW),
+                    'When there is a run of this name. "go on or new": continue one that had the same settings and data '
+                    '(one that is finished is taken as it is), else start a numbered one beside it. "go on": continue the '
+                    'latest, or say what differs. "new": always start a numbered one. No run is ever overwritten.',
+                ),
+                number(
+                    "accumulation",
+                    "Batches per step; their gradients are averaged. 4 batches of 2 learn like one of 8.",
+                    1024,
+                    1,
+                ),
+                choice(
+                    "optimizer",
+                    OPTIMIZERS,
+                    "adamw is built in. adamw8bit, schedulefree and prodigy need the Python packages bitsandbytes, "
+                    "schedulefree and prodigyopt; prodigy wants a learning rate of 1.",
+                ),
+                choice("schedule", SCHEDULES, "How the learning rate runs: level, or falling to 0 at the last step."),
+                number("warmup", "Steps over which the learning rate rises from 0.", 100_000),
+                real("weight_decay", "Pulls the adapter's weights towards 0, the more the larger.", 1.0, 0.001),
+                real("clip", "Largest norm of the gradient, which tames single bad batches. 0 switches it off.", 1000.0, 0.1),
+                real(
+                    "min_snr_gamma",
+                    "Weights steps by min(SNR, this): 5 often learns faster. 0 leaves all alike. Not for flow models, and not "
+                    "for distillation.",
+                    100.0,
+                    0.1,
+                ),
+                real(
+                    "caption_dropout",
+                    "Share of prompts replaced by the empty one, so that guidance keeps working. Needs the empty prompt to be "
+                    "connected to the training node.",
+                    1.0,
+                    0.01,
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=default.gradient_checkpointing,
+                    tooltip="Needs much less memory, and about a third more time.",
+                ),
+                number(
+                    "checkpoint_every",
+                    "Steps between two checkpoints. 0 writes only the last; an interrupt writes one too.",
+                    10**6,
+                ),
+                number(
+                    "picture_every",
+                    "Steps between two pictures drawn with the adapter as it is. 0 for none; needs a VAE.",
+                    10**6,
+                ),
+                number("validation_images", "So many images are never trained on, only measured. 0 for none.", 10_000),
+                number("validate_every", "Steps between two measurements on the validation images.", 10**6, 1),
+                number(
+                    "patience",
+                    "Stop after so many measurements without a better one. 0 never does. With validation images, the best "
+                    "adapter is the result.",
+                    10_000,
+                ),
+                real("alpha", "The learned change is scaled by alpha / rank. 0 means alpha = rank.", 4096.0, 1.0),
+                choice("router_pool", ("mean", "sum", "token"), "How the style router sums up an image. The paper's is mean."),
+                choice("sta", ("multiplicative", "additive"), "How statistics are changed. The paper's is multiplicative."),
+                number("sampling_steps", "For pictures, and for images that a model draws before training.", 1000, 1),
+                real("guidance", "Guidance (CFG) for the same; without an empty prompt there is none.", 30.0, 0.5),
+                choice("dtype", DTYPES, "What adapter files are stored in. Training itself is in float32."),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes the pictures. Without it there are none."),
+                io.Conditioning.Input(
+                    "picture_prompt",
+                    optional=True,
+                    tooltip="What the pictures show; several prompts may be combined into one. By default the first prompt of "
+                    "the training data.",
+                ),
+            ],
+            outputs=[OptionsType.Output("options", display_name="options", tooltip="For the StyleInject training nodes.")],
+        )
+
+    @classmethod
+    def execute(cls, vae: Any = None, picture_prompt: Any = None, **values: Any) -> io.NodeOutput:
+        pictured = flat_prompts([picture_prompt], "picture_prompt") if picture_prompt is not None else ()
+        return io.NodeOutput(TrainOptions(**values, vae=vae, pictured=pictured))

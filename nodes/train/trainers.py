@@ -1,0 +1,363 @@
+"""Training in ComfyUI: fine-tuning, DreamBooth, and distilling one checkpoint into another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ...integration.training.graph_inputs import a_prompt_each, flat_latents, flat_prompts
+from ...integration.training.job import Images, Job, empty_prompt
+from ...integration.training.named_runs import Outcome
+from ...integration.training.options import TrainOptions
+from ...styleinject_core.commands.config import METHODS
+from ...styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
+from ..schema import AdapterType, LossType, OptionsType, schema
+
+_SEVERAL = "One LATENT or several, batches or lists; pictures of different sizes may be mixed."
+
+
+class StyleInjectTrain(io.ComfyNode):
+    """MODEL, images, prompts -> adapter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "StyleInjectTrain",
+            display_name="Train StyleInject",
+            description="Trains an adapter on images and their prompts. It is saved in output/styleinject, and ready to use in "
+            "the same graph.",
+            search_aliases=["train lora", "fine-tune", "train style"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
+                io.Latent.Input("latents", tooltip=f"The images, encoded by the model's VAE. {_SEVERAL}"),
+                io.Conditioning.Input("conditioning", tooltip="A prompt for each image, in the same order, or one for all."),
+                *_settings("my_style", "to_q, to_v", steps=1000),
+                _empty_input(),
+                _options_input(),
+            ],
+            outputs=_outputs(),
+            **_TRAINS,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, latents: Any, conditioning: Any, empty: Any = None, options: Any = None, **asked: Any):
+        job = _job(cls, asked, options, model=model[0], empty=empty_prompt(empty, "empty"))
+        images = flat_latents(latents)
+        data = Images(images, a_prompt_each(flat_prompts(conditioning), len(images)))
+        with job.loaded(images[0].shape) as loaded:
+            source, validation = job.sources(data)
+            task = FineTune(job.student, source, job.settings, **validation)
+            return _output(job.run(loaded, task, data))
+
+
+class StyleInjectDreamBooth(io.ComfyNode):
+    """MODEL, a few images of one subject, its class -> adapter (Ruiz et al., arXiv 2208.12242)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "StyleInjectDreamBooth",
+            display_name="DreamBooth StyleInject",
+            description="Trains an adapter on three to five images of one subject, while images of its class keep the model "
+            "from forgetting what else there is.",
+            search_aliases=["train subject", "train character", "dreambooth"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
+                io.Latent.Input("latents", tooltip=f"Images of the subject, encoded by the model's VAE. {_SEVERAL}"),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip='The subject with a word of its own, as in "a sks dog"; one for all, or one for each image.',
+                ),
+                io.Conditioning.Input(
+                    "class_conditioning", tooltip='Its class, as in "a dog"; one for all class images, or one for each.'
+                ),
+                *_settings("my_subject", "to_q, to_v", steps=400),
+                io.Int.Input(
+                    "class_images",
+                    default=100,
+                    min=1,
+                    max=10_000,
+                    tooltip="How many images of the class the model draws before "
+                    "training, if none are connected. They are kept for the next run.",
+                ),
+                io.Float.Input(
+                    "prior_weight",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.001,
+                    tooltip="Weight of the class images. 0 trains on the subject alone.",
+                ),
+                io.Latent.Input("class_latents", optional=True, tooltip=f"Images of the class. {_SEVERAL}"),
+                _empty_input(),
+                _options_input(),
+            ],
+            outputs=_outputs(),
+            **_TRAINS,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        latents: Any,
+        conditioning: Any,
+        class_conditioning: Any,
+        class_images: Any,
+        prior_weight: Any,
+        class_latents: Any = None,
+        empty: Any = None,
+        options: Any = None,
+        **asked: Any,
+    ):
+        job = _job(cls, asked, options, model=model[0], empty=empty_prompt(empty, "empty"))
+        images = flat_latents(latents)
+        data = Images(images, a_prompt_each(flat_prompts(conditioning), len(images)))
+        kind = flat_prompts(class_conditioning, "class_conditioning")
+        DreamBooth.check(job.student, job.settings)
+        job.check_count(len(images))
+        with job.loaded(images[0].shape) as loaded:
+            prior = None
+            if prior_weight[0] > 0:
+                if class_latents is None:
+                    kind = [kind[k % len(kind)] for k in range(class_images[0])]
+                    drawn = job.drawn(loaded, job.student, kind, job.empty, images[0].shape)
+                else:
+                    drawn = flat_latents(class_latents, "class_latents")
+                    kind = a_prompt_each(kind, len(drawn), "class_conditioning")
+                prior = job.source(Images(drawn, kind))
+            source, validation = job.sources(data)
+            task = DreamBooth(job.student, source, job.settings, prior=prior, prior_weight=prior_weight[0], **validation)
+            return _output(job.run(loaded, task, data))
+
+
+class StyleInjectDistill(io.ComfyNode):
+    """A teacher MODEL and a student MODEL -> an adapter that makes the student draw like the teacher."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "StyleInjectDistill",
+            display_name="Distill StyleInject",
+            description="Trains an adapter with which one model draws as another one does: a tuned checkpoint becomes a small "
+            "file for the model it was tuned from.",
+            search_aliases=["distill", "extract lora", "checkpoint to adapter", "teacher student"],
+            inputs=[
+                io.Model.Input("model", tooltip="The student, which the adapter is for. It is not changed."),
+                io.Model.Input(
+                    "teacher", tooltip="The model to learn from; another checkpoint with the same latents. It is not changed."
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip="Prompts, as the student's text encoder encodes them: one for each image, or any "
+                    "where the teacher draws the images.",
+                ),
+                *_settings("my_distilled_style", "to_q, to_v, conv", steps=1000),
+                io.Float.Input(
+                    "output_weight",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.001,
+                    tooltip="Weight of the difference between what the two predict.",
+                ),
+                io.Float.Input(
+                    "feature_weight",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.001,
+                    tooltip="Weight of the differences between their blocks. 0 for models of different architecture; it "
+                    "is 0 where teacher_conditioning is connected.",
+                ),
+                io.Int.Input(
+                    "images_per_prompt",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    tooltip="How many images of each prompt the teacher draws "
+                    "before training, if none are connected. They are kept for the next run.",
+                ),
+                io.Int.Input("size", default=512, min=16, max=8192, step=8, tooltip="Side of these images in pixels."),
+                io.Latent.Input(
+                    "latents",
+                    optional=True,
+                    tooltip=f"Images to compare the two on. Without them, the teacher draws its own. {_SEVERAL}",
+                ),
+                io.Conditioning.Input(
+                    "teacher_conditioning",
+                    optional=True,
+                    tooltip="The same prompts by the teacher's text encoder, where it is "
+                    "another one: other weights, another language.",
+                ),
+                _empty_input(),
+                io.Conditioning.Input(
+                    "teacher_empty",
+                    optional=True,
+                    tooltip="The empty prompt by the teacher's text encoder, where it is another one.",
+                ),
+                _options_input(),
+            ],
+            outputs=_outputs(),
+            **_TRAINS,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        teacher: Any,
+        conditioning: Any,
+        output_weight: Any,
+        feature_weight: Any,
+        images_per_prompt: Any,
+        size: Any,
+        latents: Any = None,
+        teacher_conditioning: Any = None,
+        empty: Any = None,
+        teacher_empty: Any = None,
+        options: Any = None,
+        **asked: Any,
+    ):
+        shared = teacher_conditioning is None
+        _check_pair(model[0], teacher[0], shared, empty, teacher_empty)
+        own_empty = empty_prompt(empty, "empty")
+        job = _job(
+            cls,
+            asked,
+            options,
+            model=model[0],
+            teacher=teacher[0],
+            empty=own_empty,
+            teacher_empty=own_empty if shared else empty_prompt(teacher_empty, "teacher_empty"),
+        )
+        prompts = flat_prompts(conditioning)
+        theirs = None if shared else a_prompt_each(flat_prompts(teacher_conditioning, "teacher_conditioning"), len(prompts))
+        images = None if latents is None else flat_latents(latents)
+        side = size[0] // job.encoder.pixels_per_latent
+        shape = (job.encoder.channels, side, side) if images is None else images[0].shape
+        weight = feature_weight[0] if shared else 0.0
+        Distil.check_pair(job.student, job.master, job.settings, weight)
+        job.check_count(len(prompts) * images_per_prompt[0] if images is None else len(images))
+        with job.loaded(shape) as loaded:
+            if shared and job.master.fingerprint == job.student.fingerprint:
+                raise ValueError("teacher and student are the same model, there is nothing to learn")
+            if images is None:
+                prompts = [prompt for prompt in prompts for _ in range(images_per_prompt[0])]
+                theirs = None if theirs is None else [prompt for prompt in theirs for _ in range(images_per_prompt[0])]
+                images = job.drawn(loaded, job.master, theirs or prompts, job.teacher_empty, shape)
+            prompts = a_prompt_each(prompts, len(images))
+            data = Images(
+                images, prompts, None if theirs is None else a_prompt_each(theirs, len(images), "teacher_conditioning")
+            )
+            source, validation = job.sources(data)
+            task = Distil(
+                job.student,
+                job.master,
+                source,
+                job.settings,
+                output_weight=output_weight[0],
+                feature_weight=weight,
+                **validation,
+            )
+            return _output(job.run(loaded, task, data))
+
+
+_TRAINS = {"is_input_list": True, "is_output_node": True, "hidden": [io.Hidden.unique_id]}
+
+
+def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
+    """The widgets that all three have."""
+    return [
+        io.String.Input(
+            "name",
+            default=name,
+            tooltip="What the adapter is called, and its folder in output/styleinject. A run of this name is continued if its "
+            "settings and data were the same; else a number is added.",
+        ),
+        io.Combo.Input(
+            "method",
+            options=list(METHODS),
+            default=METHODS[0],
+            tooltip="styleinject is the method whole. lora is plain LoRA, to compare with. dma-only leaves out the statistics, "
+            "sta-only the several styles.",
+        ),
+        io.Int.Input("steps", default=steps, min=1, max=10**6, tooltip="How many steps to train."),
+        io.Float.Input(
+            "learning_rate",
+            default=1e-4,
+            min=1e-7,
+            max=10.0,
+            step=1e-5,
+            round=1e-8,
+            tooltip="How far each step goes. 0.0001 for Stable Diffusion; too high shows as a loss that jumps or becomes NaN.",
+        ),
+        io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Images per step. More need more memory."),
+        io.Int.Input("rank", default=32, min=1, max=1024, tooltip="Size of the learned change per layer. 4 to 32 is common."),
+        io.Int.Input(
+            "styles",
+            default=16,
+            min=1,
+            max=256,
+            tooltip="Parallel changes that the style router mixes for each image. Unused by lora and sta-only.",
+        ),
+        io.String.Input(
+            "layers",
+            default=layers,
+            tooltip="Which layers learn, with a comma between them: to_q, to_v, attention, conv, or single ones. More layers "
+            "learn more, and make a larger file.",
+        ),
+    ]
+
+
+def _empty_input() -> Any:
+    return io.Conditioning.Input(
+        "empty",
+        optional=True,
+        tooltip="The empty prompt: replaces some prompts while training (caption_dropout in the options), and is "
+        "the negative prompt of images that are drawn.",
+    )
+
+
+def _options_input() -> Any:
+    return OptionsType.Input("options", optional=True, tooltip="From StyleInject Train Options. Not needed.")
+
+
+def _outputs() -> list[Any]:
+    return [
+        AdapterType.Output(
+            "adapter", display_name="adapter", tooltip="The trained adapter, for Apply StyleInject or StyleInject Save."
+        ),
+        LossType.Output("losses", display_name="losses", tooltip="The loss of every step, for StyleInject Loss Plot."),
+        io.Int.Output("step", display_name="step", tooltip="The step the adapter is of: the last, or the best validated."),
+    ]
+
+
+def _job(node: type[io.ComfyNode], asked: dict[str, list], options: list[TrainOptions] | None, **models: Any) -> Job:
+    """A job from a node's inputs, which come as lists."""
+    values = {name: value[0] for name, value in asked.items()}
+    node_id = None if node.hidden is None else node.hidden.unique_id
+    return Job(**values, options=options[0] if options else TrainOptions(), node_id=node_id, **models)
+
+
+def _check_pair(model: Any, teacher: Any, shared: bool, empty: Any, teacher_empty: Any) -> None:
+    """Refuse what cannot be distilled (ValueError)."""
+    if teacher.model is model.model:
+        raise ValueError(
+            "teacher and student are the same loaded checkpoint, and a LoRA or adapter on one would be on both: load another "
+            "checkpoint as the teacher (a model with a LoRA on it can be saved as one by Save Checkpoint)"
+        )
+    formats = [type(patcher.model.latent_format).__name__ for patcher in (teacher, model)]
+    if formats[0] != formats[1]:
+        raise ValueError(f"the teacher's latents are {formats[0]}, the student's {formats[1]}: both must use the same VAE")
+    if not shared and (empty is None) != (teacher_empty is None):
+        raise ValueError("with teacher_conditioning, connect both empty and teacher_empty, or none of them")
+
+
+def _output(outcome: Outcome) -> io.NodeOutput:
+    result = outcome.result
+    return io.NodeOutput(outcome.adapter, outcome.losses, result.best_step or result.step, ui=ui.PreviewText(outcome.message))

@@ -1,0 +1,193 @@
+"""Training data: a folder of pictures with captions, or (webdataset.py) a stream of shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from .buckets import Size, bucket_sizes, nearest_bucket
+from .captions import folder_captions, one_line
+from .images import SUFFIXES, Broken, CorruptError, DataError, Example, OnCorrupt, View, decode, first_names, read_size
+
+_TAIL = 4096  # bytes of a file that go into the content hash: its end, because its start may be one camera's header
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str  # relative to the folder
+    caption: str
+    size: Size
+    enlarged: bool  # smaller than its bucket
+
+
+class ImageFolder:
+    """Pictures in a folder and below it, with captions from `metadata.jsonl` or from `NAME.txt` beside `NAME.png`.
+
+    `metadata.jsonl` has one object per line, `{"file_name": "a.png", "text": "a red apple"}`, the name relative to the
+    file's own folder (Hugging Face's imagefolder). Where there is one, captions come from such files alone. Names that
+    begin with a dot are passed over. The order is that of the names, the same on every system.
+
+    Args:
+        folder: where the pictures are.
+        resolution: side of the square bucket in pixels. The caller sees to it that the model can take it and `bucket_step`.
+        buckets: False cuts every picture to the square.
+        bucket_step, bucket_ratio: see `bucket_sizes`.
+        on_corrupt: what to do about a picture that cannot be decoded: "skip" names it once through `warn` and in
+            `skipped`, "stop" raises. Headers are read now, pixels only later: a picture found broken then is stood in
+            for by the next one of its bucket.
+        caption: one caption for all pictures; caption files are not looked at.
+        center_crop: False places the crop anew each time a picture is read.
+        flip: mirror half of the readings.
+        seed: of crops and mirrorings.
+        warn: called with one line per skipped picture.
+
+    Raises:
+        DataError: no such folder, no pictures, pictures without captions, captions without pictures, a caption file
+            that cannot be read, or (where `on_corrupt` is "stop") a picture that cannot.
+        ValueError: see `bucket_sizes`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        resolution: int = 512,
+        *,
+        buckets: bool = True,
+        bucket_step: int = 64,
+        bucket_ratio: float = 2.0,
+        on_corrupt: OnCorrupt = "skip",
+        caption: str | None = None,
+        center_crop: bool = True,
+        flip: bool = False,
+        seed: int = 0,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.root = Path(folder)
+        self.resolution, self.center_crop, self.flip, self.seed = resolution, center_crop, flip, seed
+        self._broken = Broken(on_corrupt, warn)
+        sizes = bucket_sizes(resolution, bucket_step, bucket_ratio) if buckets else bucket_sizes(resolution, resolution, 1)
+        names, others = _pictures_and_others(self.root)
+        if caption is None:
+            self._captions_from, captions = folder_captions(self.root, names, others)
+        else:
+            self._captions_from, captions = "one for all", dict.fromkeys(names, one_line(caption))
+        content = hashlib.sha256()
+        self._entries: list[_Entry] = []
+        for name in names:
+            try:
+                with self._open(name) as file:
+                    width, height = read_size(file, name)
+                    content.update(f"{captions[name]}\0{file.seek(0, os.SEEK_END)}\0".encode())
+                    file.seek(-min(_TAIL, file.tell()), os.SEEK_END)
+                    content.update(file.read())
+            except CorruptError as error:
+                self._broken.add(name, error)
+                continue
+            size = nearest_bucket(sizes, width, height)
+            self._entries.append(_Entry(name, captions[name], size, enlarged=height < size[0] or width < size[1]))
+        self._content, self._left_out = content.hexdigest(), len(self._broken.names)
+        if not self._entries:
+            raise DataError(
+                f"{folder}: none of the {len(names)} images can be read: {first_names(self._broken.names.values())}"
+            )
+
+    def _open(self, name: str) -> BinaryIO:
+        try:
+            return (self.root / name).open("rb")
+        except OSError as error:  # a folder that is gone is no broken picture: never skipped
+            raise DataError(f"{name}: cannot be opened: {error.strerror}") from error
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def size(self, index: int) -> Size:
+        """(H, W) of an example: its bucket."""
+        return self._entries[index].size
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(H, W) of every example, for `BatchOrder`."""
+        return [entry.size for entry in self._entries]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Pictures that could not be decoded so far, and why."""
+        return dict(self._broken.names)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.read(index)
+
+    def read(self, index: int, step: int = 0, among: Container[int] | None = None) -> Example:
+        """Decode an example.
+
+        Args:
+            step: the training step it is read for; crop and mirroring depend on it, and on nothing that went before.
+            among: which others may stand in for it where it is broken; None allows all.
+
+        Raises:
+            DataError: it cannot be decoded and `on_corrupt` is "stop", or no other of its bucket can be either.
+        """
+        view = View.draw(f"{self.seed}/{index}/{step}", self.center_crop, self.flip)
+        for entry in self._candidates(index, among):
+            if entry.name in self._broken.names:
+                continue
+            try:
+                with self._open(entry.name) as file:
+                    return Example(decode(file, entry.name, entry.size, view), entry.caption, entry.name)
+            except CorruptError as error:
+                self._broken.add(entry.name, error)
+        height, width = self.size(index)
+        raise DataError(f"none of the {width}x{height} images can be decoded: {first_names(self._broken.names.values())}")
+
+    def _candidates(self, index: int, among: Container[int] | None) -> Iterator[_Entry]:
+        """The example itself, then those that stand in for it."""
+        first = self._entries[index]
+        yield first
+        for offset in range(1, len(self)):
+            other = (index + offset) % len(self)
+            entry = self._entries[other]
+            if entry.size == first.size and (among is None or other in among):
+                yield entry
+
+    def summary(self) -> dict:
+        """What the data is, for an adapter's metadata and to recognise it by: counts and a hash, no names.
+
+        It does not change while the data is read. `skipped` counts pictures left out for their headers, `enlarged` those
+        smaller than their bucket, `buckets` all by "width x height". `content` is a hash over captions, lengths and ends
+        of the files in order: the same on any machine, another for other data.
+        """
+        counts = Counter(self.sizes)
+        return {
+            "images": len(self),
+            "skipped": self._left_out,
+            "captions": self._captions_from,
+            "resolution": self.resolution,
+            "center_crop": self.center_crop,
+            "flip": self.flip,
+            "buckets": {f"{width}x{height}": counts[height, width] for height, width in sorted(counts)},
+            "enlarged": sum(entry.enlarged for entry in self._entries),
+            "content": f"sha256:{self._content}",
+        }
+
+
+def _pictures_and_others(root: Path) -> tuple[list[str], list[str]]:
+    """Names of pictures and of all other files, relative to the folder, with forward slashes, sorted."""
+    if not root.is_dir():
+        raise DataError(f"{root}: expected a folder, found {'a file' if root.exists() else 'nothing'}")
+    pictures: list[str] = []
+    others: list[str] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in files:
+            name = (Path(folder) / file).relative_to(root).as_posix()
+            if not file.startswith("."):
+                (pictures if name.lower().endswith(SUFFIXES) else others).append(name)
+    if not pictures:
+        raise DataError(f"{root}: no images; looked for {', '.join(SUFFIXES)}, in subfolders too")
+    return sorted(pictures), sorted(others)

@@ -1,0 +1,1 @@
+"""What is trained: noise schedules, and models that predict under them."""

@@ -1,0 +1,180 @@
+"""Stable Diffusion models from diffusers as training wants them: a local folder, or a single checkpoint file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..data.batches import Conditioning, rows
+from .noise import DiscreteSchedule
+from .training_model import TextToImageModel
+
+_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or trained; the message names it, and what was expected."""
+
+
+class PipelineModel(TextToImageModel):
+    """A StableDiffusionPipeline or StableDiffusionXLPipeline, frozen.
+
+    Args:
+        pipeline: on its device, in its dtype.
+        name: what to call it.
+    """
+
+    def __init__(self, pipeline: Any, name: str):
+        unet = pipeline.unet.requires_grad_(False).eval()
+        super().__init__(unet, DiscreteSchedule.from_diffusers(pipeline.scheduler.config), name)
+        pipeline.vae.requires_grad_(False).eval()
+        if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
+            pipeline.vae.to(torch.float32)  # SDXL's overflows in float16
+        self.pipeline = pipeline
+        self.is_xl = getattr(pipeline, "text_encoder_2", None) is not None
+        self.architecture = _ARCHITECTURES.get(unet.config.cross_attention_dim, "unknown")
+        self.pixels_per_latent = pipeline.vae_scale_factor
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device, dtype: torch.dtype, config: Path | None = None) -> PipelineModel:
+        """Load a model; nothing is downloaded.
+
+        Args:
+            path: a diffusers folder (with model_index.json), or a .safetensors checkpoint.
+            config: for a checkpoint file, a diffusers folder of the same kind of model, for its tokenizer and configs.
+
+        Raises:
+            ModelError: no such file, not safetensors, or another kind of model.
+            ImportError: diffusers is not installed.
+        """
+        try:
+            from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+        except ImportError as error:
+            raise ImportError("training Stable Diffusion models needs packages: pip install diffusers transformers") from error
+        if not path.exists():
+            raise ModelError(f"model {path}: no such file or folder")
+        options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
+        try:
+            if path.is_dir():
+                pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True, **options, **_of_folder(path))
+            elif path.suffix != ".safetensors":
+                raise ModelError(f"model {path.name}: expected a diffusers folder or a .safetensors file")
+            else:
+                if config is None:
+                    raise ModelError(
+                        f"model {path.name}: a single file has no tokenizer; set model.config to a diffusers folder "
+                        "of its kind (docs/training.md says where to get one)"
+                    )
+                if not (config / "model_index.json").is_file():  # diffusers would look for it in the network
+                    raise ModelError(f"model.config {config}: no diffusers folder, there is no model_index.json in it")
+                kind = StableDiffusionXLPipeline if (config / "text_encoder_2").is_dir() else StableDiffusionPipeline
+                unused = {"safety_checker": None, "feature_extractor": None}
+                pipeline = kind.from_single_file(str(path), config=str(config), **unused, **options)
+                if stated := _sampling_of_file(path):
+                    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stated)
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"model {path.name}: cannot be loaded: {error}") from error
+        if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+            raise ModelError(
+                f"model {path.name}: expected Stable Diffusion 1.x, 2.x or XL, found a {type(pipeline).__name__}; "
+                "other models are trained in ComfyUI"
+            )
+        return cls(pipeline.to(device), path.name if path.is_dir() else path.stem)
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device  # type: ignore[return-value]
+
+    @property
+    def latent_space(self) -> tuple[Any, ...]:
+        config = self.pipeline.vae.config
+        return config.latent_channels, config.scaling_factor, self.pixels_per_latent
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype  # type: ignore[return-value]
+
+    def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        own = {key: value.to(self.device, self.dtype) for key, value in conditioning.items()}
+        added = None
+        if self.is_xl:
+            height, width = (side * self.pixels_per_latent for side in noisy.shape[-2:])
+            ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
+            added = {"text_embeds": own["pooled"], "time_ids": ids.expand(len(noisy), -1)}
+        noisy, times = noisy.to(self.device, self.dtype), times.to(self.device)
+        return self.denoiser(noisy, times, own["context"], added_cond_kwargs=added).sample
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return (mean * vae.config.scaling_factor).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float().clamp(-1, 1).cpu()
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        encoded = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        conditioning = {"context": encoded[0].cpu()}
+        if self.is_xl:
+            conditioning["pooled"] = encoded[2].cpu()
+        return conditioning
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], resolution: int, seed: int, steps: int = 20, guidance: float = 5.0) -> Tensor:
+        from diffusers import DPMSolverMultistepScheduler
+
+        prompt, empty = self.encode_text(prompts), rows(self.encode_text([""]), [0] * len(prompts))
+        own = {"prompt_embeds": prompt["context"], "negative_prompt_embeds": empty["context"]}
+        if self.is_xl:
+            own |= {"pooled_prompt_embeds": prompt["pooled"], "negative_pooled_prompt_embeds": empty["pooled"]}
+        former = self.pipeline.scheduler
+        self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(former.config)
+        self.pipeline.set_progress_bar_config(disable=True)
+        try:
+            return self.pipeline(
+                **{key: value.to(self.device, self.dtype) for key, value in own.items()},
+                height=resolution,
+                width=resolution,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(seed + k) for k in range(len(prompts))],
+                output_type="latent",
+            ).images.float()
+        finally:
+            self.pipeline.scheduler = former
+
+
+def _sampling_of_file(path: Path) -> dict[str, Any]:
+    """What a checkpoint file says about its own schedule, in diffusers' words: some v-prediction models are marked so."""
+    with safe_open(path, framework="pt") as file:
+        keys, stated = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
+    if "v_pred" not in keys and stated not in ("v", "v_prediction"):
+        return {}
+    zero_terminal = {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
+    return {"prediction_type": "v_prediction", **zero_terminal}
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    """How to load a diffusers folder: without a safety checker, and half-precision files where it has no others."""
+    options: dict[str, Any] = {}
+    index = folder / "model_index.json"
+    if index.is_file() and "safety_checker" in index.read_text(encoding="utf-8"):
+        options["safety_checker"] = None
+    weights = [file.name for file in (folder / "unet").glob("*.safetensors")]
+    if weights and all(re.search(r"\.fp16[.-]", name) for name in weights):
+        options["variant"] = "fp16"
+    return options

@@ -1,0 +1,108 @@
+"""What training needs from a model, whatever program it lives in."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapter import Adapter
+from ...attach import Applied, Attachment
+from ..data.batches import Conditioning, tensors_hash
+from .noise import NoiseSchedule
+
+_BLOCK = re.compile(
+    r"(down_blocks|up_blocks)\.\d+\.(resnets|attentions|motion_modules|downsamplers|upsamplers)\.\d+"
+    r"|mid_block\.(resnets|attentions)\.\d+"
+    r"|(input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+"  # LDM's and ComfyUI's spelling of the same
+    r"|((single_|visual_|text_)?transformer_blocks|(joint|double|single|double_stream|single_stream)_blocks|(double|single)_layers)\.\d+"
+    r"|layers\.\d+|blocks\.(block)?\d+|(down_blocks|up_blocks)\.\d+\.\d+"
+)
+
+
+class TrainingModel(ABC):
+    """A frozen model with an adapter's place in it.
+
+    Args:
+        denoiser: the U-Net (or DiT), whose layers adapters name.
+        schedule: its training noise and what it predicts.
+    """
+
+    def __init__(self, denoiser: nn.Module, schedule: NoiseSchedule):
+        self.denoiser, self.schedule = denoiser, schedule
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in float16."""
+        return next(self.denoiser.parameters()).dtype == torch.float16
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where noise and losses are."""
+        return next(self.denoiser.parameters()).device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells frozen models apart, for recognising a run's: a hash of a little of every parameter."""
+        return tensors_hash(parameter.flatten()[:64] for parameter in self.denoiser.parameters())
+
+    def attachment(self, adapter: Adapter) -> Attachment:
+        """The adapter matched to the denoiser. Raises AdapterMismatchError."""
+        return Attachment(self.denoiser, [Applied(adapter)])
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction at z_t, of the schedule's type; (B, C, H, W)."""
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks whose features teacher and student are compared by, and that are checkpointed."""
+        found: dict[str, nn.Module] = {}
+        for name, module in self.denoiser.named_modules():
+            if _BLOCK.fullmatch(name):
+                found[name] = module
+        return found
+
+    def in_place_blocks(self) -> set[str]:
+        """Those of the blocks that may write into their inputs, as nothing in them keeps these for the backward pass."""
+        return set()
+
+
+class TextToImageModel(TrainingModel):
+    """A training model with its encoders: it takes pictures and captions.
+
+    Args:
+        name: what to call it in messages and in the adapter's metadata; no path.
+    """
+
+    architecture = "unknown"  # as in ModelSpec's field
+    pixels_per_latent = 8
+
+    def __init__(self, denoiser: nn.Module, schedule: NoiseSchedule, name: str):
+        super().__init__(denoiser, schedule)
+        self.name = name
+
+    @property
+    def latent_space(self) -> tuple[Any, ...]:
+        """What its latents are; models whose latents are the same have the same."""
+        return (type(self).__name__,)
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> latents."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts -> conditioning, a row each."""
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[str], resolution: int, seed: int, steps: int = 20, guidance: float = 5.0) -> Tensor:
+        """Latents of one square picture per prompt, with classifier-free guidance; seed + k seeds picture k."""

@@ -1,0 +1,1 @@
+"""What training minimizes: the losses, and the three tasks that compute them."""

@@ -1,0 +1,1 @@
+"""The run: the loop, its checkpoints and optimizers, and what it shows."""

@@ -1,0 +1,356 @@
+"""The training loop: the adapter's parameters on any task, with checkpoints from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...adapter import Adapter
+from ..draws import Draws
+from ..parallel import Processes
+from ..settings import TrainSettings
+from .checkpoints import RunFolder, TrainState, validations
+from .optimizers import evaluating, make_optimizer, set_rate
+
+_MANY = 0.2  # of the layers: an attention function without a backward pass
+_OVERFLOWS = 40  # in a row, each of which halves the scale of the loss, from 2 ** 16 on
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, why, and what is on disk."""
+
+
+class Task(Protocol):
+    """What is trained for: where the adapter goes, and its loss."""
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in float16, whose small gradients vanish unless the loss is scaled."""
+        ...
+
+    @property
+    def advice(self) -> str:
+        """What the user should know before training; empty where there is nothing."""
+        ...
+
+    def installed(self, adapter: Adapter) -> AbstractContextManager[Any]:
+        """The adapter on the model; held open over forward and backward passes."""
+        ...
+
+    def loss(self, draws: Draws) -> Tensor:
+        """The scalar loss of forward pass `draws.index`."""
+        ...
+
+    def validation_loss(self) -> float:
+        """The loss on the same examples, noise and times each time."""
+        ...
+
+    def plan(self) -> dict[str, Any]:
+        """What of the task decides which adapter comes out: JSON values."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, where it is no function of the step."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands after a step. `loss` is the mean over the step's forward passes."""
+
+    step: int
+    steps: int
+    loss: float
+    rate: float
+    seconds_per_step: float
+    validation: float | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        return (self.steps - self.step) * self.seconds_per_step
+
+
+class Observer:
+    """Who watches a run; by default nobody. An exception from `progress` stops the run after a checkpoint."""
+
+    def progress(self, progress: Progress) -> None:
+        """After every step."""
+
+    def sample(self, step: int) -> None:
+        """Every `sample_every` steps, with the adapter on the model and gradients off."""
+
+    def problem(self, message: str) -> None:
+        """Something is wrong that training survives."""
+
+
+@dataclass
+class Result:
+    """How a run ended: the history of all its steps, resumed ones included."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int | None = None
+    resumed_from: int = 0
+    stopped_early: bool = False
+
+
+def train(
+    adapter: Adapter,
+    task: Task,
+    settings: TrainSettings,
+    *,
+    run: RunFolder | None = None,
+    observer: Observer | None = None,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> Result:
+    """Train an adapter in place; with a run folder, from its newest state on.
+
+    With validation, the adapter is in the end the one of the best validation loss.
+
+    Args:
+        adapter: float32, on the device it trains on.
+
+    Raises:
+        TrainingError: a loss or gradient that is NaN or Inf; the parameters are those of the last good step.
+        CheckpointError: the run folder holds the state of another plan, or of a later step, or another run trains in it.
+    """
+    own = run if processes.is_main else None
+    loop = _Loop(adapter, task, settings, own, observer or Observer(), processes)
+    with nullcontext() if own is None else own.locked():
+        if run is not None:
+            loop.resume(run)
+        with torch.inference_mode(False), torch.enable_grad(), task.installed(adapter):
+            loop.go()
+    return loop.result
+
+
+def run_plan(
+    adapter: Adapter,
+    task: Task,
+    settings: TrainSettings,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+) -> dict[str, Any]:
+    """What decides which adapter comes out of a run; a state is resumed by a run of the same plan only."""
+    return {
+        "settings": settings.result_fields(),
+        "adapter": {**adapter.config.to_dict(), "layer_names": len(adapter.names)},
+        "processes": processes.world,
+        **task.plan(),
+    }
+
+
+class _Loop:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        task: Task,
+        settings: TrainSettings,
+        run: RunFolder | None,
+        observer: Observer,
+        processes: Processes,
+    ):
+        self.adapter, self.task, self.settings, self.run = adapter, task, settings, run
+        self.observer, self.processes = observer, processes
+        self.parameters = [p for p in adapter.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, settings)
+        device = self.parameters[0].device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=task.half)
+        self.result = Result()
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+        self.waited = 0  # measurements since the best one
+        self.saved_at = 0
+        self.position = task.state_dict()  # in the data, after the last whole step
+        self.overflows = 0  # steps in a row that float16 made too large, and the scaler left out
+        self.torn = False  # between the optimiser's step and the end of what belongs to it
+        self.seconds: float | None = None
+
+    # the run on disk
+
+    def plan(self) -> dict[str, Any]:
+        return run_plan(self.adapter, self.task, self.settings, self.processes)
+
+    def resume(self, run: RunFolder) -> None:
+        state = run.load_state(self.plan(), self.settings.steps)
+        if state is None:
+            if self.run is not None:
+                run.history(until=0)
+            return
+        parts = state.parts
+        self.adapter.load_state_dict(parts["adapter"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        self.scaler.load_state_dict(parts["scaler"])
+        self.task.load_state_dict(parts["task"])
+        self.position = parts["task"]
+        if parts["best"] is not None:
+            self.result.best_step, value, tensors = parts["best"]
+            self.best = (value, tensors)
+        self.waited = parts["waited"]
+        self.result.stopped_early = self._patience_is_over()
+        lines = run.history(until=state.step if self.run is not None else None)
+        self.result.losses = [line["loss"] for line in lines if line["step"] <= state.step]
+        self.result.validation = validations(lines)
+        self.result.step = self.result.resumed_from = self.saved_at = state.step
+
+    def save(self) -> None:
+        """A checkpoint of the step reached. What the disk refuses is reported, and training goes on: it may be mended."""
+        if self.run is None or self.saved_at == self.result.step:
+            return
+        best = None if self.best is None else [self.result.best_step, *self.best]
+        parts = {
+            "adapter": self.adapter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "task": self.position,
+            "best": best,
+            "waited": self.waited,
+        }
+        with self._surviving("checkpoint"):
+            with evaluating(self.optimizer):
+                self.run.save_adapter(self.adapter, self.run.adapter_file(self.result.step), self.result.step)
+            self.run.save_state(TrainState(self.result.step, self.plan(), parts))
+            self.saved_at = self.result.step
+
+    def _surviving(self, what: str) -> AbstractContextManager[None]:
+        return _Surviving(self.observer, f"{what} of step {self.result.step}")
+
+    # the steps
+
+    def go(self) -> None:
+        settings = self.settings
+        if self.task.advice:
+            self.observer.problem(self.task.advice)
+        try:
+            while self.result.step < settings.steps and not self.result.stopped_early:
+                self.step()
+                if settings.checkpoint_every and self.result.step % settings.checkpoint_every == 0:
+                    self.save()
+        except TrainingError as error:
+            raise TrainingError(f"{error}. {self._on_disk()}") from None
+        except BaseException:
+            if not self.torn:
+                self.save()
+            raise
+        self.save()
+        if self.best is not None:
+            self.adapter.load_state_dict(self.best[1])
+        elif hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()  # a schedule-free optimiser's own average is the result
+
+    def step(self) -> None:
+        began, settings, step = time.perf_counter(), self.settings, self.result.step
+        rate = set_rate(self.optimizer, settings, step)
+        loss = self._gradients(step)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.processes.average([*gradients, loss])  # before the scaler looks for overflows: all processes see the same ones
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip or math.inf)
+        value = float(loss)
+        finite = math.isfinite(float(norm))
+        self.overflows = 0 if finite else self.overflows + 1
+        if not (math.isfinite(value) and (finite or (self.task.half and self.overflows < _OVERFLOWS))):
+            what = f"gradient became {float(norm)}" if math.isfinite(value) else f"loss became {value}"
+            raise TrainingError(f"the {what} at step {step + 1} of {settings.steps}: lower the learning rate")
+        self.torn = True
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.result.step += 1
+        self.result.losses.append(value)
+        line: dict[str, Any] = {"step": self.result.step, "loss": value, "rate": rate}
+        if settings.validate_every and self.result.step % settings.validate_every == 0:
+            line["validation"] = self._validate()
+        if self.run is not None:
+            with self._surviving("loss"):
+                self.run.append(line)
+        self.position = self.task.state_dict()
+        self.torn = False
+        if settings.sample_every and self.result.step % settings.sample_every == 0 and self.processes.is_main:
+            with evaluating(self.optimizer), torch.no_grad():
+                self.observer.sample(self.result.step)
+        taken = time.perf_counter() - began
+        self.seconds = taken if self.seconds is None else 0.9 * self.seconds + 0.1 * taken
+        validation = line.get("validation")
+        self.observer.progress(Progress(self.result.step, settings.steps, value, rate, self.seconds, validation))
+
+    def _gradients(self, step: int) -> Tensor:
+        """Gradients of one optimiser step, averaged over its forward passes; returns their mean loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        passes = self.settings.accumulation
+        total = torch.zeros((), device=self.parameters[0].device)
+        for k in range(passes):
+            loss = self.task.loss(Draws(self.settings.seed, step * passes + k, self.processes)) / passes
+            if loss.requires_grad:
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if step == self.result.resumed_from:
+            self._check_gradients()
+        return total
+
+    def _check_gradients(self) -> None:
+        """Say which layers would stay untrained, for their gradient is missing (not 0); refuse to train if they are many."""
+        layers = self.adapter.layers.items() if isinstance(self.adapter, Adapter) else ()  # a benchmark trains a U-Net
+        trained = {name: [p for p in layer.parameters() if p.requires_grad] for name, layer in layers}
+        missing = [name for name, parameters in trained.items() if parameters and all(p.grad is None for p in parameters)]
+        if not missing:
+            return
+        shown = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        what = f"no gradient reaches {len(missing)} of {len(trained)} layers ({shown})"
+        if len(missing) < _MANY * len(trained):  # blocks whose last part the output does not depend on
+            self.observer.problem(f"{what}: the model's output does not depend on them, they stay as they are")
+        else:
+            raise TrainingError(f"{what}: something runs them that has no backward pass, as SageAttention; train without that")
+
+    def _validate(self) -> float:
+        with evaluating(self.optimizer), torch.no_grad():
+            value = self.task.validation_loss()
+            self.result.validation.append((self.result.step, value))
+            if not math.isfinite(value):
+                self.observer.problem(f"the validation loss of step {self.result.step} is {value}")
+            if math.isfinite(value) and (self.best is None or value < self.best[0]):
+                tensors = {name: tensor.detach().clone() for name, tensor in self.adapter.state_dict().items()}
+                self.best, self.result.best_step, self.waited = (value, tensors), self.result.step, 0
+                if self.run is not None:
+                    with self._surviving("best adapter"):
+                        self.run.save_adapter(self.adapter, self.run.best_file, self.result.step)
+            else:
+                self.waited += 1
+        self.result.stopped_early = self._patience_is_over()
+        return value
+
+    def _patience_is_over(self) -> bool:
+        return 0 < self.settings.patience <= self.waited
+
+    def _on_disk(self) -> str:
+        if self.run is None:
+            return "The adapter is as it was after the last good step"
+        if not self.run.state_file.exists():
+            return "No checkpoint had been written yet"
+        where = f"The last checkpoint is step {self.saved_at}, in {self.run.path.name}"
+        return f"{where}; a run with another rate is a new one, in a folder of its own"
+
+
+class _Surviving(suppress):
+    """Passes what the disk refuses to the observer instead of raising it."""
+
+    def __init__(self, observer: Observer, what: str):
+        from ...files import AdapterFileError
+
+        super().__init__(AdapterFileError, OSError)
+        self.observer, self.what = observer, what
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        survived = bool(super().__exit__(kind, error, trace))
+        if survived:
+            self.observer.problem(f"{self.what}: {error}")
+        return survived
