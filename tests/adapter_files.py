@@ -135,6 +135,19 @@ def lora_and_bias(shape: Shape, draw: Draw) -> Parts:
     return {**lora_flat(shape, draw), "diff_b": draw(shape[0], std=0.1)}
 
 
+def multiplied_out(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file of LoKr with Tucker cores, as full factors: ComfyUI's loader trips over the strides of the former and leaves
+    the layer as it is ("ERROR lokr ... view size is not compatible")."""
+    out = dict(tensors)
+    for key in tensors:
+        if key.endswith(".lokr_t2"):
+            module = key.removesuffix(".lokr_t2")
+            core, up, down = (out.pop(f"{module}.{part}") for part in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
+            scale = float(out.pop(f"{module}.alpha")) / down.shape[0]
+            out[f"{module}.lokr_w2"] = torch.einsum("ijkl,jr,ip->prkl", core, down, up).contiguous() * scale
+    return out
+
+
 KINDS: dict[str, Callable[[Shape, Draw], Parts]] = {
     "LoRA": lora,
     "LoRA, alpha": lambda shape, draw: lora(shape, draw, alpha=1.5),
