@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..methods import METHODS
+
 STYLEINJECT = "StyleInject"
 LORA, LOHA, LOKR, DIFFERENCE = "LoRA", "LoHa", "LoKr", "difference"
-READ = (STYLEINJECT, LORA, LOHA, LOKR, DIFFERENCE)  # the methods whose parts are read
+_READ = (STYLEINJECT, LORA, LOHA, LOKR, DIFFERENCE)  # the kinds whose parts are read; beside them, every registered method
 ANY = "any"  # alpha and the like: parts of whatever method the module has
 
 _STYLEINJECT_END = "styleinject_"
@@ -91,7 +93,7 @@ class Key:
 
     Args:
         module: the module's name as it stands in the file (XLabs' processors as the layers they are).
-        method: one of READ, ANY, or the name of a method that is not read.
+        method: a kind that is read (`is_read`), ANY, or the title of one that is not.
         part: which tensor of that method.
         adapter: PEFT's name of the adapter, "" where the key has none.
     """
@@ -118,7 +120,21 @@ def parse(key: str) -> Key | None:
     for length in range(min(_LONGEST, len(parts) - 1), 0, -1):
         if known := _ENDS.get(".".join(parts[-length:])):
             return Key(".".join(parts[:-length]), *known)
-    return _with_adapter_name(parts)
+    return _with_adapter_name(parts) or _of_a_method(key)
+
+
+def is_read(kind: str) -> bool:
+    """Whether the parts of a kind can be made into layers."""
+    return kind in _READ or kind in METHODS
+
+
+def _of_a_method(key: str) -> Key | None:
+    """A part of a registered method whose suffixes are nobody else's."""
+    for method in METHODS.values():
+        for part, suffix in method.suffixes.items():
+            if key.endswith(suffix) and len(key) > len(suffix):
+                return Key(key.removesuffix(suffix), method.name, part)
+    return None
 
 
 def _old_processor(parts: list[str]) -> Key | None:

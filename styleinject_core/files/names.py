@@ -138,6 +138,8 @@ def diffusers_name(name: str, layers_per_block: int = 2) -> str:
 
 def lora_name(name: str) -> str:
     """A diffusers name as LoRA files spell it: "lora_unet_down_blocks_0_..." in a U-Net, else "transformer.<name>"."""
+    if name.startswith((_KOHYA_PREFIX, _LYCORIS_PREFIX, "lora_transformer_")):  # a DiT's, as a file has it
+        return name
     kohya = _KOHYA_PREFIX + name.replace(".", "_")
     return kohya if diffusers_name(kohya) == name else f"transformer.{name}"
 

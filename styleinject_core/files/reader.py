@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..config import LayerConfig
+from ..config import AdapterConfig, LayerConfig
 from ..layers import UnsupportedLayerError
 from ..methods import METHODS, AdapterLayer, config_from_dict
+from ..methods.method import Problem
+from ..methods.fixed import alpha_of
 from ..methods.kronecker import KroneckerConfig
 from .alphas import Scales, scales_beside, stated_scales
 from .errors import AdapterFileError
@@ -110,11 +112,15 @@ class _Reading:
             DIFFERENCE: self._difference,
         }
         try:
+            if method not in readers:
+                return self._by(method, {**parts, **self.shared}, self._stated(method))
             return readers[method]({**parts, **extra})
         except UnsupportedLayerError as error:
             raise self.problem(str(error)) from None
 
     def _by(self, method: str, parts: Parts, stated: Any = None) -> AdapterLayer:
+        for part, value in parts.items():
+            _check_values(part, value, self.problem)
         return METHODS[method].read(parts, stated, self.problem)
 
     def _stated(self, method: str) -> LayerConfig | None:
@@ -145,13 +151,19 @@ class _Reading:
             parts = self._with_up_bias(parts, rank)
         if set(parts) <= {"down", "up", "alpha"} and all(parts[side].ndim in (2, 4) for side in ("down", "up") if side in parts):
             named = {"down": "A", "up": "B", "alpha": "alpha"}
-            return self._by("lora", {named[part]: value for part, value in parts.items()}, self._stated_lora(parts))
+            layer = self._by("lora", {named[part]: value for part, value in parts.items()}, self._stated_lora(parts))
+            if ".processor." in self.module.key and "alpha" not in parts and parts["down"].ndim == 2:
+                layer.or_else(self._of_diffusekrona(parts))  # a common rank by chance: the model's layer will tell
+            return layer
         return self._by("low_rank", self._with_magnitudes(parts))
 
     def _stated_lora(self, parts: Parts) -> LayerConfig | None:
-        """The file's own config, where the tensors do not say the alpha themselves."""
+        """The file's own config of a LoRA; an alpha that another program has changed since is the tensor's."""
         stated = self._stated("lora")
-        return None if stated is None or stated.method != "lora" or "alpha" in parts else stated
+        if not isinstance(stated, AdapterConfig) or stated.method != "lora":
+            return None
+        alpha = alpha_of(parts, self.problem)
+        return stated if alpha is None or alpha == stated.scale * stated.r else replace(stated, alpha=alpha)
 
     def _with_up_bias(self, parts: Parts, rank: int) -> Parts:
         """PEFT's bias of the up matrix, as a change of the layer's bias: it is scaled with the product."""
@@ -249,23 +261,21 @@ def _read_tensors(path: Path, found: Sorted) -> dict[str, Tensor]:
         if isinstance(error, SafetensorError) and "dtype" not in text.lower():
             raise AdapterFileError(f"{path.name}: damaged or truncated, not a whole safetensors file ({text})") from None
         raise AdapterFileError(f"{path.name}: a tensor cannot be read: {text}") from None
-    for key, value in tensors.items():
-        _check_values(path, key, value)
     return tensors
 
 
-def _check_values(path: Path, key: str, value: Tensor) -> None:
-    if key.endswith(".alpha") and not value.is_floating_point() and not value.is_complex():
+def _check_values(part: str, value: Tensor, problem: Problem) -> None:
+    if part == "alpha" and not value.is_floating_point() and not value.is_complex():
         return  # whole numbers have been seen there
     if not value.is_floating_point():
-        raise AdapterFileError(f"{path.name}: {shortened(key)} has dtype {value.dtype}, expected a floating point type")
+        raise problem(f"{part} has dtype {value.dtype}, expected a floating point type")
     if value.element_size() == 1:
         try:
             value = value.float()
         except (RuntimeError, NotImplementedError):
-            raise AdapterFileError(f"{path.name}: {shortened(key)} has dtype {value.dtype}, which is not supported") from None
+            raise problem(f"{part} has dtype {value.dtype}, which is not supported") from None
     if not torch.isfinite(value).all():
-        raise AdapterFileError(f"{path.name}: {shortened(key)} has NaN or Inf values")
+        raise problem(f"{part} has NaN or Inf values")
 
 
 def _scales(path: Path, metadata: Mapping[str, str], found: Sorted, tensors: Mapping[str, Tensor]) -> Scales:
@@ -284,8 +294,7 @@ def _scales(path: Path, metadata: Mapping[str, str], found: Sorted, tensors: Map
 
 
 def _is_of_diffusekrona(found: Sorted, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether what looks like LoRA on attention processors is DiffuseKronA's: their factors have no common rank, or, where
-    by chance all have, a self-attention's query is not square."""
+    """Whether what looks like LoRA on attention processors is DiffuseKronA's: their factors have no common rank."""
     for key, module in found.modules.items():
         own = module.methods.get(LORA, {})
         if ".processor." not in key or not {"down", "up"} <= set(own):
@@ -293,7 +302,7 @@ def _is_of_diffusekrona(found: Sorted, tensors: Mapping[str, Tensor]) -> bool:
         down, up = tensors[own["down"]], tensors[own["up"]]
         if down.ndim != 2 or up.ndim != 2:
             return False
-        if down.shape[0] != up.shape[1] or (key.endswith("attn1.processor.to_q") and up.shape[0] != down.shape[1]):
+        if down.shape[0] != up.shape[1]:
             return True
     return False
 

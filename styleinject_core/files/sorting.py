@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from .errors import AdapterFileError
 from .header import shortened
-from .keys import ANY, READ, STYLEINJECT, parse
+from .keys import ANY, STYLEINJECT, is_read, parse
 from .names import other_model_part
 
 _CHECKPOINT = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
@@ -30,7 +30,7 @@ class Module:
     @property
     def refusal(self) -> str:
         """Why this module cannot be used; empty where it can."""
-        if unknown := [method for method in self.methods if method not in READ]:
+        if unknown := [method for method in self.methods if not is_read(method)]:
             return f"{unknown[0]} is not supported"
         if not self.methods:
             return f"{' and '.join(self.shared)} without the matrices it belongs to"

@@ -15,7 +15,7 @@ keeps them as they came and brings them into W0's shape when it is used, so that
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -110,10 +110,14 @@ class FixedLayer(AdapterLayer):
 
     def change(self, weight: Tensor) -> Tensor:
         """ΔW at strength 1 of a layer with that W0, in W0's shape and float32."""
-        return decomposed(weight.float(), self._product(), self.tensors()) if self.decomposed else self._product()
+        product = self._product(weight.device)
+        if not self.decomposed:
+            return product
+        parts = {part: value.detach().to(weight.device) for part, value in self.tensors().items() if part in EXTRAS}
+        return decomposed(weight.float(), product, parts)
 
-    def _product(self) -> Tensor:
-        parts = {part: value.detach().float() for part, value in self.tensors().items()}
+    def _product(self, device: torch.device | None = None) -> Tensor:
+        parts = {part: value.detach().to(device, torch.float32) for part, value in self.tensors().items()}
         product = self.product(parts)
         zeros = next(iter(parts.values())).new_zeros
         return zeros(self.shape.weight) if product is None else (product * self.scale).reshape(self.shape.weight)
@@ -122,7 +126,7 @@ class FixedLayer(AdapterLayer):
         """The change of the bias at strength 1, (d,) in float32; None where there is none."""
         return None if self.bias is None else self.bias.detach().float().flatten()
 
-    def weights(self, cast: Cast, *, dma: float, sta: float, owner: object = None) -> FixedWeights:
+    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> FixedWeights:
         return FixedWeights(self, {part: cast(value) for part, value in self.tensors().items()}, dma, owner)
 
     def fitted(self, shape: LayerShape) -> AdapterLayer | None:
@@ -136,6 +140,14 @@ class FixedLayer(AdapterLayer):
             layer.register_parameter(part, value)  # the same, not a copy: what moves one moves the other
         return layer
 
+    def without_bias(self) -> AdapterLayer | None:
+        """The same without the change of the bias; None where nothing is left."""
+        layer = self.fitted(self.shape)
+        if layer is None or not any(getattr(self, part) is not None for part in self.PRODUCT):
+            return None
+        layer.register_parameter("bias", None)
+        return layer
+
 
 @dataclass(frozen=True, eq=False)
 class FixedWeights:
@@ -144,7 +156,7 @@ class FixedWeights:
     layer: FixedLayer
     parts: Mapping[str, Tensor]
     dma: float
-    owner: object = None
+    owner: Hashable = None
 
     @property
     def active(self) -> bool:
