@@ -23,6 +23,7 @@ from .errors import AdapterFileError
 from .names import lora_name
 from .reader import FORMAT_VERSION
 
+
 def save_adapter(
     adapter: Adapter, path: str | Path, metadata: dict[str, str] | None = None, dtype: torch.dtype | None = None
 ) -> None:

@@ -17,7 +17,7 @@ ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
                          "hosts", "summary", "router", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "parallel", "draws", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "injection", "monitor", "sampling", "patcher", "demo_model", "training"],
+    "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "demo_model", "training"],
     "integration/training": ["graph_inputs", "options", "comfy_model", "named_runs", "job"],
     "nodes": ["schema", "adapter", "router", "train", "demo"],
 }  # fmt: skip
