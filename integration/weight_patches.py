@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
@@ -46,8 +45,8 @@ class FixedPatch(WeightAdapterBase):  # type: ignore[misc]
         return weight
 
 
-def add_patches(model: ModelPatcher, attachment: Attachment, owner: object) -> None:
-    """Add an attachment's changes to a MODEL, a clone of the caller's.
+def add_patches(model: Any, attachment: Attachment, owner: object) -> None:
+    """Add an attachment's changes to a MODEL (a ModelPatcher), a clone of the caller's.
 
     Args:
         attachment: of one adapter whose every layer is fixed; it tells places and strengths, and is not installed.
@@ -68,7 +67,7 @@ def add_patches(model: ModelPatcher, attachment: Attachment, owner: object) -> N
         model.add_patches(patches, strength)
 
 
-def remove_patches(model: ModelPatcher, owners: Iterable[object]) -> None:
+def remove_patches(model: Any, owners: Iterable[object]) -> None:
     """Take the patches of some owners off a MODEL, a clone of the caller's."""
     gone = {id(owner) for owner in owners}
     if not gone:

@@ -52,6 +52,7 @@ METHOD = Method(
     choices={},
     configure=not_trained,
     suffixes={"weight": ".diff", **EXTRA_SUFFIXES},
+    lora_names=True,
     read=read,
     describe=describe,
     tensors=stored,

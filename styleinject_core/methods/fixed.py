@@ -128,7 +128,9 @@ class FixedLayer(AdapterLayer):
         """The change of the bias at strength 1, (d,) in float32; None where there is none."""
         return None if self.bias is None else self.bias.detach().float().flatten()
 
-    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> FixedWeights:
+    def weights(
+        self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
+    ) -> FixedWeights:
         return FixedWeights(self, {part: cast(value) for part, value in self.tensors().items()}, dma, owner)
 
     def fitted(self, shape: LayerShape) -> AdapterLayer | None:
@@ -204,6 +206,7 @@ class _Fixed:
     """A layer ready for calls."""
 
     weights: FixedWeights
+    needs_mean = False
 
     @property
     def folds(self) -> bool:

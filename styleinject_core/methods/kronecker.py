@@ -95,7 +95,9 @@ class KroneckerLayer(AdapterLayer):
         B = self.B.detach().reshape(b1, inputs // a2, *kernel)
         return KroneckerLayer(shape, self.config, {"A": self.A.detach(), "B": B})
 
-    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> KroneckerWeights:
+    def weights(
+        self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
+    ) -> KroneckerWeights:
         return KroneckerWeights(cast(self.A), cast(self.B), dma, self.config.permuted, owner)
 
 
@@ -138,6 +140,7 @@ class KroneckerChange:
     A: Tensor
     B: Tensor
     permuted: bool
+    needs_mean = False
 
     @property
     def folds(self) -> bool:

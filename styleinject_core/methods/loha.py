@@ -74,6 +74,7 @@ METHOD = Method(
     choices={},
     configure=not_trained,
     suffixes={**{part: f".hada_{part}" for part in _PRODUCT}, "alpha": ".alpha", **EXTRA_SUFFIXES},
+    lora_names=True,
     read=read,
     describe=describe,
     tensors=stored,

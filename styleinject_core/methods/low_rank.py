@@ -77,6 +77,7 @@ METHOD = Method(
     choices={},
     configure=not_trained,
     suffixes={**{part: f".lora_{part}.weight" for part in _PRODUCT}, "alpha": ".alpha", **EXTRA_SUFFIXES},
+    lora_names=True,
     read=read,
     describe=describe,
     tensors=stored,
