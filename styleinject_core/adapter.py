@@ -119,6 +119,10 @@ class Adapter(nn.Module):
         """The same adapter with other layers in the place of its own."""
         return self._like({layer_name: change(layer) for layer_name, layer in self.layers.items()}, self.metadata)
 
+    def with_changed(self, layers: Mapping[str, AdapterLayer]) -> Adapter:
+        """The same adapter with some layers in the place of its own, by name."""
+        return self._like({**self.layers, **layers}, self.metadata)
+
     def _like(self, layers: Mapping[str, AdapterLayer], metadata: Mapping[str, str]) -> Adapter:
         return Adapter(layers, self.config, metadata, self.name, self.skipped, keys=self.keys, unused=self.unused)
 

@@ -115,9 +115,7 @@ class Place:
 class _Matching:
     """One adapter's layers, looked for in a host one by one."""
 
-    def __init__(
-        self, item: Applied, modules: Mapping[str, nn.Module], names: Mapping[str, str | Place], program: HostProgram
-    ):
+    def __init__(self, item: Applied, modules: Mapping[str, nn.Module], names: Mapping[str, str | Place], program: HostProgram):
         self.item, self.modules, self.names, self.program = item, modules, names, program
         self.layers, self.selected, self.current = item.adapter.layers, item.layer_scales(), CurrentCall()
         self.sites: list[Site] = []
@@ -138,7 +136,9 @@ class _Matching:
             self.unmatched.append(name)
             return
         if (other := self._taken.setdefault(place, name)) != name:
-            raise AdapterMismatchError(f"{self.item.adapter.name}: {other} and {name} are one layer of the model, {place.module}")
+            raise AdapterMismatchError(
+                f"{self.item.adapter.name}: {other} and {name} are one layer of the model, {place.module}"
+            )
         whole = _host_shape(name, module, layer.fixed and place.rows is None)
         fitting = self._fitted(name, layer, whole if place.rows is None else replace(whole, out_features=place.rows.size))
         if fitting is not None and fitting.shift() is not None and getattr(module, "bias", None) is None:
@@ -162,9 +162,7 @@ class _Matching:
     def report(self) -> MatchReport:
         """What was found."""
         adapter, matched = self.item.adapter, tuple(site.name for site in self.sites)
-        return MatchReport(
-            adapter.name, matched, tuple(self.unmatched), adapter.skipped, adapter.unused, tuple(self.biases)
-        )
+        return MatchReport(adapter.name, matched, tuple(self.unmatched), adapter.skipped, adapter.unused, tuple(self.biases))
 
 
 class Attachment:
@@ -247,6 +245,11 @@ class Attachment:
                     sta=item.sta if sta is None else sta,
                 )
                 self._refresh(index)
+
+    @property
+    def places(self) -> Iterator[tuple[nn.Module, Site]]:
+        """Every layer's module and site."""
+        return ((override.module, site) for override, site in self._places)
 
     @contextmanager
     def in_call(self, call: ModelCall) -> Iterator[None]:

@@ -188,10 +188,12 @@ def _sliced(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
     h = _adapted(x, host, whole) if whole else host(x)
     places = sorted({site.rows for site in sites if site.rows is not None}, key=lambda rows: (rows.start, rows.size))
     while places:  # slices that overlap, one after the other
-        apart, later, end = [], [], 0
+        apart: list[Rows] = []
+        later: list[Rows] = []
+        end = 0
         for rows in places:
             (apart if rows.start >= end else later).append(rows)
-            end = max(end, rows.start + rows.size) if rows is apart[-1] else end
+            end = apart[-1].start + apart[-1].size
         h = _in_slices(x, h, host, apart, sites)
         places = later
     return h
@@ -213,7 +215,8 @@ def _in_slices(x: Tensor, h: Tensor, host: HostLayer, places: Sequence[Rows], si
 @contextmanager
 def _changed(module: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """Other parameters for the length of a with block: how a fixed change gets onto what is neither Linear nor Conv2d."""
-    kept: dict[str, Any] = {name: module._parameters[name] for name in ("weight", "bias") if module._parameters.get(name) is not None}
+    own = module._parameters
+    kept: dict[str, Any] = {name: own[name] for name in ("weight", "bias") if own.get(name) is not None}
     try:
         for name, parameter in kept.items():
             changed = parameter.detach().float()

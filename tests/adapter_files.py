@@ -86,7 +86,11 @@ def loha_tucker(shape: Shape, draw: Draw) -> Parts:
     d, k, *kernel = shape
     parts: Parts = {"alpha": torch.tensor(1.0)}
     for n, std in ((1, _goal(shape) / RANK), (2, 1.0)):
-        parts |= {f"hada_t{n}": draw(RANK, RANK, *kernel), f"hada_w{n}_a": draw(RANK, d), f"hada_w{n}_b": draw(RANK, k, std=std)}
+        parts |= {
+            f"hada_t{n}": draw(RANK, RANK, *kernel),
+            f"hada_w{n}_a": draw(RANK, d),
+            f"hada_w{n}_b": draw(RANK, k, std=std),
+        }
     return parts
 
 
@@ -222,7 +226,9 @@ def file_of(
     return tensors
 
 
-def text_encoder_part(kind: str = "LoRA", modules: int = 2, width: int = 768, seed: int = 9, number: str = "") -> dict[str, Tensor]:
+def text_encoder_part(
+    kind: str = "LoRA", modules: int = 2, width: int = 768, seed: int = 9, number: str = ""
+) -> dict[str, Tensor]:
     """A text encoder's part as kohya writes it: CLIP-L's first blocks."""
     draw, tensors = Draw(seed), {}
     for block in range(modules):

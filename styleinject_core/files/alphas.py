@@ -177,7 +177,9 @@ def _config(path: Path, source: str, fields: Mapping[str, Any]) -> StatedScales 
         raise fail("lora_alpha", alpha)
     targets = fields.get("target_modules")
     listed = tuple(t for t in targets if isinstance(t, str)) if isinstance(targets, list) else ()
-    return StatedScales(source, rank, float(alpha), **patterns, rank_stabilized=fields.get("use_rslora") is True, targets=listed)
+    return StatedScales(
+        source, rank, float(alpha), **patterns, rank_stabilized=fields.get("use_rslora") is True, targets=listed
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -74,7 +74,8 @@ for _part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2"):
 for _part in ("a1", "a2", "b1", "b2", "bm1", "bm2"):
     _ENDS[f"{_part}.weight"] = ("GLoRA", _part)
 _LONGEST = max(end.count(".") for end in _ENDS) + 1
-_BEFORE_ADAPTER = {end.removesuffix(".weight").removesuffix(".bias") for end in _ENDS if end.startswith(("lora_", "hada_", "lokr_", "oft_R", "boft_", "ia3_l", "vera_"))}  # fmt: skip
+_OF_PEFT = ("lora_", "hada_", "lokr_", "oft_R", "boft_", "ia3_l", "vera_")
+_BEFORE_ADAPTER = {end.removesuffix(".weight").removesuffix(".bias") for end in _ENDS if end.startswith(_OF_PEFT)}
 
 # XLabs' and USO's attention processors of Flux -> the layer, as ComfyUI's loader has it for USO's files.
 _FLUX_PROCESSORS = {

@@ -1,6 +1,6 @@
 """Reading adapter files of every kind: keys are sorted by module, modules become layers, and what is not used is named.
 
-    header -> sorting (keys) -> tensors -> one layer per module, by its method -> Adapter
+header -> sorting (keys) -> tensors -> one layer per module, by its method -> Adapter
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..adapter import Adapter
 from ..config import AdapterConfig, LayerConfig
 from ..layers import UnsupportedLayerError
 from ..methods import METHODS, AdapterLayer, config_from_dict
-from ..methods.method import Problem
 from ..methods.fixed import alpha_of
 from ..methods.kronecker import KroneckerConfig
+from ..methods.method import Problem
 from .alphas import Scales, scales_beside, stated_scales
 from .errors import AdapterFileError
 from .header import parse_json, read_header, shortened
@@ -81,9 +81,7 @@ class _Reading:
         authors: bool,
     ):
         self.path, self.module, self.name, self.scales, self.stated, self.authors = path, module, name, scales, stated, authors
-        self.parts = {
-            method: {part: tensors[key] for part, key in keys.items()} for method, keys in module.methods.items()
-        }
+        self.parts = {method: {part: tensors[key] for part, key in keys.items()} for method, keys in module.methods.items()}
         self.shared = {part: tensors[key] for part, key in module.shared.items()}
 
     def problem(self, text: str) -> AdapterFileError:
@@ -135,7 +133,8 @@ class _Reading:
         if unknown := [part for part in parts if part not in named]:
             key = self.module.methods[STYLEINJECT].get(unknown[0], f"{self.module.key}.{unknown[0]}")
             raise AdapterFileError(
-                f"{self.path.name}: {shortened(key)}: unknown part {shortened(unknown[0])!r}, expected one of {', '.join(named)}"
+                f"{self.path.name}: {shortened(key)}: unknown part {shortened(unknown[0])!r}, "
+                f"expected one of {', '.join(named)}"
             )
         return self._by("styleinject", {named[part]: value for part, value in parts.items()}, self._stated("styleinject"))
 
@@ -149,7 +148,9 @@ class _Reading:
         parts = self._with_alpha(parts, rank)
         if "up_bias" in parts:
             parts = self._with_up_bias(parts, rank)
-        if set(parts) <= {"down", "up", "alpha"} and all(parts[side].ndim in (2, 4) for side in ("down", "up") if side in parts):
+        if set(parts) <= {"down", "up", "alpha"} and all(
+            parts[side].ndim in (2, 4) for side in ("down", "up") if side in parts
+        ):
             named = {"down": "A", "up": "B", "alpha": "alpha"}
             layer = self._by("lora", {named[part]: value for part, value in parts.items()}, self._stated_lora(parts))
             if ".processor." in self.module.key and "alpha" not in parts and parts["down"].ndim == 2:
@@ -332,8 +333,6 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> LayerConfig | None:
 def _whole_config(layers: Mapping[str, AdapterLayer], stated: LayerConfig | None) -> LayerConfig:
     """The adapter's config: the stated one or the first layer's, with overrides for the layers that differ from it."""
     targets = tuple(dict.fromkeys(map(kind_of_layer, layers)))
-    base = stated or replace(next(iter(layers.values())).config, target_modules=targets)
+    base = stated or replace(next(iter(layers.values())).config, target_modules=targets)  # type: ignore[type-var]
     own = {name: layer.config for name, layer in layers.items() if isinstance(layer.config, type(base))}
     return replace(base, layers={name: o for name, config in own.items() if (o := base.override(config))})  # type: ignore[type-var]
-
-

@@ -62,7 +62,9 @@ def sort(name: str, keys: Iterable[str]) -> Sorted:
         AdapterFileError: nothing in it is an adapter's, or less than half of what is can be used; two adapters in one file.
     """
     modules: dict[str, Module] = {}
-    skipped, unused, names = [], {}, {}
+    skipped: list[str] = []
+    unused: dict[str, str] = {}
+    names: dict[str, str] = {}  # PEFT's name of an adapter, "" for none -> the first key with it
     for key in keys:
         if other_model_part(key):
             skipped.append(key)
@@ -76,7 +78,7 @@ def sort(name: str, keys: Iterable[str]) -> Sorted:
             parts[found.part] = key
         else:
             unused[key] = "a tensor of a kind that is not known"
-    _check_adapters(name, modules, names)
+    _check_adapters(name, names)
     refused = {key: reason for key, module in modules.items() if (reason := module.refusal)}
     read = {key: module for key, module in modules.items() if key not in refused}
     unused = {**refused, **unused}
@@ -87,13 +89,13 @@ def sort(name: str, keys: Iterable[str]) -> Sorted:
     return Sorted(read, tuple(skipped), unused)
 
 
-def _check_adapters(name: str, modules: dict[str, Module], names: dict[str, str]) -> None:
+def _check_adapters(name: str, names: dict[str, str]) -> None:
     """PEFT keeps several adapters on one model, and saves them together where nobody chooses."""
     plain = names.pop("", None)
     if len(names) > 1:
         listed = ", ".join(shortened(adapter) for adapter in sorted(names)[:5])
         raise AdapterFileError(f"{name}: {len(names)} adapters in one file ({listed}): save one of them alone")
-    if names and plain is not None and not parse_is_shared(plain):
+    if names and plain is not None and not _names_no_adapter(plain):
         adapter = next(iter(names))
         raise AdapterFileError(
             f"{name}: two adapters in one file, {shortened(adapter)!r} and one without a name ({shortened(plain)}): "
@@ -101,7 +103,7 @@ def _check_adapters(name: str, modules: dict[str, Module], names: dict[str, str]
         )
 
 
-def parse_is_shared(key: str) -> bool:
+def _names_no_adapter(key: str) -> bool:
     """Whether a key is of a kind that PEFT never names an adapter in."""
     found = parse(key)
     return found is not None and (found.method in (ANY, STYLEINJECT) or found.part in ("weight", "bias"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .fixed import EXTRA_SUFFIXES, FixedConfig, FixedLayer, describe, layer_of, not_trained, shape_of_numbers, stored
-from .method import Method, Problem
+from .method import AdapterLayer, Method, Problem
 
 
 class DifferenceLayer(FixedLayer):
@@ -21,7 +21,19 @@ class DifferenceLayer(FixedLayer):
         return parts.get("weight")
 
 
-def read(parts: dict[str, Tensor], stated: Any, problem: Problem) -> DifferenceLayer:
+def difference_of(layer: AdapterLayer, reorder: Callable[[Tensor], Tensor]) -> DifferenceLayer:
+    """A fixed layer as a difference, with its rows in another order; magnitudes stay as they are, as in ComfyUI's loader.
+
+    Args:
+        reorder: of the rows of a weight (d, ...) or a bias (d,).
+    """
+    shift, parts = layer.shift(), dict[str, Tensor | None](layer.tensors() if isinstance(layer, FixedLayer) else {})
+    product = layer.undecomposed() if isinstance(layer, FixedLayer) else layer.delta()
+    parts |= {"weight": reorder(product), "bias": None if shift is None else reorder(shift)}
+    return DifferenceLayer(layer.shape, FixedConfig(METHOD.name), parts)
+
+
+def read(parts: dict[str, Tensor], _stated: Any, problem: Problem) -> DifferenceLayer:
     """A layer from a file's tensors."""
     weight, bias = parts.get("weight"), parts.get("bias")
     known = weight if weight is not None else bias
@@ -40,6 +52,7 @@ METHOD = Method(
     choices={},
     configure=not_trained,
     suffixes={"weight": ".diff", **EXTRA_SUFFIXES},
+    lora_names=True,
     read=read,
     describe=describe,
     tensors=stored,

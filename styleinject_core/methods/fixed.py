@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from ..functional.update import Change, Hear, Prepared, Update
 from ..layers import LayerShape, UnsupportedLayerError
 from .method import AdapterLayer, AdapterSettings, Cast, Problem
 
+Layer = TypeVar("Layer", bound="FixedLayer")
 EXTRAS = ("bias", "magnitude", "peft_magnitude")
 EXTRA_SUFFIXES = {"bias": ".diff_b", "magnitude": ".dora_scale", "peft_magnitude": ".lora_magnitude_vector.weight"}
 
@@ -106,17 +107,18 @@ class FixedLayer(AdapterLayer):
         """ΔW in W0's shape and float32. Raises ValueError: it depends on W0."""
         if self.decomposed:
             raise ValueError("a decomposed change (DoRA) depends on the frozen weight: ask for change(weight)")
-        return self._product()
+        return self.undecomposed()
 
     def change(self, weight: Tensor) -> Tensor:
         """ΔW at strength 1 of a layer with that W0, in W0's shape and float32."""
-        product = self._product(weight.device)
+        product = self.undecomposed(weight.device)
         if not self.decomposed:
             return product
         parts = {part: value.detach().to(weight.device) for part, value in self.tensors().items() if part in EXTRAS}
         return decomposed(weight.float(), product, parts)
 
-    def _product(self, device: torch.device | None = None) -> Tensor:
+    def undecomposed(self, device: torch.device | None = None) -> Tensor:
+        """(alpha / r) · P in W0's shape and float32: the change without what magnitudes make of it."""
         parts = {part: value.detach().to(device, torch.float32) for part, value in self.tensors().items()}
         product = self.product(parts)
         zeros = next(iter(parts.values())).new_zeros
@@ -282,22 +284,18 @@ def check_extras(parts: Mapping[str, Tensor], shape: LayerShape, problem: Proble
         return
     if "peft_magnitude" in parts:
         raise problem("it has both dora_scale and lora_magnitude_vector")
-    sizes = [n for n in magnitude.shape if n != 1]
-    if magnitude.ndim < 2 or len(sizes) > 1 or magnitude.numel() not in (d, *rest[:1]) and not rest:
-        raise problem(f"dora_scale has shape {tuple(magnitude.shape)} beside {shape}, expected (d, 1) or (1, k)")
-    if magnitude.shape[0] not in (1, d):
+    along = d if magnitude.shape[:1] == (d,) else rest[0] if rest else 1  # rows, else columns
+    if magnitude.ndim < 2 or magnitude.numel() != along or magnitude.shape[0] not in (1, d):
         raise problem(f"dora_scale has shape {tuple(magnitude.shape)} beside {shape}, expected (d, 1) or (1, k)")
 
 
-def layer_of(
-    kind: type[FixedLayer], name: str, shape: LayerShape, parts: Mapping[str, Tensor], problem: Problem
-) -> FixedLayer:
+def layer_of(kind: type[Layer], name: str, shape: LayerShape, parts: Mapping[str, Tensor], problem: Problem) -> Layer:
     """A layer as a file holds it, after its product's tensors have been checked."""
     check_extras(parts, shape, problem)
     return kind(shape, FixedConfig(name, alpha_of(parts, problem)), {part: parts.get(part) for part in kind.PARTS})
 
 
-def not_trained(settings: AdapterSettings, special: Mapping[str, Any]) -> FixedConfig:
+def not_trained(settings: AdapterSettings, _special: Mapping[str, Any]) -> FixedConfig:
     """For the methods that are only read."""
     raise ValueError(f"method: {settings.method!r} is read from files, not trained")
 
@@ -332,5 +330,3 @@ def shape_of_numbers(d: int, rest: Sequence[int]) -> LayerShape:
 
 def _shown(alpha: Tensor) -> str:
     return str(alpha.tolist()) if alpha.numel() < 5 else f"{alpha.numel()} numbers"
-
-

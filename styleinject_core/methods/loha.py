@@ -38,7 +38,7 @@ def _factor(parts: Mapping[str, Tensor], n: str) -> Tensor:
     return torch.einsum("ij...,jr,ip->pr...", core, b, a)
 
 
-def read(parts: dict[str, Tensor], stated: Any, problem: Problem) -> LoHaLayer:
+def read(parts: dict[str, Tensor], _stated: Any, problem: Problem) -> LoHaLayer:
     """A layer from a file's tensors."""
     for part in _PRODUCT[:4]:
         if part not in parts:
@@ -74,6 +74,7 @@ METHOD = Method(
     choices={},
     configure=not_trained,
     suffixes={**{part: f".hada_{part}" for part in _PRODUCT}, "alpha": ".alpha", **EXTRA_SUFFIXES},
+    lora_names=True,
     read=read,
     describe=describe,
     tensors=stored,

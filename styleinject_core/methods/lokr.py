@@ -56,7 +56,7 @@ class LoKrLayer(FixedLayer):
         return Dense((product * (strength * self.scale)).reshape(self.shape.weight))
 
 
-def read(parts: dict[str, Tensor], stated: Any, problem: Problem) -> LoKrLayer:
+def read(parts: dict[str, Tensor], _stated: Any, problem: Problem) -> LoKrLayer:
     """A layer from a file's tensors."""
     for n in "12":
         whole, pair = f"w{n}" in parts, [f"w{n}_{side}" in parts for side in "ab"]
@@ -90,7 +90,6 @@ def _size(parts: Mapping[str, Tensor], n: str, problem: Problem) -> tuple[int, .
     return (a.shape[0], b.shape[1]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
 
 
-
 METHOD = Method(
     name="lokr",
     title="LoKr",
@@ -99,6 +98,7 @@ METHOD = Method(
     choices={},
     configure=not_trained,
     suffixes={**{part: f".lokr_{part}" for part in _PRODUCT}, "alpha": ".alpha", **EXTRA_SUFFIXES},
+    lora_names=True,
     read=read,
     describe=describe,
     tensors=stored,

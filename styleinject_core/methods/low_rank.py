@@ -63,7 +63,7 @@ def check(parts: Mapping[str, Tensor], problem: Problem) -> tuple[int, ...]:
     return up.shape[0], down.shape[1], *mid.shape[2:]
 
 
-def read(parts: dict[str, Tensor], stated: Any, problem: Problem) -> LowRankLayer:
+def read(parts: dict[str, Tensor], _stated: Any, problem: Problem) -> LowRankLayer:
     """A layer from a file's tensors."""
     d, *rest = check(parts, problem)
     return layer_of(LowRankLayer, METHOD.name, shape_of_numbers(d, rest), parts, problem)
@@ -77,6 +77,7 @@ METHOD = Method(
     choices={},
     configure=not_trained,
     suffixes={**{part: f".lora_{part}.weight" for part in _PRODUCT}, "alpha": ".alpha", **EXTRA_SUFFIXES},
+    lora_names=True,
     read=read,
     describe=describe,
     tensors=stored,

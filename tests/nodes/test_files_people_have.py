@@ -38,7 +38,9 @@ def put(comfy_base: Path):
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
-    def write(tensors: dict[str, torch.Tensor], name: str = "people", beside: dict[str, Any] | None = None, **metadata: str) -> str:
+    def write(
+        tensors: dict[str, torch.Tensor], name: str = "people", beside: dict[str, Any] | None = None, **metadata: str
+    ) -> str:
         path = folder / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path, metadata or None)
@@ -143,7 +145,9 @@ def test_slices_of_fused_layers(ours, family, kind, strength) -> None:
     tensors = {}
     for name, (_, shape) in layers.items():
         for part, value in files.KINDS[kind](shape, files.Draw(len(name))).items():
-            tensors[f"transformer.{name}" + files.LORA_PARTS["PEFT"].get(part, f".{part}")] = value * (0.3 if "up" in part else 1)
+            tensors[f"transformer.{name}" + files.LORA_PARTS["PEFT"].get(part, f".{part}")] = value * (
+                0.3 if "up" in part else 1
+            )
     assert_same(dit_models.draw, ours(model, tensors, strength), native(model, tensors, strength), model)
 
 
@@ -207,6 +211,8 @@ def test_files_that_extract_and_save_writes(model, tiny_unet_model, ours, sample
         difference = subtract().merge(**given)[0] if hasattr(subtract, "merge") else subtract.execute(**given).result[0]
         kind = nodes_lora_extract.LORA_TYPES[lora_type]
         tensors: dict[str, torch.Tensor] = {}
-        nodes_lora_extract.calc_lora_model(difference, 8, "diffusion_model.", "diffusion_model.", tensors, kind, bias_diff=bias_diff)
+        nodes_lora_extract.calc_lora_model(
+            difference, 8, "diffusion_model.", "diffusion_model.", tensors, kind, bias_diff=bias_diff
+        )
     for strength in STRENGTHS:
         assert_same(sample, ours(model, tensors, strength), native(model, tensors, strength), model)
