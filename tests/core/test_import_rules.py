@@ -1,4 +1,4 @@
-"""Who may import whom: docs/decisions/0001-two-packages.md, 0007-floors.md, held by reading every import."""
+"""Who may import whom: docs/decisions/0001-two-packages.md, 0008-floors.md, held by reading every import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
                          "hosts", "summary", "colors", "router", "deadiff", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "random_numbers", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "injection", "monitor", "sampling", "patcher", "demo_model", "training"],
+    "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "demo_model", "training"],
     "integration/training": ["graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
     "nodes": ["schema", "adapter", "router", "train", "demo"],
 }  # fmt: skip
