@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from ...styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune, check_weights_differ
 from ..patcher import ModelPatcher
 from .drawing import drawn_for_training
-from .graph_inputs import Images, Prompt, a_prompt_each
+from .graph_inputs import Images, Prompt, a_prompt_each, flat_latents, flat_prompts
 from .job import Job
 from .named_runs import Outcome
 
@@ -77,6 +78,16 @@ class Lesson:
     size: int
     output_weight: float
     feature_weight: float
+
+    @classmethod
+    def of(cls, conditioning: Any, teacher_conditioning: Any, latents: Any, **numbers: Any) -> Lesson:
+        """From a node's inputs. Raises ValueError: see `flat_prompts` and `flat_latents`."""
+        return cls(
+            prompts=flat_prompts(conditioning),
+            teacher_prompts=teacher_conditioning and flat_prompts(teacher_conditioning, "teacher_conditioning"),
+            latents=latents and flat_latents(latents),
+            **numbers,
+        )
 
     def __post_init__(self) -> None:
         if self.teacher_prompts is not None:

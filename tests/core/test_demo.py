@@ -34,6 +34,17 @@ def test_data_is_whole():
         data.images("apple")
 
 
+def test_drawings_by_name_and_evenly():
+    named = data.drawings(["noto", "twemoji"], "turtle, Owl")
+    assert [name for _, name in named] == ["turtle", "turtle", "owl", "owl"] and not torch.equal(named[0][0], named[1][0])
+    everything = data.drawings(["noto"])
+    assert len(everything) == sum(not concept.held_out for concept in data.concepts())
+    some = data.drawings(["noto"], count=7)
+    assert [name for _, name in some] == [everything[k * len(everything) // 7][1] for k in range(7)]
+    with pytest.raises(ValueError, match="there is no drawing of 'sheriff'"):
+        data.drawings(["noto"], "owl, sheriff")
+
+
 def test_the_base_model_draws_its_concepts(model):
     """Not a quality bar: far above chance (1 in 223), which a broken file, sampler or text encoder is not."""
     chosen = list(range(0, len(data.concepts()), 15))
