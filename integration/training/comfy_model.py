@@ -99,6 +99,8 @@ class ComfyTrainingModel(TrainingModel):
         ValueError: a model that cannot be trained, or with an adapter on it that is active in a part of sampling only.
     """
 
+    schedule: ComfySchedule
+
     def __init__(self, patcher: ModelPatcher):
         base = patcher.model
         host = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)  # beneath torch.compile

@@ -87,8 +87,8 @@ def drawn_for_training(
     name = f"{hashlib.blake2b(depends_on.encode(), digest_size=12).hexdigest()}.latents"
 
     def draw_some(start: int, stop: int) -> Tensor:
-        how = {"steps": drawing.steps, "guidance": drawing.guidance}
-        return draw(model.patcher, prompts[start:stop], model.empty, shape, seed=seed + start, **how)
+        some = prompts[start:stop]
+        return draw(model.patcher, some, model.empty, shape, seed=seed + start, steps=drawing.steps, guidance=drawing.guidance)
 
     return draw_once(
         paths.trained_folder() / DRAWN / name,

@@ -111,7 +111,10 @@ def distill(job: Job, lesson: Lesson) -> Outcome:
     assert job.teacher is not None
     student, teacher, settings = job.student.network, job.teacher.network, job.request.settings
     shared = lesson.teacher_prompts is None
-    weights = {"output_weight": lesson.output_weight, "feature_weight": lesson.feature_weight if shared else 0.0}
+    weights: dict[str, Any] = {
+        "output_weight": lesson.output_weight,
+        "feature_weight": lesson.feature_weight if shared else 0.0,
+    }
     if not shared and (job.student.empty is None) != (job.teacher.empty is None):
         raise ValueError("with teacher_conditioning, connect both empty and teacher_empty, or none of them")
     Distil.check_pair(student, teacher, settings, weights["feature_weight"])
