@@ -16,7 +16,7 @@ AdapterType = io.Custom("STYLEINJECT_ADAPTER")  # a styleinject_core.Adapter
 TraceType = io.Custom("STYLEINJECT_TRACE")  # an integration.monitor.Monitor, or a sequence of the core's RouterTrace
 RouterControlType = io.Custom("STYLEINJECT_ROUTER_CONTROL")  # a sequence of the core's Rule
 LayerWeightsType = io.Custom("STYLEINJECT_LAYER_WEIGHTS")  # text in the core's layer weight language
-OptionsType = io.Custom("STYLEINJECT_TRAIN_OPTIONS")  # a TrainOptions of integration.training.options
+OptionsType = io.Custom("STYLEINJECT_TRAIN_OPTIONS")  # a TrainOptions of integration.training.train_options
 LossType = io.Custom("STYLEINJECT_LOSS")  # a LossHistory of integration.training.named_runs
 
 

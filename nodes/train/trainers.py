@@ -15,7 +15,7 @@ from ...integration.training.graph_inputs import (
 from ...integration.training.graph_model import GraphModel
 from ...integration.training.job import Job
 from ...integration.training.named_runs import Outcome
-from ...integration.training.options import TrainOptions
+from ...integration.training.train_options import TrainOptions
 from ...integration.training.trainings import (
     ClassImages,
     Lesson,

@@ -26,7 +26,7 @@ from ..train.objectives.tasks import Distil, DreamBooth, FineTune, check_teacher
 from ..train.parallel import Processes, launched_device
 from ..train.request import TrainingRequest
 from ..train.run.metadata import made_by
-from .config import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
+from .config_files import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"
 _AT_ONCE = 4  # images that a model draws before training

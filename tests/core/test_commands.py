@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from styleinject_core import load_adapter
 from styleinject_core.cli import main
-from styleinject_core.commands import run as run_module
-from styleinject_core.commands.config import (
+from styleinject_core.commands import training as run_module
+from styleinject_core.commands.config_files import (
     ConfigError,
     DistilConfig,
     DreamBoothConfig,

@@ -21,7 +21,7 @@ from ..train.run.checkpoints import RunFolder, validations
 from ..train.run.loop import Progress, Result, train
 from ..train.run.watch import ProgressBar, loss_plot
 from .build import Job, build
-from .config import TrainConfig, load_config
+from .config_files import TrainConfig, load_config
 
 PLOT_EVERY = 60.0  # seconds
 _MEBI = 2**20
