@@ -21,6 +21,7 @@ class StyleInjectDemoModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDemoModel",
+            section="demo",
             display_name="StyleInject Demo Model",
             description="A tiny text-to-image model that comes with this pack: it draws emoji of 64x64 pixels in seconds.",
             search_aliases=["demo", "emoji", "tiny model"],
@@ -51,6 +52,7 @@ class StyleInjectDemoPrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDemoPrompt",
+            section="demo",
             display_name="StyleInject Demo Prompt",
             description="A prompt for the demo model: the name of something there is an emoji of.",
             search_aliases=["demo", "emoji", "text encode"],
@@ -89,6 +91,7 @@ class StyleInjectDemoDecode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDemoDecode",
+            section="demo",
             display_name="StyleInject Demo Decode",
             description="Turns latents of the demo model into images.",
             search_aliases=["demo", "emoji", "vae decode"],

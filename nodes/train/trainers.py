@@ -14,6 +14,7 @@ from ...styleinject_core.commands.config import METHODS
 from ...styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
 from ..schema import AdapterType, LossType, OptionsType, schema
 
+_ADVANCED = ("method", "styles", "layers")
 _SEVERAL = "One LATENT or several, batches or lists; pictures of different sizes may be mixed."
 
 
@@ -24,10 +25,12 @@ class StyleInjectTrain(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectTrain",
+            section="train",
             display_name="Train StyleInject",
             description="Trains an adapter on images and their prompts. It is saved in output/styleinject, and ready to use in "
             "the same graph.",
             search_aliases=["train lora", "fine-tune", "train style"],
+            advanced=_ADVANCED,
             inputs=[
                 io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
                 io.Latent.Input("latents", tooltip=f"The images, encoded by the model's VAE. {_SEVERAL}"),
@@ -58,10 +61,12 @@ class StyleInjectDreamBooth(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDreamBooth",
+            section="train",
             display_name="DreamBooth StyleInject",
             description="Trains an adapter on three to five images of one subject, while images of its class keep the model "
             "from forgetting what else there is.",
             search_aliases=["train subject", "train character", "dreambooth"],
+            advanced=(*_ADVANCED, "prior_weight"),
             inputs=[
                 io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
                 io.Latent.Input("latents", tooltip=f"Images of the subject, encoded by the model's VAE. {_SEVERAL}"),
@@ -140,10 +145,12 @@ class StyleInjectDistill(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDistill",
+            section="train",
             display_name="Distill StyleInject",
             description="Trains an adapter with which one model draws as another one does: a tuned checkpoint becomes a small "
             "file for the model it was tuned from.",
             search_aliases=["distill", "extract lora", "checkpoint to adapter", "teacher student"],
+            advanced=(*_ADVANCED, "output_weight", "feature_weight"),
             inputs=[
                 io.Model.Input("model", tooltip="The student, which the adapter is for. It is not changed."),
                 io.Model.Input(
@@ -308,7 +315,7 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
         io.String.Input(
             "layers",
             default=layers,
-            tooltip="Which layers learn, with a comma between them: to_q, to_v, attention, conv, or single ones. More layers "
+            tooltip="Which layers learn, separated by commas: to_q, to_v, attention, conv, or single ones. More layers "
             "learn more, and make a larger file.",
         ),
     ]

@@ -97,7 +97,9 @@ def test_recorded_is_what_the_layers_used(host, images, grad, pool):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("config", [{}, {"sta": "additive"}, {"sta": "none"}, {"router_pool": "token", "target_modules": ("linear",)}])
+@pytest.mark.parametrize(
+    "config", [{}, {"sta": "additive"}, {"sta": "none"}, {"router_pool": "token", "target_modules": ("linear",)}]
+)
 def test_sizes_are_those_of_the_increments(grad, config):
     """On layers with no more positions than are sampled, exactly; the strided convolution has 16 inside."""
     torch.manual_seed(2)
@@ -179,7 +181,13 @@ def test_steps_are_those_of_the_nearest_noise_level(host, images):
     """As with samplers that call the model in between, out of order and with several conditionings."""
     adapter = trained(host)
     recorder = Recorder(adapter, adapter.style_names)
-    calls = [(14.0, ("positive", "negative")), (6.9, ("positive",)), (7.1, ("negative",)), (3.0, ("negative", "positive")), (0.2, ("positive",))]
+    calls = [
+        (14.0, ("positive", "negative")),
+        (6.9, ("positive",)),
+        (7.1, ("negative",)),
+        (3.0, ("negative", "positive")),
+        (0.2, ("positive",)),
+    ]
     with torch.no_grad(), attach(host, adapter) as attachment:
         for sigma, roles in calls:
             with recorder.call(attachment.sites[0], roles, torch.tensor(sigma)):
@@ -369,7 +377,18 @@ def test_the_layers_that_a_selector_leaves(trace, selector, left):
 
 def test_a_trace_checks_its_shapes(trace):
     with pytest.raises(TraceError, match=r"layers: found 1, expected 2"):
-        RouterTrace(trace.adapter, ("one",), (), trace.styles, trace.roles, trace.probabilities, trace.sizes, trace.steps, trace.sigmas, 3)
+        RouterTrace(
+            trace.adapter,
+            ("one",),
+            (),
+            trace.styles,
+            trace.roles,
+            trace.probabilities,
+            trace.sizes,
+            trace.steps,
+            trace.sigmas,
+            3,
+        )
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

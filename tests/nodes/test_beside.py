@@ -93,7 +93,9 @@ def test_hypertile_keeps_statistics_per_image(pack, model, adapter, apply, sampl
     program = pack.submodule("integration.injection").ComfyProgram
     tiles: list[tuple[int, int]] = []
     samples = program.samples
-    monkeypatch.setattr(program, "samples", lambda self, x, name: tiles.append((x.shape[0], samples(self, x, name))) or samples(self, x, name))
+    monkeypatch.setattr(
+        program, "samples", lambda self, x, name: tiles.append((x.shape[0], samples(self, x, name))) or samples(self, x, name)
+    )
 
     tiled = hypertile(apply(model, adapter))
     result = sample(tiled, steps=2)

@@ -83,7 +83,11 @@ def test_a_model_that_takes_sizes_and_pooled_prompts(pack, train) -> None:
     images = [latents(2), latents(2, height=12)]
     adapter, _, step = train(model=model, conditioning=prompts, latents=images, empty=[prompts[0]])
     assert step == 4
-    rows = pack.submodule("integration.training.graph_inputs").Encoder(model).prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
+    rows = (
+        pack.submodule("integration.training.graph_inputs")
+        .Encoder(model)
+        .prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
+    )
     assert [row["y"].shape for row in rows] == [(1, 2816)] * 2 and not torch.equal(rows[0]["y"], rows[1]["y"])
     assert len(adapter.names) == len(set(adapter.names))
 
