@@ -7,7 +7,6 @@ model, so a model can be freed while a MODEL that once used it lives on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +16,6 @@ import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..styleinject_core import AdapterMismatchError, Applied, Attachment, MatchReport
@@ -51,9 +49,6 @@ _TITLES = {
 class ComfyProgram(HostProgram):
     """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch."""
 
-    def __init__(self) -> None:
-        self.images = 0  # rows of the current apply_model call
-
     def cast(self, parameter: Tensor, x: Tensor) -> Tensor:
         non_blocking = comfy.model_management.device_supports_non_blocking(x.device)
         return comfy.model_management.cast_to(parameter, x.dtype, x.device, non_blocking=non_blocking)
@@ -75,9 +70,9 @@ class ComfyProgram(HostProgram):
             return False
         return _plain(module.weight, x) and (module.bias is None or _plain(module.bias, x))
 
-    def samples(self, x: Tensor, layer: str) -> int:
+    def samples(self, x: Tensor, layer: str, images: int) -> int:
         """HyperTile splits images over rows in self-attention. More rows in cross-attention are prompts of regions."""
-        return self.images if self.images and ".attn1." in layer else x.shape[0]
+        return images if images and ".attn1." in layer else x.shape[0]
 
 
 def _plain(parameter: Tensor | None, x: Tensor) -> bool:
@@ -166,36 +161,6 @@ class Injection:
     def report(self, model: nn.Module) -> MatchReport:
         """Which of the adapter's layers found their place in this model."""
         return self.attachment(model).reports[0]
-
-
-class ApplyModelWrapper:
-    """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters: all of them, in one place."""
-
-    def __init__(self, injections: Iterable[Injection], outside: Any = None):
-        self.injections = tuple(injections)
-        self.outside = outside  # a sampling.Pass for calls that no sampling run makes
-
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        model, x, timestep = executor.class_obj, args[0], args[1]
-        patcher = getattr(model, "current_patcher", None)
-        # guiders of two models hand each the wrappers of both
-        if patcher is None or self not in patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
-            return executor(*args, **kwargs)
-        options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
-        now = options.get(KEY, self.outside)  # a sampling.Pass, where the model is monitored or steered
-        with ExitStack() as installed:
-            for injection in self.injections:
-                if injection.active(model, timestep):
-                    attachment = injection.attachment(model)
-                    # none where gradients are wanted: a backward pass may run blocks of an earlier call again
-                    attachment.program.images = 0 if torch.is_grad_enabled() else x.shape[0]
-                    installed.enter_context(attachment)
-                    if now is not None:
-                        installed.enter_context(now.routed(injection, model, x, timestep, options))
-            return executor(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:
-        return self  # some versions deep-copy a model's options; the adapters in here are not theirs to copy
 
 
 def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[Injection]:

@@ -1,4 +1,4 @@
-"""The command line: styleinject init | info | demo | plot | train | dreambooth | distill."""
+"""The command line: styleinject init | info | demo | plot | train | dreambooth | distill | deadiff."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
 from .commands.plot import KINDS
-from .config import ROUTER_POOLS, STA_FORMS, AdapterConfig
+from .config import ROUTER_POOLS, STA_FORMS
 from .files import AdapterFileError, load_adapter, save_adapter
 from .hosts.architectures import ARCHITECTURES
 from .layers import UnsupportedLayerError
+from .methods import choices, kronecker
 from .router.embedding import METHODS
 from .router.plots import VIEWS
 from .selector import SelectorError
 from .summary import as_text, summarize
+from .train.request import AdapterRequest
 from .train.run.loop import TrainingError
 
 
@@ -54,10 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write an untrained adapter, an exact identity, for a known architecture")
     init.add_argument("output", type=Path, metavar="OUT.safetensors")
     init.add_argument("--base", choices=ARCHITECTURES, required=True, help="the architecture; no weights are needed")
-    init.add_argument("--rank", type=int, default=32, help="r (default 32)")
-    init.add_argument("--styles", type=int, default=16, help="n, parallel down-projections (default 16)")
-    init.add_argument("--alpha", type=float, help="the low-rank increment is scaled by alpha / rank (default: rank)")
-    init.add_argument("--targets", default="to_q,to_v", help='layer selector, as in "to_q,to_v" or "attention,conv"')
+    init.add_argument(
+        "--method", choices=choices(), default=AdapterRequest.method, help="what kind of adapter (default %(default)s)"
+    )
+    init.add_argument("--rank", type=int, default=AdapterRequest.rank, help="r (default %(default)s)")
+    init.add_argument(
+        "--styles", type=int, default=AdapterRequest.styles, help="n, parallel down-projections (default %(default)s)"
+    )
+    init.add_argument("--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)")
+    init.add_argument(
+        "--factors", type=_integers, default=kronecker.FACTORS, metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)"
+    )
+    init.add_argument(
+        "--targets", help='layer selector, as in "to_q,to_v" or "attention,conv" (default: the method\'s paper\'s)'
+    )
     init.add_argument("--router-pool", choices=ROUTER_POOLS, default="mean")
     init.add_argument("--sta", choices=STA_FORMS, default="multiplicative", help="the AdaIN step (default multiplicative)")
     init.add_argument("--seed", type=int, default=0, help="for the down-projections (default 0)")
@@ -88,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--method", choices=METHODS, default=METHODS[0], help="of the map")
     plot.set_defaults(run=_plot)
 
+    deadiff = commands.add_parser("deadiff", help="style from a reference image: convert the authors' checkpoint")
+    actions = deadiff.add_subparsers(dest="action", required=True, metavar="ACTION")
+    convert = actions.add_parser("convert", help="make a small .safetensors file of deadiff_v1.ckpt, for models/deadiff")
+    convert.add_argument("checkpoint", type=Path, metavar="FILE.ckpt")
+    convert.add_argument("output", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--with-vision", action="store_true", help="take CLIP ViT-L/14 along, 0.58 GB more")
+    convert.add_argument("--force", action="store_true", help="replace an existing file")
+    convert.set_defaults(run=_convert_deadiff)
+
     for name, help_text in (
         ("train", "fine-tune an adapter on images and captions"),
         ("dreambooth", "learn one subject from a few images"),
@@ -101,22 +123,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(item) for item in text.split(","))
+
+
 def _init(options: argparse.Namespace) -> int:
     import torch
 
     if options.output.exists() and not options.force:
         raise FileExistsError(f"{options.output} exists: choose another name, or --force to replace it")
-    config = AdapterConfig(
-        r=options.rank,
-        n_styles=options.styles,
+    settings = AdapterRequest(
+        method=options.method,
+        rank=options.rank,
+        styles=options.styles,
         alpha=options.alpha,
+        factors=options.factors,
         router_pool=options.router_pool,
         sta=options.sta,
-        target_modules=tuple(term.strip() for term in options.targets.split(",") if term.strip()),
     )
+    if options.targets is None:
+        targets = type(settings.config()).default_targets()
+    else:
+        targets = tuple(term.strip() for term in options.targets.split(",") if term.strip())
+    config = replace(settings, targets=targets).config()
     torch.manual_seed(options.seed)
     architecture = ARCHITECTURES[options.base]
-    metadata = {"modelspec.architecture": f"{architecture.modelspec}/styleinject"}
+    metadata = {"modelspec.architecture": f"{architecture.modelspec}/{config.method}"}
     adapter = Adapter.create(architecture.shapes(), config, options.output.stem, metadata)
     save_adapter(adapter, options.output)
     print(f"{options.output}: {len(adapter.names)} layers of {architecture.title}, {adapter.parameter_count():,} parameters")
@@ -126,6 +158,16 @@ def _init(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     summary = summarize(load_adapter(options.file))
     print(json.dumps(summary, indent=2, ensure_ascii=False) if options.json else as_text(summary))
+    return 0
+
+
+def _convert_deadiff(options: argparse.Namespace) -> int:
+    from .deadiff.convert import LICENSE, convert
+
+    done = convert(options.checkpoint, options.output, options.with_vision, options.force)
+    print(f"{options.output}: {done.tensors} tensors, {done.parameters:,} parameters, {done.size / 1e6:,.0f} MB as float16")
+    print(f"  {done.unused} tensors of {options.checkpoint.name} were left out (Stable Diffusion and what nobody uses)")
+    print("\n".join(f"  {line}" for line in (*done.notes, LICENSE)))
     return 0
 
 

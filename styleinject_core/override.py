@@ -1,16 +1,20 @@
-"""The forward override of one module: how an adapter gets between a host layer and its caller, and out again."""
+"""The forward override of one module: how adapters, and rows to append, get between a host layer and its caller."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .call import CurrentCall, ModelCall
 from .functional import dispatch
 from .functional.host import REPLACED, HostLayer
-from .layers import LayerAdapter, LayerShape, LayerWeights
+from .functional.update import LayerWeights
+from .layers import LayerShape
+from .methods.method import AdapterLayer
 
 _ACTIVE = "_styleinject_override"
 
@@ -34,40 +38,63 @@ class HostProgram:
             return False
         return module.weight.dtype == x.dtype and module.weight.device == x.device
 
-    def samples(self, x: Tensor, layer: str) -> int:
-        """How many images the first dimension of a Linear's input x holds; `layer` is its name in the adapter."""
+    def samples(self, x: Tensor, layer: str, images: int) -> int:
+        """How many images the first dimension of a Linear's input x holds.
+
+        Args:
+            layer: its name in the adapter.
+            images: `ModelCall.images`.
+        """
         return x.shape[0]
 
 
-@dataclass
-class Site:
-    """One adapter on one module, with the strengths of its two parts (0 where it is switched off).
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a layer's weight, and so channels of its output: where a fused layer holds what an adapter names apart."""
 
-    `on_route`, where set, is given the style probabilities (B, n) or (B, L, n) of each call and returns those to use;
-    `on_call`, where set, is given the input as tokens or image, the frozen layer's output where the form in use computed
-    it, the frozen layer and the call's weights, after the call. `tap` keeps the `router.tap.Tap` that serves both.
-    """
+    start: int
+    size: int
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(eq=False)
+class Site:
+    """One adapter's layer on one module, or on some rows of it, with the strengths of its two parts (0 where it is off)."""
 
     name: str
-    layer: LayerAdapter
+    layer: AdapterLayer
     program: HostProgram
+    current: CurrentCall
+    rows: Rows | None = None
     dma: float = 1.0
     sta: float = 1.0
-    on_route: Callable[[Tensor], Tensor] | None = None
-    on_call: Callable[[Tensor, Tensor | None, HostLayer, LayerWeights], None] | None = None
-    tap: Any = None
 
     def weights(self, x: Tensor) -> LayerWeights:
-        return self.layer.weights(
-            lambda parameter: self.program.cast(parameter, x), dma=self.dma, sta=self.sta, on_route=self.on_route
-        )
+        return self.layer.weights(lambda parameter: self.program.cast(parameter, x), dma=self.dma, sta=self.sta, owner=self)
+
+
+@dataclass(eq=False)
+class Tail:
+    """Rows that are appended to what one module returns, as tokens of a reference image are to keys and values.
+
+    Args:
+        rows: given the module's input (B, L, k), its output (B, L, d) and the call, the rows (B, S, d), or None for none.
+        current: the call that the module is in.
+    """
+
+    rows: Callable[[Tensor, Tensor, ModelCall], Tensor | None]
+    current: CurrentCall
 
 
 class Override:
     """The instance-level `forward` that a module has while sites are installed on it.
 
     One override serves every attachment on the module, so that their increments add up and they can leave in any
-    order; with the last one the module is as it was before. The module's `forward` is the override itself: one object
+    order; with the last one the module is as it was before. Adapters come first and see the module's own rows alone,
+    whatever is appended to them. The module's `forward` is the override itself: one object
     for its whole life, which spares compiled models a recompilation, and no reference cycle, which would keep a model's
     weights in memory until Python's collector comes by.
     """
@@ -76,22 +103,23 @@ class Override:
         self.module: Any = module
         self.shape = shape
         self.sites: list[Site] = []
+        self.tails: list[Tail] = []
         self._class_forward = type(module).forward.__get__(module)
         self._former: Callable[..., Tensor] | None = None  # an instance-level forward somebody set before us
 
-    def install(self, site: Site) -> None:
-        """Add a site to the module's active override, this one where there is none yet."""
+    def install(self, part: Site | Tail) -> None:
+        """Add a site or a tail to the module's active override, this one where there is none yet."""
         attributes = self.module.__dict__
         active: Any = attributes.get(_ACTIVE)
         if active is None:
             self._former = attributes.get("forward")
             attributes[_ACTIVE] = attributes["forward"] = self
             active = self
-        active.sites.append(site)
+        (active.tails if isinstance(part, Tail) else active.sites).append(part)
 
     @staticmethod
-    def remove(module: nn.Module, site: Site) -> None:
-        """Take a site off the module; with the last one, restore the module's forward.
+    def remove(module: nn.Module, part: Site | Tail) -> None:
+        """Take a site or a tail off the module; with the last one, restore the module's forward.
 
         Where somebody else has put a forward over ours in the meantime, ours stays below it and passes through.
         """
@@ -99,9 +127,10 @@ class Override:
         active = attributes.get(_ACTIVE)
         if not isinstance(active, Override):
             return
-        active.sites[:] = [s for s in active.sites if s is not site]
+        active.sites[:] = [site for site in active.sites if site is not part]
+        active.tails[:] = [tail for tail in active.tails if tail is not part]
         on_top = attributes.get("forward") is active
-        if active.sites or not on_top:
+        if active.sites or active.tails or not on_top:
             return
         del attributes[_ACTIVE]
         if active._former is None:
@@ -111,35 +140,97 @@ class Override:
         active._former = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """h* of the module (or h, bit for bit, where every strength is 0)."""
+        """h* of the module (or h, bit for bit, where every strength is 0), with the rows that are appended to it."""
+        out = self._adapted(x, *args, **kwargs)
+        if not self.tails:
+            return out
+        found = (tail.rows(x, out, tail.current.call) for tail in self.tails)
+        return torch.cat([out, *(rows for rows in found if rows is not None)], 1)
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         original = self._class_forward if self._former is None else self._former
         sites = [site for site in self.sites if site.dma != 0 or site.sta != 0]
         if not sites:
             return original(x, *args, **kwargs)
-        program = sites[0].program
-        tokens = x if self.shape.is_conv else as_tokens(x, program.samples(x, sites[0].name))
-        watched, h = any(site.on_call is not None for site in sites), None
+        first = sites[0]
+        tokens = x if self.shape.is_conv else as_tokens(x, first.program.samples(x, first.name, first.current.call.images))
 
         def frozen(y: Tensor) -> Tensor:
-            nonlocal h
             if y is not tokens:
                 return original(y, *args, **kwargs)
             out = original(x, *args, **kwargs)
-            if tokens.shape != x.shape:
-                out = out.reshape(*tokens.shape[:-1], -1)
-            h = out if watched else None
-            return out
+            return out if tokens.shape == x.shape else out.reshape(*tokens.shape[:-1], -1)
 
-        readable = self._former is None and program.readable(self.module, x)
+        readable = self._former is None and first.program.readable(self.module, x)
         weight, bias = (self.module.weight, self.module.bias) if readable else (None, None)
         host = HostLayer(self.shape, frozen, weight, bias, self.module)
-        weights = [site.weights(x) for site in sites]
-        out = dispatch.forward(tokens, host, weights)
-        if watched:
-            for site, own in zip(sites, weights, strict=True):
-                if site.on_call is not None:
-                    site.on_call(tokens, h, host, own)
+        if all(site.rows is None for site in sites):
+            out = _adapted(tokens, host, sites)
+        else:
+            out = _sliced(tokens, host, sites)
         return out if tokens.shape == x.shape else out.reshape(*x.shape[:-1], -1)
+
+
+def _sliced(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
+    """A fused layer: first what adapts it whole, then, on the channels of each slice, what adapts that slice."""
+    dim = 1 if host.shape.is_conv else -1
+    whole = [site for site in sites if site.rows is None]
+    h = _adapted(x, host, whole) if whole else host(x)
+    places = sorted({site.rows for site in sites if site.rows is not None}, key=lambda rows: rows.start)
+    pieces, end = [], 0
+    for rows in places:
+        pieces.append(h.narrow(dim, end, rows.start - end))
+        end = rows.start + rows.size
+        part = host.part(rows.slice, h.narrow(dim, rows.start, rows.size))
+        pieces.append(_adapted(x, part, [site for site in sites if site.rows == rows]))
+    pieces.append(h.narrow(dim, end, h.shape[dim] - end))
+    return torch.cat(pieces, dim)
+
+
+def _adapted(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
+    weights = [site.weights(x) for site in sites]
+    if not any(site.current.call.listeners for site in sites):
+        return dispatch.forward(x, host, weights)
+    hearing, h = _Hearing(sites), None
+
+    def frozen(y: Tensor) -> Tensor:
+        nonlocal h
+        out = host.forward(y)
+        if y is x:
+            h = out
+        return out
+
+    out = dispatch.forward(x, replace(host, forward=frozen), weights, hearing)
+    for site, s in hearing.used.items():
+        _measure(site, s, x, h, host, weights[sites.index(site)])
+    return out
+
+
+class _Hearing:
+    """What the listeners of the current call make of the probabilities of some sites."""
+
+    def __init__(self, sites: Sequence[Site]):
+        self.sites = sites
+        self.used: dict[Site, Tensor] = {}
+
+    @torch.compiler.disable
+    def __call__(self, weights: LayerWeights, s: Tensor) -> Tensor:
+        site = next(site for site in self.sites if site is weights.owner)
+        listeners = site.current.call.listeners
+        for listener in listeners:
+            s = listener.steer(site.name, s)
+        for listener in listeners:
+            listener.record(site.name, s.detach())
+        self.used[site] = s.detach()
+        return s
+
+
+@torch.compiler.disable
+def _measure(site: Site, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: LayerWeights) -> None:
+    with torch.no_grad():
+        for listener in site.current.call.listeners:
+            if listener.measures(site.name):
+                listener.measure(site.name, s, x, h, host, weights)
 
 
 def as_tokens(x: Tensor, samples: int) -> Tensor:

@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from styleinject_core import Adapter, AdapterConfig, AdapterFileError, SelectorError, attach, load_adapter, save_adapter
+from styleinject_core import Adapter, AdapterConfig, SelectorError, attach, load_adapter, save_adapter
+from styleinject_core.call import ModelCall
+from styleinject_core.files import WriteError
 from styleinject_core.functional import reference
 from styleinject_core.functional.host import HostLayer
-from styleinject_core.functional.router import route
+from styleinject_core.methods.styleinject import route
 from styleinject_core.router import sizes
+from styleinject_core.router.control import Steered
 from styleinject_core.router.recorder import Recorder, record
-from styleinject_core.router.tap import tapped
 from styleinject_core.router.trace import RouterTrace, TraceError, load_trace, save_trace
 
 STYLES = 3
@@ -207,13 +209,13 @@ def test_steps_are_those_of_the_nearest_noise_level(host, images):
 def test_a_call_that_fails_is_left_out_and_leaves_nothing_behind(host, images):
     adapter = trained(host)
     with torch.no_grad(), attach(host, adapter) as attachment:
-        before = [(site.on_route, site.on_call) for site in attachment.sites[0]]
+        before = [site.current.call for site in attachment.sites[0]]
         with record(attachment) as recording:
             host(images)
             with pytest.raises(RuntimeError):
                 host(images[:, :3])
             host(images[:1])
-        assert [(site.on_route, site.on_call) for site in attachment.sites[0]] == before
+        assert [site.current.call for site in attachment.sites[0]] == before and not before[0].listeners
         assert not host._forward_hooks and not host._forward_pre_hooks
     trace = recording.trace()
     assert trace.probabilities.shape == (2, 4, 4, STYLES)
@@ -249,9 +251,9 @@ def test_layers_that_see_another_batch_are_left_out(host, images):
         first, *others = attachment.sites[0]
         call = recorder.begin(("negative", "positive"), 1.0, 4)
         s = torch.full((4, STYLES), 1 / STYLES)
-        call.hear(first.name, torch.full((6, STYLES), 1 / STYLES))
+        call.record(first.name, torch.full((6, STYLES), 1 / STYLES))
         for site in others:
-            call.hear(site.name, s)
+            call.record(site.name, s)
         recorder.end(call)
     trace = recorder.trace()
     missing = trace.layers.index(first.name)
@@ -306,14 +308,15 @@ def test_a_lora_has_nothing_to_record(host):
         pass
 
 
-def test_taps_steer_in_order(host, images):
+def test_what_is_recorded_is_what_was_steered(host, images):
     adapter = trained(host)
     fixed = torch.tensor([1.0, 0.0, 0.0])
+    steered = Steered({"to_q": lambda s: fixed.expand_as(s)})
     with torch.no_grad(), attach(host, adapter) as attachment:
         plain = host(images)
-        with record(attachment) as recording, tapped(attachment.sites[0], (), {"to_q": lambda s: fixed.expand_as(s)}):
-            steered = host(images)
-        assert torch.equal(host(images), plain) and not torch.allclose(steered, plain)
+        with record(attachment) as recording, attachment.in_call(ModelCall(listeners=(steered,))):
+            different = host(images)
+        assert torch.equal(host(images), plain) and not torch.allclose(different, plain)
     trace = recording.trace()
     assert torch.equal(trace.probabilities[0, trace.layers.index("to_q")], fixed.expand(4, 3))
 
@@ -347,7 +350,7 @@ def test_save_and_load(trace, tmp_path):
 def test_file_errors(trace, host, tmp_path):
     with pytest.raises(TraceError, match=r"t\.pt: expected a name that ends in \.safetensors"):
         save_trace(trace, tmp_path / "t.pt")
-    with pytest.raises(AdapterFileError, match="could not be written"):
+    with pytest.raises(WriteError, match="could not be written"):
         save_trace(trace, tmp_path / "nowhere" / "t.safetensors")
     with pytest.raises(TraceError, match="no such file"):
         load_trace(tmp_path / "t.safetensors")

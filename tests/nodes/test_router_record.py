@@ -41,8 +41,8 @@ def spied(pack, model, seen: list, layer: str):
     """A clone that writes down, at each model call, sigma, what the rows are, and the s that one layer has used."""
     from comfy.patcher_extension import WrappersMP
 
-    core_router = pack.submodule("styleinject_core.functional.router")
-    fold, stack = pack.submodule("styleinject_core.functional.fold"), pack.submodule("styleinject_core.functional.stack")
+    method = pack.submodule("styleinject_core.methods.styleinject")
+    true_route = method.route
     (injection,) = pack.submodule("integration.patcher").injections_of(model)
     wanted = injection.applied.adapter.layers[layer]
 
@@ -50,16 +50,16 @@ def spied(pack, model, seen: list, layer: str):
         used = []
 
         def route(x, weights, *rest):
-            s = core_router.route(x, weights, *rest)
+            s = true_route(x, weights, *rest)
             if weights.router_weight.data_ptr() == wanted.router_weight.data_ptr():
                 used.append(s.clone())
             return s
 
-        fold.route = stack.route = route
+        method.route = route
         try:
             return executor(*args, **kwargs)
         finally:
-            fold.route = stack.route = core_router.route
+            method.route = true_route
             seen.append((float(args[1][0]), list(args[5]["cond_or_uncond"]), args[0].shape[0], used))
 
     clone = model.clone()

@@ -1,0 +1,154 @@
+"""What a method adds to a layer in one call, as one value that the forms work out without knowing the method.
+
+    h* = h + (G + g / σ) ⊙ (h - μ) + Σ ΔW x + shift          (method, sections 2 and 3)
+
+μ and σ are the mean and standard deviation of every channel of h over the positions of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .host import HostLayer, per_image_conv
+
+
+class Change(Protocol):
+    """A linear map ΔW of the layer's input, the same for all images of a call or one for each."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether it is one matrix per image, which can be added to W0: not so where positions differ."""
+
+    def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
+        """out + ΔW x, beside the frozen layer; in place where `out` is `owned` and no gradient needs it."""
+
+    def onto(self, weight: Tensor, owned: bool) -> Tensor:
+        """weight + ΔW; weight is (d, k·kh·kw) for all images or (B, d, k·kh·kw)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One layer's update in one call. Each part is None, or empty, where there is none of it.
+
+    Args:
+        gain: G, (B, d), or (B, L, d) where it differs by token; at least float32.
+        sigma_gain: g, what is divided by σ, in the same shapes; σ is clamped to at least `eps`.
+        changes: the ΔW.
+        shift: (d,), added to every position.
+        mask: (B or 1, 1 or d, positions...) to broadcast over h: where the update applies, between 0 and 1.
+    """
+
+    gain: Tensor | None = None
+    sigma_gain: Tensor | None = None
+    eps: float = 0.0
+    changes: tuple[Change, ...] = ()
+    shift: Tensor | None = None
+    mask: Tensor | None = None
+
+
+Hear = Callable[[Any, Tensor], Tensor]  # (weights of a layer, s) -> the s to use: how a call listens to routers, and steers
+
+
+class Prepared(Protocol):
+    """Some layers' weights, of one method, ready for calls in one dtype on one device."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether every update of it can be folded into W0 before h is known."""
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether `update` wants the mean of x."""
+
+    def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
+        """The update for one call.
+
+        Args:
+            x: (B, L, k) or (B, k, H, W).
+            mean: x averaged over positions, (B, k) in at least float32, where any of a layer's adapters needs it.
+            hear: who listens to routers; None for nobody.
+        """
+
+
+class LayerWeights(Protocol):
+    """One layer's tensors, cast for calls of one dtype and device, with the strengths of its two parts."""
+
+    @property
+    def owner(self) -> Hashable:
+        """What the caller recognizes them by."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything at its strengths."""
+
+    def cast(self, dtype: torch.dtype) -> LayerWeights:
+        """The same with its tensors in another dtype."""
+
+    def increment(self, x: Tensor, h: Tensor, host: HostLayer, hear: Hear | None) -> Tensor:
+        """What it adds to h, by the method's equations, plainly: for `functional.reference`."""
+
+    @classmethod
+    def prepare(cls, several: Sequence[Any]) -> Sequence[Prepared]:
+        """The layers of this method on one host layer, ready for calls."""
+
+
+def prepare(adapters: Sequence[LayerWeights]) -> list[Prepared]:
+    """Everything on one host layer, method by method."""
+    kinds: dict[type, list[LayerWeights]] = {}
+    for weights in adapters:
+        kinds.setdefault(type(weights), []).append(weights)
+    return [prepared for kind, several in kinds.items() for prepared in kind.prepare(several)]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = scale · up · down, with down (B, R, k[, kh, kw]) for each image or (R, k[, kh, kw]) for all, and up (d, R)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    folds = True
+
+    @property
+    def per_image(self) -> bool:
+        return self.down.ndim in (3, 5)
+
+    def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
+        batch = x.shape[0]
+        if host.shape.is_conv:
+            low = per_image_conv(x, host, self.down) if self.per_image else host.conv(x, self.down)
+            flat, first, second = out.flatten(2), self.up.expand(batch, *self.up.shape), low.flatten(2)  # low is (B, R, H'W')
+        elif self.per_image:
+            flat, first, second = out, torch.bmm(x, self.down.mT), self.up.mT.expand(batch, -1, -1)  # low is (B, L, R)
+        else:
+            low, flat = (x @ self.down.mT).flatten(0, 1), out.flatten(0, 1)
+            return torch.addmm(flat, low, self.up.mT, alpha=self.scale).view_as(out)
+        if owned and not torch.is_grad_enabled() and flat.is_contiguous():
+            return flat.baddbmm_(first, second, alpha=self.scale).view_as(out)
+        return torch.baddbmm(flat, first, second, alpha=self.scale).view_as(out)
+
+    def onto(self, weight: Tensor, owned: bool) -> Tensor:
+        down = self.down.flatten(2 if self.per_image else 1)  # (B, R, k·kh·kw) or (R, k·kh·kw)
+        if not self.per_image and weight.ndim == 2:
+            return torch.addmm(weight, self.up, down, alpha=self.scale)
+        batch = down.shape[0] if self.per_image else weight.shape[0]
+        if weight.ndim == 2:
+            weight = weight.expand(batch, *weight.shape)
+        add = Tensor.baddbmm_ if owned else torch.baddbmm  # in place where `weight` is ours: it is W0's size per image
+        return add(weight, self.up.expand(batch, *self.up.shape), down.expand(batch, *down.shape[-2:]), alpha=self.scale)
+
+
+def gathered(updates: Sequence[Update]) -> Sequence[Change]:
+    """The changes of some updates, with those of low rank that differ by image side by side in one."""
+    changes = [change for update in updates for change in update.changes]
+    low = [change for change in changes if isinstance(change, LowRank) and change.per_image]
+    if len(low) < 2:
+        return changes
+    ups = [change.up if change.scale == 1 else change.up * change.scale for change in low]
+    whole = LowRank(torch.cat([change.down for change in low], 1), torch.cat(ups, 1))
+    return [*(change for change in changes if change not in low), whole]
