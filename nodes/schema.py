@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..integration import paths
+from ..styleinject_core import Adapter
 
 CATEGORY = "StyleInject"
 STRENGTH_RANGE = {"min": -10.0, "max": 10.0, "step": 0.05, "round": 0.001}
@@ -58,6 +59,18 @@ def strength_input(tooltip: str, name: str = "strength", label: str | None = Non
         label: what the widget is called, where its id says little.
     """
     return io.Float.Input(name, display_name=label, default=1.0, tooltip=tooltip, **STRENGTH_RANGE)
+
+
+def trigger_output() -> io.String.Output:
+    """The words that call an adapter's style, where its file names any."""
+    return io.String.Output(
+        "trigger", display_name="trigger", tooltip="The words that call it in a prompt, where its file names any; else empty."
+    )
+
+
+def trigger_of(adapter: Adapter) -> str:
+    """ModelSpec's field for them, or "" where an adapter has none."""
+    return adapter.metadata.get("modelspec.trigger_phrase", "")
 
 
 def trace_input(name: str = "trace") -> Any:

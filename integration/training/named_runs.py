@@ -232,7 +232,7 @@ def train_in_folder(
     try:
         path = run.path / f"{name}.safetensors"
         save_adapter(finished, path, None, dtype)
-        message += f". Saved as {_shown(path)}\n{how_to_use(path)}"
+        message += f". Saved as {_shown(path)}\n{how_to_use(path, metadata.get('modelspec.trigger_phrase', ''))}"
     except AdapterFileError as error:  # trained, and still in the graph: StyleInject Save can write it elsewhere
         watch.problem(str(error))
         message += f". NOT saved: {error}"
@@ -241,12 +241,13 @@ def train_in_folder(
     return Outcome(finished, result, losses, message)
 
 
-def how_to_use(path: Path) -> str:
+def how_to_use(path: Path, trigger: str = "") -> str:
     """What to do with an adapter that has been saved in output/styleinject, in words."""
     listed = f"output/{path.relative_to(paths.trained_folder()).as_posix()}"
     return (
         f"To use it, place the node StyleInject between the model and the sampler, press R, and choose {listed}. Begin at "
         "strength 1; go down to 0.7 where pictures copy those it was trained on, up where too little of the style shows."
+        + (f' Prompts call it by "{trigger}".' if trigger else "")
     )
 
 

@@ -12,7 +12,16 @@ from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, s
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.hosts.architectures import describe
 from ...styleinject_core.router.control import Rule
-from ..schema import AdapterType, LayerWeightsType, RouterControlType, adapter_name_input, schema, strength_input
+from ..schema import (
+    AdapterType,
+    LayerWeightsType,
+    RouterControlType,
+    adapter_name_input,
+    schema,
+    strength_input,
+    trigger_of,
+    trigger_output,
+)
 
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
 
@@ -129,7 +138,10 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 adapter_name_input(),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
             ],
-            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter.")],
+            outputs=[
+                io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
+                trigger_output(),
+            ],
         )
 
     @classmethod
@@ -144,7 +156,7 @@ class StyleInjectLoadAndApply(io.ComfyNode):
     def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = load_adapter(paths.adapter_path(adapter_name))
         patched, injection = apply_adapter(model, adapter, strength=strength)
-        return io.NodeOutput(patched, ui=shown(patched, injection))
+        return io.NodeOutput(patched, trigger_of(adapter), ui=shown(patched, injection))
 
 
 class StyleInjectStrength(io.ComfyNode):
@@ -186,6 +198,8 @@ def shown(model: ModelPatcher, injection: Injection) -> dict[str, Sequence[str]]
         text += f"\n{used} of them chosen by layers"
     if matched.unmatched:
         text += f"\nnot in this model: {', '.join(matched.unmatched[:2])}" + (" ..." if len(matched.unmatched) > 2 else "")
+    if trigger := trigger_of(injection.applied.adapter):
+        text += f"\ntrigger: {trigger}"
     return {"styleinject_text": (text,)}
 
 

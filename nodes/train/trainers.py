@@ -53,6 +53,7 @@ class StyleInjectTrain(io.ComfyNode):
                 *_settings("my_style", "to_q, to_v", steps=1000),
                 _empty_input(),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -108,6 +109,7 @@ class StyleInjectDreamBooth(io.ComfyNode):
                 io.Latent.Input("class_latents", optional=True, tooltip=f"Images of the class. {_SEVERAL}"),
                 _empty_input(),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -204,6 +206,7 @@ class StyleInjectDistill(io.ComfyNode):
                     tooltip="The empty prompt by the teacher's text encoder, where it is another one.",
                 ),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -313,6 +316,16 @@ def _options_input() -> Any:
     return OptionsType.Input("options", optional=True, tooltip="From StyleInject Train Options. Not needed.")
 
 
+def _trigger_input() -> Any:
+    return io.String.Input(
+        "trigger",
+        optional=True,
+        force_input=True,
+        tooltip="The words that call what is learned, to be saved with the adapter. They do not change the training: they "
+        "are in the prompts already.",
+    )
+
+
 def _outputs() -> list[Any]:
     return [
         AdapterType.Output(
@@ -332,9 +345,10 @@ def _job(
 ) -> Job:
     """A job from a node's inputs, which come as lists."""
     given = options[0] if options else TrainOptions()
+    trigger = str((widgets.pop("trigger", None) or [""])[0] or "").strip()
     request = given.request(**{name: value[0] for name, value in widgets.items()})
     node_id = None if node.hidden is None else node.hidden.unique_id
-    return Job(request=request, options=given, student=student, teacher=teacher, node_id=node_id)
+    return Job(request=request, options=given, student=student, teacher=teacher, node_id=node_id, trigger=trigger)
 
 
 def _output(outcome: Outcome) -> io.NodeOutput:
