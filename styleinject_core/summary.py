@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from .adapter import Adapter
-from .files.names import kind_of_layer
 from .hosts.architectures import describe
+from .layer_names import parse
 
 
 def summarize(adapter: Adapter) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
         "layers": len(layers),
         "linear_layers": sum(not layer.shape.is_conv for layer in layers.values()),
         "conv_layers": sum(layer.shape.is_conv for layer in layers.values()),
-        "targets": dict(Counter(map(kind_of_layer, layers))),
+        "targets": dict(Counter(parse(name).target for name in layers)),
         "ranks": sorted({layer.config.r for layer in layers.values()}),
         "n_styles": sorted({layer.config.n_styles for layer in layers.values()}),
         "dtype": str(next(iter(layers.values())).A.dtype).removeprefix("torch."),

@@ -12,6 +12,7 @@ from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, s
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.hosts.architectures import describe
 from ...styleinject_core.router.control import Rule
+from ...styleinject_core.selector import unmatched_weights
 from ..schema import AdapterType, LayerWeightsType, RouterControlType, adapter_name_input, schema, strength_input
 
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
@@ -181,6 +182,8 @@ def report(model: ModelPatcher, injection: Injection) -> str:
         f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
         f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
     ]
+    if idle := unmatched_weights(applied.adapter.shapes, applied.layer_weights):
+        lines.append(f"  layer weights for groups that it has no layers of: {'; '.join(idle)}")
     if injection.control:
         lines.append(f"  router steered by {len(injection.control)} control(s)")
     names = [other.applied.adapter.name for other in injections_of(model)[:-1]]

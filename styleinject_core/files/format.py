@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..config import AdapterConfig
+from ..layer_names import parse
 from ..layers import PARTS, LayerAdapter, LayerShape, UnsupportedLayerError
-from .names import diffusers_name, is_other_model_part, kind_of_layer
+from .names import diffusers_name, is_other_model_part
 
 FORMAT_VERSION = 1
 _FILE_PARTS = {"A": "A", "B": "B", "router.weight": "router_weight", "router.bias": "router_bias",
@@ -267,7 +268,7 @@ def _whole_config(layers: dict[str, LayerAdapter], stated: AdapterConfig | None)
 
 
 def _targets(layers: dict[str, LayerAdapter]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(map(kind_of_layer, layers)))
+    return tuple(dict.fromkeys(parse(name).target for name in layers))
 
 
 def _other_metadata(metadata: dict[str, str]) -> dict[str, str]:

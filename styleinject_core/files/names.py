@@ -12,36 +12,17 @@ from __future__ import annotations
 
 import re
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+from ..layer_names import dotted
+from ..layer_vocabulary import PREFIXES
+
 _KOHYA_PREFIX = "lora_unet_"
 _OTHER_PARTS = ("lora_te", "text_encoder", "text_model", "conditioner.", "cond_stage_model.", "first_stage_model.")
 
-# Names that contain an underscore themselves, longest first: kohya writes every dot as an underscore too.
-_COMPOUND = sorted(
-    [
-        *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "proj_in", "proj_out", "conv_in", "conv_out"),
-        *("to_q", "to_k", "to_v", "to_out", "conv_shortcut", "conv_norm_out", "time_emb_proj", "linear_1", "linear_2"),
-        *("time_embedding", "add_embedding", "input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb"),
-        *("in_layers", "out_layers", "emb_layers", "skip_connection"),
-    ],
-    key=len,
-    reverse=True,
-)
-_ROOTS = (
-    *(
-        "down_blocks_",
-        "up_blocks_",
-        "mid_block_",
-        "conv_in",
-        "conv_out",
-        "time_embedding_",
-        "add_embedding_",
-        "class_embedding_",
-    ),
+_UNET_ROOTS = (  # how a U-Net's names begin in kohya's spelling
+    *("down_blocks_", "up_blocks_", "mid_block_", "conv_in", "conv_out"),
+    *("time_embedding_", "add_embedding_", "class_embedding_"),
     *("input_blocks_", "middle_block_", "output_blocks_", "out_2", "time_embed_", "label_emb_"),
 )
-_KOHYA_TOKEN = re.compile("(" + "|".join(_COMPOUND) + r"|[^_]+)(?:_|$)")
-
 _RESNET_PARTS = {
     "in_layers.2": "conv1",
     "out_layers.3": "conv2",
@@ -63,12 +44,6 @@ def is_other_model_part(name: str) -> bool:
     return name.startswith(_OTHER_PARTS)
 
 
-def kind_of_layer(name: str) -> str:
-    """The end of a module name that says what the layer is: "to_q", "conv1", "to_out.0"."""
-    parent, _, last = name.rpartition(".")
-    return f"{parent.rpartition('.')[2]}.{last}" if last.isdigit() else last
-
-
 def diffusers_name(name: str, layers_per_block: int = 2) -> str:
     """The diffusers spelling of a module name in any spelling; unknown names come back with their prefix taken off.
 
@@ -77,10 +52,10 @@ def diffusers_name(name: str, layers_per_block: int = 2) -> str:
     """
     if name.startswith(_KOHYA_PREFIX):
         own = name[len(_KOHYA_PREFIX) :]
-        if not own.startswith(_ROOTS):
+        if not own.startswith(_UNET_ROOTS):
             return name  # a DiT, whose names only its program can tell: ComfyUI's table has them in this spelling
-        name = ".".join(m[1] for m in _KOHYA_TOKEN.finditer(own))
-    for prefix in _PREFIXES:
+        name = dotted(own)
+    for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return _from_ldm(name, layers_per_block)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from styleinject_core.layer_names import parse
 from styleinject_core.router import analysis, canvas, plots
 from styleinject_core.router.embedding import METHODS, embed
 from styleinject_core.router.trace import RouterTrace, TraceError
@@ -60,7 +61,9 @@ def test_means_over_what_is_there():
 
 
 def test_entropy_is_a_share_of_its_maximum():
-    s = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.5, 0.5, math.nan, math.nan], [1, math.nan, math.nan, math.nan]])
+    s = torch.tensor(
+        [[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.5, 0.5, math.nan, math.nan], [1, math.nan, math.nan, math.nan]]
+    )
     torch.testing.assert_close(analysis.entropy(s), torch.tensor([1.0, 0.0, 1.0, 0.0]))
     assert analysis.entropy(torch.full((3,), math.nan)).isnan()
 
@@ -191,5 +194,5 @@ def test_unknown_views_and_colours():
     ("transformer_blocks.3.attn.to_q", "transformer_blocks.3.attn.to_q", "transformer_blocks.3"),
 ])  # fmt: skip
 def test_names_for_people(layer, short, block):
-    assert analysis.short_name(layer) == short
-    assert analysis.block_of(layer) == block
+    assert parse(layer).label == short
+    assert parse(layer).block_label == block
