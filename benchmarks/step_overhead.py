@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from styleinject_core import Adapter, AdapterConfig, attach
 from styleinject_core.functional import reference
 from styleinject_core.functional.host import HostLayer
-from styleinject_core.layers import LayerAdapter, LayerShape
+from styleinject_core.layers import LayerShape
+from styleinject_core.methods import AdapterLayer
 
 QUERY_VALUE, WITH_CONVOLUTIONS = ("to_q", "to_v"), ("to_q", "to_v", "conv")
 STYLEINJECT = AdapterConfig(r=32, n_styles=16, target_modules=QUERY_VALUE)
@@ -47,16 +48,16 @@ class Variant:
 
     label: str
     config: AdapterConfig | None = None
-    forward: Callable[[Any, LayerAdapter, Tensor], Tensor] | None = None
+    forward: Callable[[Any, AdapterLayer, Tensor], Tensor] | None = None
 
 
-def naive(module: nn.Linear, layer: LayerAdapter, x: Tensor) -> Tensor:
+def naive(module: nn.Linear, layer: AdapterLayer, x: Tensor) -> Tensor:
     """The paper's equations as written."""
     host = HostLayer(layer.shape, partial(type(module).forward, module), module.weight, module.bias, module)
     return reference.forward(x, host, [layer.weights(lambda parameter: parameter, dma=1.0, sta=1.0)])
 
 
-def lora(module: nn.Linear, layer: LayerAdapter, x: Tensor) -> Tensor:
+def lora(module: nn.Linear, layer: AdapterLayer, x: Tensor) -> Tensor:
     """LoRA beside the frozen layer, as trainers and unmerged inference run it."""
     low = nn.functional.linear(x, layer.A[0])
     return type(module).forward(module, x) + nn.functional.linear(low, layer.B)

@@ -7,7 +7,6 @@ model, so a model can be freed while a MODEL that once used it lives on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,12 +16,12 @@ import comfy.model_management
 import comfy.ops
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..styleinject_core import AdapterMismatchError, Applied, Attachment, MatchReport
 from ..styleinject_core.functional.host import REPLACED
 from ..styleinject_core.hosts.architectures import describe
+from ..styleinject_core.layer_names import parse
 from ..styleinject_core.override import HostProgram
 from ..styleinject_core.router.control import Rule, Steering
 
@@ -49,10 +48,15 @@ _TITLES = {
 
 
 class ComfyProgram(HostProgram):
-    """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch."""
+    """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch.
 
-    def __init__(self) -> None:
-        self.images = 0  # rows of the current apply_model call
+    Args:
+        layers: the adapter's, by name.
+    """
+
+    def __init__(self, layers: Iterable[str] = ()):
+        # HyperTile splits images over rows in a U-Net's self-attention. More rows in cross-attention are regions' prompts.
+        self._tiled = frozenset(n for n in layers if (name := parse(n)).side and name.attention == "self")
 
     def cast(self, parameter: Tensor, x: Tensor) -> Tensor:
         non_blocking = comfy.model_management.device_supports_non_blocking(x.device)
@@ -75,9 +79,9 @@ class ComfyProgram(HostProgram):
             return False
         return _plain(module.weight, x) and (module.bias is None or _plain(module.bias, x))
 
-    def samples(self, x: Tensor, layer: str) -> int:
-        """HyperTile splits images over rows in self-attention. More rows in cross-attention are prompts of regions."""
-        return self.images if self.images and ".attn1." in layer else x.shape[0]
+    def samples(self, x: Tensor, layer: str, images: int) -> int:
+        """Where HyperTile may have split images over rows, as many as the call has."""
+        return images if images and layer in self._tiled else x.shape[0]
 
 
 def _plain(parameter: Tensor | None, x: Tensor) -> bool:
@@ -152,7 +156,7 @@ class Injection:
             adapter = self.applied.adapter
             names = layer_names(model, host, adapter.names)
             try:
-                self._attached[host] = Attachment(host, [self.applied], names, ComfyProgram())
+                self._attached[host] = Attachment(host, [self.applied], names, ComfyProgram(adapter.names))
             except AdapterMismatchError as error:
                 raise AdapterMismatchError(
                     f'adapter "{adapter.name}" was made for {describe(adapter)}, this model is {model_title(model)}. {error}'
@@ -166,36 +170,6 @@ class Injection:
     def report(self, model: nn.Module) -> MatchReport:
         """Which of the adapter's layers found their place in this model."""
         return self.attachment(model).reports[0]
-
-
-class ApplyModelWrapper:
-    """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters: all of them, in one place."""
-
-    def __init__(self, injections: Iterable[Injection], outside: Any = None):
-        self.injections = tuple(injections)
-        self.outside = outside  # a sampling.Pass for calls that no sampling run makes
-
-    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        model, x, timestep = executor.class_obj, args[0], args[1]
-        patcher = getattr(model, "current_patcher", None)
-        # guiders of two models hand each the wrappers of both
-        if patcher is None or self not in patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
-            return executor(*args, **kwargs)
-        options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
-        now = options.get(KEY, self.outside)  # a sampling.Pass, where the model is monitored or steered
-        with ExitStack() as installed:
-            for injection in self.injections:
-                if injection.active(model, timestep):
-                    attachment = injection.attachment(model)
-                    # none where gradients are wanted: a backward pass may run blocks of an earlier call again
-                    attachment.program.images = 0 if torch.is_grad_enabled() else x.shape[0]
-                    installed.enter_context(attachment)
-                    if now is not None:
-                        installed.enter_context(now.routed(injection, model, x, timestep, options))
-            return executor(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:
-        return self  # some versions deep-copy a model's options; the adapters in here are not theirs to copy
 
 
 def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[Injection]:

@@ -19,11 +19,11 @@ from comfy.patcher_extension import WrappersMP
 from torch import nn
 
 from ..styleinject_core import Adapter, Applied
-from ..styleinject_core.layers import LayerAdapter
+from ..styleinject_core.adapter import a
 from ..styleinject_core.router.control import Rule
-from .injection import KEY, ApplyModelWrapper, Injection, select_adapters
+from .injection import KEY, Injection, select_adapters
 from .monitor import Monitor
-from .sampling import Pass, SampleWrapper, calc_cond_batch_wrapper
+from .sampling import ApplyModelWrapper, SampleWrapper, calc_cond_batch_wrapper
 
 _CACHE = "_comfyui_patchers"
 
@@ -104,11 +104,8 @@ def _new_patcher(
     source: Adapter, dtype: torch.dtype, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool = False
 ) -> ModelPatcher:
     """A patcher around a copy of `source` in `dtype`; tensors that have it already are shared, not copied."""
-    layers = {}
-    for name, layer in source.layers.items():
-        parts = {part: value.detach().to(offload_device, dtype) for part, value in layer.tensors().items()}
-        layers[name] = LayerAdapter.from_tensors(layer.shape, layer.config, parts)
-    copy = Adapter(layers, source.config, source.metadata, source.name, source.skipped).requires_grad_(False).eval()
+    copy = source.with_layers(lambda layer: layer.with_tensors(lambda value: value.to(offload_device, dtype)))
+    copy = copy.requires_grad_(False).eval()
     patcher = wrap(copy, load_device, offload_device, disable_dynamic)
     # how newer versions make copies for other GPUs; from the copy, for a reference to `source` would be a cycle
     patcher.cached_patcher_init = (_new_patcher, (copy, dtype, load_device, offload_device))
@@ -138,8 +135,9 @@ def monitored(model: ModelPatcher, monitor: Monitor) -> ModelPatcher:
     """
     present = select_adapters(injections_of(model), monitor.adapter_name)
     names = [i.applied.adapter.name for i in present]
-    if not any(layer.router_weight is not None for i in present for layer in i.applied.adapter.layers.values()):
-        raise ValueError(f"{', '.join(names)}: a LoRA has no style router, there is nothing to monitor")
+    if not any(i.applied.adapter.routed for i in present):
+        kind = present[0].applied.adapter.kind
+        raise ValueError(f"{', '.join(names)}: {a(kind)} has no style router, there is nothing to monitor")
     return _with_injections(model, injections_of(model), (*_monitors_of(model), monitor))
 
 
@@ -151,15 +149,13 @@ def _with_injections(
     model: ModelPatcher, injections: tuple[Injection, ...], monitors: tuple[Monitor, ...] | None = None
 ) -> ModelPatcher:
     """A clone with these adapters; its monitors stay unless others are given."""
-    monitors = _monitors_of(model) if monitors is None else monitors
-    steered = any(injection.control for injection in injections)
-    wrappers: dict[str, Any] = {WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections, Pass(None) if steered else None)}
-    if monitors or steered:
-        wrappers[WrappersMP.OUTER_SAMPLE] = SampleWrapper(injections, monitors)
-        wrappers[WrappersMP.CALC_COND_BATCH] = calc_cond_batch_wrapper
+    wrappers: dict[str, Any] = {
+        WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections),
+        WrappersMP.OUTER_SAMPLE: SampleWrapper(injections, _monitors_of(model) if monitors is None else monitors),
+        WrappersMP.CALC_COND_BATCH: calc_cond_batch_wrapper,
+    }
     clone = model.clone()
-    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH):
+    for kind, wrapper in wrappers.items():
         clone.remove_wrappers_with_key(kind, KEY)
-        if kind in wrappers:
-            clone.add_wrapper_with_key(kind, KEY, wrappers[kind])
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
     return clone

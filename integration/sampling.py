@@ -1,23 +1,26 @@
-"""A sampling run as the router's nodes see it: what lasts exactly as long as the run, and which rows are whose.
+"""A sampling run of a MODEL with adapters: what lasts exactly as long as the run, and which rows are whose.
 
 A run is made in a WrappersMP.OUTER_SAMPLE wrapper and travels in the run's own copy of `transformer_options`; a
-CALC_COND_BATCH wrapper adds which conditionings are being worked out; `injection.ApplyModelWrapper` finds both there. So
-nothing outlives the run, and two runs, or the threads of several GPUs, cannot mix theirs up. A model without monitor and
-without router control has neither wrapper.
+CALC_COND_BATCH wrapper adds which conditionings are being worked out; the APPLY_MODEL wrapper finds both there, and makes of
+them the `ModelCall` that the adapters' layers see. So nothing outlives the run, and two runs, or the threads of several GPUs,
+cannot mix theirs up.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..styleinject_core.router.tap import Steer, tapped
+from ..styleinject_core import Attachment
+from ..styleinject_core.call import Listener, ModelCall
+from ..styleinject_core.router.control import Steered
 from .injection import KEY, Injection
 from .monitor import Monitor
 
@@ -90,13 +93,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What is being worked out for a run: the roles of the conditionings by their index, and the images of each.
+class Conditionings:
+    """What a sampling run is working out now: the roles of the conditionings by their index, and the images of each."""
 
-    Without a run, for model calls that no sampler makes, there is nothing to record, and nothing is known of the rows.
-    """
-
-    run: Run | None
+    run: Run
     roles: tuple[str, ...] = ()
     images: int = 0
 
@@ -107,34 +107,81 @@ class Pass:
             return (UNKNOWN,)
         return tuple(self.roles[entry] for entry in entries)
 
-    @contextmanager
-    def routed(
-        self, injection: Injection, model: nn.Module, x: Tensor, timestep: Tensor, options: Mapping[str, Any]
-    ) -> Iterator[None]:
-        """Steer and record one adapter for the length of one model call; `options` are the call's transformer_options."""
-        roles, sigma = self.of_rows(x.shape[0], options.get("cond_or_uncond")), timestep.flatten()[0]
-        observed = [] if self.run is None else [o.recorder for o in self.run.observations if o.injection is injection]
-        calls = [recorder.begin(roles, sigma, x.shape[0]) for recorder in observed]
-        steers: dict[str, Steer] = {}
-        if injection.steering is not None:
-            if roles == (UNKNOWN,) and self.run is not None:
-                self.run.warn_of_unknown_rows(injection)
-            ids = options.get("uuids") or ()
-            keys = [(id(injection), role, ids[k] if len(ids) == len(roles) else k) for k, role in enumerate(roles)]
-            memory = {} if self.run is None else self.run.memory
-            active = injection.active_rules(model, timestep)
-            steers = injection.steering.steers(active, roles, keys, sigma, memory, x.shape[0])
-        with tapped(injection.attachment(model).sites[0], [call for call in calls if call is not None], steers):
-            yield
-        for recorder, call in zip(observed, calls, strict=True):
-            recorder.end(call)
-
-    def __deepcopy__(self, memo: dict) -> Pass:
+    def __deepcopy__(self, memo: dict) -> Conditionings:
         return self
 
 
+class ApplyModelWrapper:
+    """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters: all of them, on it for the length of a call."""
+
+    def __init__(self, injections: Iterable[Injection]):
+        self.injections = tuple(injections)
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        model, x, timestep = executor.class_obj, args[0], args[1]
+        patcher = getattr(model, "current_patcher", None)
+        # guiders of two models hand each the wrappers of both
+        if patcher is None or self not in patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+            return executor(*args, **kwargs)
+        options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
+        call = model_call(x, timestep, options)
+        with ExitStack() as stack:
+            for injection in self.injections:
+                if injection.active(model, timestep):
+                    attachment = injection.attachment(model)
+                    stack.enter_context(attachment.in_call(call))
+                    stack.enter_context(_listened(injection, attachment, model, timestep, call))
+                    stack.enter_context(attachment)
+            return executor(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:
+        return self  # some versions deep-copy a model's options; the adapters in here are not theirs to copy
+
+
+def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any]) -> ModelCall:
+    """What one `apply_model` call knows; `options` are its transformer_options."""
+    now = options.get(KEY)
+
+    def roles() -> tuple[str, ...]:
+        known = isinstance(now, Conditionings)
+        return now.of_rows(x.shape[0], options.get("cond_or_uncond")) if known else (UNKNOWN,)
+
+    # no count where gradients are wanted: a backward pass may run blocks of an earlier call again
+    images = 0 if torch.is_grad_enabled() else x.shape[0]
+    return ModelCall(images, timestep.flatten()[0], options, roles)
+
+
+@contextmanager
+def _listened(
+    injection: Injection, attachment: Attachment, model: nn.Module, timestep: Tensor, call: ModelCall
+) -> Iterator[None]:
+    """Steer and record one adapter for the length of one model call, where its controls and monitors ask for it."""
+    now = call.extras.get(KEY)
+    run = now.run if isinstance(now, Conditionings) else None
+    observed = [] if run is None else [o.recorder for o in run.observations if o.injection is injection]
+    if injection.steering is None and not observed:
+        yield
+        return
+    roles, rows = call.roles, timestep.shape[0]
+    listeners: list[Listener] = []
+    if injection.steering is not None:
+        if roles == (UNKNOWN,) and run is not None:
+            run.warn_of_unknown_rows(injection)
+        ids = call.extras.get("uuids") or ()
+        keys = [(id(injection), role, ids[k] if len(ids) == len(roles) else k) for k, role in enumerate(roles)]
+        memory = {} if run is None else run.memory
+        active = injection.active_rules(model, timestep)
+        listeners.append(Steered(injection.steering.steers(active, roles, keys, call.sigma, memory, rows)))
+    calls = [recorder.begin(roles, call.sigma, rows) for recorder in observed]
+    listeners.extend(recorded for recorded in calls if recorded is not None)
+    with attachment.sites[0][0].current.listened(*listeners):
+        yield
+    for recorder, recorded in zip(observed, calls, strict=True):
+        recorder.end(recorded)
+
+
 class SampleWrapper:
-    """The OUTER_SAMPLE wrapper of a MODEL that is monitored or steered."""
+    """The OUTER_SAMPLE wrapper of a MODEL that has adapters: makes the run that its model calls belong to."""
 
     def __init__(self, injections: Sequence[Injection], monitors: Sequence[Monitor]):
         self.injections, self.monitors = tuple(injections), tuple(monitors)
@@ -146,7 +193,7 @@ class SampleWrapper:
         arguments = _Arguments(args, kwargs)
         sigmas = arguments[3, "sigmas"].detach().float().cpu()
         run = Run(guider, sigmas, self.injections, self.monitors)
-        guider.model_options.setdefault("transformer_options", {})[KEY] = Pass(run)
+        guider.model_options.setdefault("transformer_options", {})[KEY] = Conditionings(run)
         arguments[5, "callback"] = _calling(run, arguments[5, "callback"])
         result = None
         try:
@@ -167,7 +214,7 @@ def calc_cond_batch_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     options = arguments[4, "model_options"]
     transformer_options = options.get("transformer_options", {})
     now = transformer_options.get(KEY)
-    if isinstance(now, Pass) and now.run is not None:
+    if isinstance(now, Conditionings):
         now = replace(now, roles=now.run.roles(arguments[1, "conds"]), images=arguments[2, "x_in"].shape[0])
         arguments[4, "model_options"] = {**options, "transformer_options": {**transformer_options, KEY: now}}
     return executor(*arguments.args, **arguments.kwargs)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from .config import AdapterConfig
-from .layers import LayerAdapter, LayerShape, UnsupportedLayerError
+from .config import LayerConfig
+from .layers import LayerShape, UnsupportedLayerError
+from .methods import AdapterLayer, new_layer, titles
 from .selector import select
 
 STYLE_NAMES = "styleinject.style_names"  # metadata: a JSON list
 
 
 class Adapter(nn.Module):
-    """Module name (diffusers spelling) -> LayerAdapter; a torch module, so that hosts can move, cast and count it.
+    """Module name (diffusers spelling) -> adapted layer; a torch module, so that hosts can move, cast and count it.
 
     Args:
         layers: the adapted layers by module name.
@@ -29,8 +31,8 @@ class Adapter(nn.Module):
 
     def __init__(
         self,
-        layers: Mapping[str, LayerAdapter],
-        config: AdapterConfig,
+        layers: Mapping[str, AdapterLayer],
+        config: LayerConfig,
         metadata: Mapping[str, str] | None = None,
         name: str = "adapter",
         skipped: tuple[str, ...] = (),
@@ -43,7 +45,7 @@ class Adapter(nn.Module):
         self._layers: Any = nn.ModuleList(layers.values())  # module names contain dots, which a ModuleDict refuses
 
     @property
-    def layers(self) -> dict[str, LayerAdapter]:
+    def layers(self) -> dict[str, AdapterLayer]:
         """The adapted layers by module name, in file order."""
         return dict(zip(self.names, self._layers, strict=True))
 
@@ -58,7 +60,7 @@ class Adapter(nn.Module):
         names: Any = None
         with contextlib.suppress(json.JSONDecodeError):
             names = json.loads(self.metadata.get(STYLE_NAMES, "[]"))
-        count = max(layer.config.n_styles for layer in self.layers.values())
+        count = max(layer.styles for layer in self.layers.values()) or 1
         given = [str(name).strip() for name in names] if isinstance(names, list) else []
         return tuple((given[k] if k < len(given) else "") or f"style {k + 1}" for k in range(count))
 
@@ -82,7 +84,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def create(
-        cls, host: nn.Module | Mapping[str, LayerShape], config: AdapterConfig, name: str = "adapter", metadata: Any = None
+        cls, host: nn.Module | Mapping[str, LayerShape], config: LayerConfig, name: str = "adapter", metadata: Any = None
     ) -> Adapter:
         """An untrained adapter, an exact identity, on every layer of `host` that `config.target_modules` selects.
 
@@ -99,10 +101,28 @@ class Adapter(nn.Module):
         for layer_name, shape in shapes.items():
             if layer_name in chosen:
                 try:
-                    layers[layer_name] = LayerAdapter(shape, config.for_layer(layer_name))
+                    layers[layer_name] = new_layer(shape, config.for_layer(layer_name))
                 except UnsupportedLayerError as error:
                     raise UnsupportedLayerError(f"{layer_name}: {error}") from None
+        if notes := [f"{layer_name}: {layer.note}" for layer_name, layer in layers.items() if layer.note]:
+            more = f" and {len(notes) - 3} layers more" if len(notes) > 3 else ""
+            logging.getLogger(__name__).warning("%s: %s%s", name, "; ".join(notes[:3]), more)
         return cls(layers, config, metadata, name)
+
+    def with_layers(self, change: Callable[[AdapterLayer], AdapterLayer]) -> Adapter:
+        """The same adapter with other layers in the place of its own."""
+        layers = {layer_name: change(layer) for layer_name, layer in self.layers.items()}
+        return Adapter(layers, self.config, self.metadata, self.name, self.skipped)
+
+    @property
+    def routed(self) -> dict[str, AdapterLayer]:
+        """The layers that have a style router."""
+        return {layer_name: layer for layer_name, layer in self.layers.items() if layer.styles}
+
+    @property
+    def kind(self) -> str:
+        """Its methods, for people: "StyleInject", "LoRA", "DiffuseKronA and LoRA"."""
+        return " and ".join(titles(list(self.layers.values())))
 
 
 def host_shapes(host: nn.Module, required: tuple[str, ...] = ()) -> dict[str, LayerShape]:
@@ -125,3 +145,8 @@ def host_shapes(host: nn.Module, required: tuple[str, ...] = ()) -> dict[str, La
         if shape is not None and name:
             shapes[name] = shape
     return shapes
+
+
+def a(kind: str) -> str:
+    """A word with its article, for messages: "a LoRA", "an Adapter"."""
+    return f"{'an' if kind[:1] in 'AEIOUaeiou' else 'a'} {kind}"

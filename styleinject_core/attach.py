@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
@@ -11,8 +12,9 @@ from weakref import ref
 from torch import nn
 
 from .adapter import Adapter
+from .call import CurrentCall, ModelCall
 from .layers import LayerShape, UnsupportedLayerError
-from .override import HostProgram, Override, Site
+from .override import HostProgram, Override, Rows, Site
 from .selector import parse_weights, select
 
 
@@ -72,13 +74,25 @@ class MatchReport:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a host an adapter's layer is: a module, or some rows of its weight where it fuses several layers."""
+
+    module: str
+    rows: Rows | None = None
+
+    @classmethod
+    def of(cls, place: str | Place) -> Place:
+        return cls(place) if isinstance(place, str) else place
+
+
 class Attachment:
     """Adapters matched to a host's modules; a context manager that installs them for its length.
 
     Args:
         host: any module tree.
         applied: the adapters with their strengths. Their increments add up, the order does not matter.
-        names: adapter module name -> host module name, where the host spells them otherwise.
+        names: adapter module name -> where it is in the host: a module's name, or a `Place`.
         program: what is special about the host program.
 
     Raises:
@@ -90,7 +104,7 @@ class Attachment:
         self,
         host: nn.Module,
         applied: Sequence[Applied],
-        names: Mapping[str, str] | None = None,
+        names: Mapping[str, str | Place] | None = None,
         program: HostProgram | None = None,
     ):
         self.program = program or HostProgram()
@@ -103,13 +117,15 @@ class Attachment:
         modules = dict(host.named_modules())
         overrides: dict[nn.Module, Override] = {}
         for item in self.applied:
-            sites, unmatched, selected = [], [], item.layer_scales()
+            sites, unmatched, selected, current = [], [], item.layer_scales(), CurrentCall()
             for name, layer in item.adapter.layers.items():
-                module = modules.get((names or {}).get(name, name))
+                place = Place.of((names or {}).get(name, name))
+                module = modules.get(place.module)
                 if module is None:
                     unmatched.append(name)
                     continue
-                shape = _host_shape(name, module)
+                whole = _host_shape(name, module)
+                shape = whole if place.rows is None else replace(whole, out_features=place.rows.size)
                 if shape != layer.shape:
                     if name not in selected:
                         continue
@@ -117,9 +133,9 @@ class Attachment:
                         f"{item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}; "
                         f'a layer selector can leave it out: "!{name}"'
                     )
-                site = Site(name, layer, self.program)
+                site = Site(name, layer, self.program, current, place.rows)
                 sites.append(site)
-                self._places.append((overrides.setdefault(module, Override(module, shape)), site))
+                self._places.append((overrides.setdefault(module, Override(module, whole)), site))
             self.sites.append(sites)
             matched = tuple(site.name for site in sites)
             self.reports.append(MatchReport(item.adapter.name, matched, tuple(unmatched), item.adapter.skipped))
@@ -166,6 +182,14 @@ class Attachment:
                 )
                 self._refresh(index)
 
+    @contextmanager
+    def in_call(self, call: ModelCall) -> Iterator[None]:
+        """Tell the layers of every adapter what the current call of the host knows, for the length of a with block."""
+        with ExitStack() as stack:
+            for sites in self.sites:
+                stack.enter_context(sites[0].current.during(call))
+            yield
+
     def install(self) -> Attachment:
         """Put the overrides in place; calls nest."""
         self._installed += 1
@@ -207,7 +231,7 @@ def attach(
     *,
     layers: str = "all",
     layer_weights: str = "",
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, str | Place] | None = None,
     program: HostProgram | None = None,
 ) -> Attachment:
     """Attach adapters to any module tree; use it as a context manager or call `detach()`.
@@ -219,7 +243,7 @@ def attach(
         host: the model whose modules the adapters' layers name.
         adapters: one or several; an `Applied` carries strengths and a selector of its own, a plain Adapter takes
             `strength`, `layers` and `layer_weights` from here.
-        names: adapter module name -> host module name, where the host spells them otherwise.
+        names: adapter module name -> where it is in the host: a module's name, or a `Place`.
 
     Returns:
         The installed Attachment; `print` it for what matched.

@@ -7,14 +7,17 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
+from .commands.config import AdapterTable
 from .commands.plot import KINDS
-from .config import ROUTER_POOLS, STA_FORMS, AdapterConfig
+from .config import ROUTER_POOLS, STA_FORMS
 from .files import AdapterFileError, load_adapter, save_adapter
 from .hosts.architectures import ARCHITECTURES
 from .layers import UnsupportedLayerError
+from .methods import choices, kronecker
 from .router.embedding import METHODS
 from .router.plots import VIEWS
 from .selector import SelectorError
@@ -54,10 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write an untrained adapter, an exact identity, for a known architecture")
     init.add_argument("output", type=Path, metavar="OUT.safetensors")
     init.add_argument("--base", choices=ARCHITECTURES, required=True, help="the architecture; no weights are needed")
+    init.add_argument("--method", choices=choices(), default=choices()[0], help="what kind of adapter (default styleinject)")
     init.add_argument("--rank", type=int, default=32, help="r (default 32)")
     init.add_argument("--styles", type=int, default=16, help="n, parallel down-projections (default 16)")
-    init.add_argument("--alpha", type=float, help="the low-rank increment is scaled by alpha / rank (default: rank)")
-    init.add_argument("--targets", default="to_q,to_v", help='layer selector, as in "to_q,to_v" or "attention,conv"')
+    init.add_argument(
+        "--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)"
+    )
+    init.add_argument(
+        "--factors", type=_integers, default=kronecker.FACTORS, metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)"
+    )
+    init.add_argument(
+        "--targets", help='layer selector, as in "to_q,to_v" or "attention,conv" (default: the method\'s paper\'s)'
+    )
     init.add_argument("--router-pool", choices=ROUTER_POOLS, default="mean")
     init.add_argument("--sta", choices=STA_FORMS, default="multiplicative", help="the AdaIN step (default multiplicative)")
     init.add_argument("--seed", type=int, default=0, help="for the down-projections (default 0)")
@@ -101,22 +112,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(item) for item in text.split(","))
+
+
 def _init(options: argparse.Namespace) -> int:
     import torch
 
     if options.output.exists() and not options.force:
         raise FileExistsError(f"{options.output} exists: choose another name, or --force to replace it")
-    config = AdapterConfig(
-        r=options.rank,
-        n_styles=options.styles,
+    settings = AdapterTable(
+        method=options.method,
+        rank=options.rank,
+        styles=options.styles,
         alpha=options.alpha,
+        factors=options.factors,
         router_pool=options.router_pool,
         sta=options.sta,
-        target_modules=tuple(term.strip() for term in options.targets.split(",") if term.strip()),
     )
+    if options.targets is None:
+        targets = type(settings.config()).default_targets()
+    else:
+        targets = tuple(term.strip() for term in options.targets.split(",") if term.strip())
+    config = replace(settings, targets=targets).config()
     torch.manual_seed(options.seed)
     architecture = ARCHITECTURES[options.base]
-    metadata = {"modelspec.architecture": f"{architecture.modelspec}/styleinject"}
+    metadata = {"modelspec.architecture": f"{architecture.modelspec}/{config.method}"}
     adapter = Adapter.create(architecture.shapes(), config, options.output.stem, metadata)
     save_adapter(adapter, options.output)
     print(f"{options.output}: {len(adapter.names)} layers of {architecture.title}, {adapter.parameter_count():,} parameters")

@@ -1,20 +1,89 @@
-"""AdapterConfig: the hyperparameters of a StyleInject adapter, as its file carries them (docs: method, section 5)."""
+"""The hyperparameters of adapters, as their files carry them (docs: method, section 5)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 ROUTER_POOLS = ("mean", "sum", "token")
 STA_FORMS = ("multiplicative", "additive", "none")
-_PER_LAYER = ("r", "n_styles", "alpha", "router_pool", "sta", "eps")
+Config = TypeVar("Config", bound="LayerConfig")
+
+
+class LayerConfig:
+    """What the configs of all methods have in common; each is a frozen dataclass with its own fields and these two.
+
+    Args:
+        target_modules: what `Adapter.create` adapts, as selector terms (see `styleinject_core.selector`).
+        layers: {module name: {field: value}} for layers that differ in any field but target_modules.
+    """
+
+    target_modules: tuple[str, ...]
+    layers: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def method(self) -> str:
+        """The method's name in `methods.METHODS`."""
+        raise NotImplementedError
+
+    @classmethod
+    def default_targets(cls) -> tuple[str, ...]:
+        """What the method's paper adapts."""
+        return cls.target_modules  # of a class, the default
+
+    @classmethod
+    def per_layer(cls) -> tuple[str, ...]:
+        """The fields that single layers may override."""
+        return tuple(f.name for f in fields(cls) if f.name not in ("target_modules", "layers"))  # type: ignore[arg-type]
+
+    def check_layers(self) -> None:
+        """Make the targets a tuple and check the overrides (ValueError); for `__post_init__`."""
+        if isinstance(self.target_modules, str) or not all(isinstance(t, str) for t in self.target_modules):
+            raise ValueError(f"target_modules: expected a list of names, found {self.target_modules!r}")
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if not isinstance(self.layers, Mapping):
+            raise ValueError(f"layers: expected an object of layers, found {self.layers!r}")
+        for name, overrides in self.layers.items():
+            if not isinstance(overrides, Mapping):
+                raise ValueError(f"layers[{name}]: expected an object of fields, found {overrides!r}")
+            if unknown := set(overrides) - set(self.per_layer()):
+                known = ", ".join(self.per_layer())
+                raise ValueError(f"layers[{name}]: unknown field {sorted(unknown)[0]!r}, expected {known}")
+            try:
+                replace(self, layers={}, **overrides)  # type: ignore[type-var]
+            except ValueError as error:
+                raise ValueError(f"layers[{name}]: {error}") from None
+
+    def for_layer(self: Config, name: str) -> Config:
+        """The config of one layer: this one with the layer's overrides applied."""
+        return replace(self, layers={}, **self.layers.get(name, {}))  # type: ignore[type-var]
+
+    def override(self, layer: LayerConfig) -> dict[str, Any]:
+        """The `layers` entry that makes `for_layer` equal `layer`; empty where nothing differs."""
+        return {key: getattr(layer, key) for key in self.per_layer() if getattr(layer, key) != getattr(self, key)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(replace(self, layers={k: dict(v) for k, v in self.layers.items()}))  # type: ignore[type-var, call-overload]
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """The inverse of to_dict.
+
+        Raises:
+            ValueError: a field this version does not know, or a bad value; the message names it.
+        """
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        if unknown := set(values) - set(names):
+            raise ValueError(f"unknown field {sorted(unknown)[0]!r}: expected {', '.join(names)}")
+        return cls(**values)
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
-    """Hyperparameters of an adapter; `layers` overrides them by module name.
+class AdapterConfig(LayerConfig):
+    """Hyperparameters of a StyleInject adapter, or of a LoRA; `layers` overrides them by module name.
 
     Args:
         r: rank of every down- and up-projection.
@@ -47,24 +116,19 @@ class AdapterConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
-        if self.alpha is not None and not (_is_number(self.alpha) and math.isfinite(self.alpha)):
+        if self.alpha is not None and not (is_number(self.alpha) and math.isfinite(self.alpha)):
             raise ValueError(f"alpha: expected a finite number, found {self.alpha!r}")
-        if not (_is_number(self.eps) and 0 < self.eps < math.inf):
+        if not (is_number(self.eps) and 0 < self.eps < math.inf):
             raise ValueError(f"eps: expected a positive number, found {self.eps!r}")
         if self.router_pool not in ROUTER_POOLS:
             raise ValueError(f"router_pool: expected one of {', '.join(ROUTER_POOLS)}, found {self.router_pool!r}")
         if self.sta not in STA_FORMS:
             raise ValueError(f"sta: expected one of {', '.join(STA_FORMS)}, found {self.sta!r}")
-        if isinstance(self.target_modules, str) or not all(isinstance(t, str) for t in self.target_modules):
-            raise ValueError(f"target_modules: expected a list of names, found {self.target_modules!r}")
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for name, overrides in self.layers.items():
-            if unknown := set(overrides) - set(_PER_LAYER):
-                raise ValueError(f"layers[{name}]: unknown field {sorted(unknown)[0]!r}, expected {', '.join(_PER_LAYER)}")
-            try:
-                replace(self, layers={}, **overrides)
-            except ValueError as error:
-                raise ValueError(f"layers[{name}]: {error}") from None
+        self.check_layers()
+
+    @property
+    def method(self) -> str:
+        return "styleinject" if self.has_router else "lora"
 
     @property
     def scale(self) -> float:
@@ -76,29 +140,7 @@ class AdapterConfig:
         """Whether a layer of this config has a style router; with one style and no hypernetwork it is LoRA."""
         return self.n_styles > 1 or self.sta != "none"
 
-    def for_layer(self, name: str) -> AdapterConfig:
-        """The config of one layer: this one with the layer's overrides applied."""
-        return replace(self, layers={}, **self.layers.get(name, {}))
 
-    def override(self, layer: AdapterConfig) -> dict[str, Any]:
-        """The `layers` entry that makes `for_layer` equal `layer`; empty where nothing differs."""
-        return {key: getattr(layer, key) for key in _PER_LAYER if getattr(layer, key) != getattr(self, key)}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(replace(self, layers={k: dict(v) for k, v in self.layers.items()}))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
-        """The inverse of to_dict.
-
-        Raises:
-            ValueError: a field this version does not know, or a bad value; the message names it.
-        """
-        if unknown := set(values) - {f.name for f in fields(cls)}:
-            raise ValueError(f"unknown field {sorted(unknown)[0]!r}: expected {', '.join(f.name for f in fields(cls))}")
-        return cls(**values)
-
-
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float (JSON and TOML have booleans too, which Python takes for ints)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from typing import Any
 from .adapter import Adapter
 from .hosts.architectures import describe
 from .layer_names import parse
+from .methods import METHODS, AdapterLayer, config_to_dict
 
 
 def summarize(adapter: Adapter) -> dict[str, Any]:
@@ -16,17 +17,17 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "made_for": describe(adapter),
-        "kind": "StyleInject" if any(layer.router_weight is not None for layer in layers.values()) else "LoRA",
+        "kind": adapter.kind,
+        "method": adapter.config.method,
         "layers": len(layers),
         "linear_layers": sum(not layer.shape.is_conv for layer in layers.values()),
         "conv_layers": sum(layer.shape.is_conv for layer in layers.values()),
         "targets": dict(Counter(parse(name).target for name in layers)),
-        "ranks": sorted({layer.config.r for layer in layers.values()}),
-        "n_styles": sorted({layer.config.n_styles for layer in layers.values()}),
-        "dtype": str(next(iter(layers.values())).A.dtype).removeprefix("torch."),
+        "properties": described(adapter),
+        "dtype": str(next(adapter.parameters()).dtype).removeprefix("torch."),
         "parameters": adapter.parameter_count(),
         "bytes": sum(p.numel() * p.element_size() for p in adapter.parameters()),
-        "config": adapter.config.to_dict(),
+        "config": config_to_dict(adapter.config),
         "metadata": dict(sorted(adapter.metadata.items())),
         "skipped": list(adapter.skipped),
     }
@@ -34,13 +35,11 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
 
 def as_text(summary: dict[str, Any]) -> str:
     """A summary for people, one fact a line."""
-    config = summary["config"]
     targets = ", ".join(f"{name} x{count}" for name, count in summary["targets"].items())
     lines = [
         f"{summary['name']}: {summary['kind']} for {summary['made_for']}",
         f"layers       {summary['layers']} ({summary['linear_layers']} Linear, {summary['conv_layers']} Conv2d): {targets}",
-        f"rank         {_list(summary['ranks'])}, alpha {'= rank' if config['alpha'] is None else config['alpha']}",
-        f"styles       {_list(summary['n_styles'])}, router pool {config['router_pool']}, STA {config['sta']}",
+        *(f"{label.ljust(12)} {value}" for label, value in summary["properties"].items()),
         f"parameters   {summary['parameters']:,} ({summary['bytes'] / 2**20:.1f} MiB, {summary['dtype']})",
     ]
     if summary["skipped"]:
@@ -51,5 +50,13 @@ def as_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _list(values: list[int]) -> str:
-    return ", ".join(map(str, values))
+def described(adapter: Adapter) -> dict[str, str]:
+    """What the adapter's methods say of its layers: {"rank": ..., "styles": ...}; of several methods, each with its title."""
+    kinds: dict[str, list[AdapterLayer]] = {}
+    for layer in adapter.layers.values():
+        kinds.setdefault(layer.config.method, []).append(layer)
+    lines = {}
+    for name, layers in kinds.items():
+        where = f" of {METHODS[name].title} ({len(layers)})" if len(kinds) > 1 else ""
+        lines.update({f"{label}{where}": value for label, value in METHODS[name].describe(layers).items()})
+    return lines

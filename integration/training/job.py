@@ -79,7 +79,15 @@ class Job:
         self.settings = self.options.settings(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
         targets = tuple(term.strip() for term in self.layers.split(",") if term.strip())
         options = self.options
-        table = AdapterTable(self.method, self.rank, self.styles, options.alpha, targets, options.router_pool, options.sta)
+        table = AdapterTable(
+            method=self.method,
+            rank=self.rank,
+            styles=self.styles,
+            alpha=options.alpha,
+            targets=targets,
+            router_pool=options.router_pool,
+            sta=options.sta,
+        )
         self.config = table.config()
         self.model = with_lasting_weights(self.model)
         self.student = ComfyTrainingModel(self.model)

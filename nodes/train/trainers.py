@@ -10,7 +10,7 @@ from ...integration.training.graph_inputs import a_prompt_each, flat_latents, fl
 from ...integration.training.job import Images, Job, empty_prompt
 from ...integration.training.named_runs import Outcome
 from ...integration.training.options import TrainOptions
-from ...styleinject_core.commands.config import METHODS
+from ...styleinject_core.methods import choices
 from ...styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
 from ..schema import AdapterType, LossType, OptionsType, schema
 
@@ -281,8 +281,8 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
         ),
         io.Combo.Input(
             "method",
-            options=list(METHODS),
-            default=METHODS[0],
+            options=list(choices()),
+            default=choices()[0],
             tooltip="styleinject is the method whole. lora is plain LoRA, to compare with. dma-only leaves out the statistics, "
             "sta-only the several styles.",
         ),

@@ -13,11 +13,11 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..config import AdapterConfig
+from ..config import LayerConfig
+from ..methods import configure, kronecker
 from ..train.settings import TrainSettings
 
 Table = TypeVar("Table")
-METHODS = ("styleinject", "lora", "dma-only", "sta-only")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -86,11 +86,14 @@ class AdapterTable:
     """The adapter's size. The defaults are the paper's for fine-tuning; to distil it adapts convolutions too.
 
     Args:
-        method: "styleinject"; "lora" (one style, no router, no AdaIN); "dma-only" (no AdaIN); "sta-only" (one style).
+        method: "styleinject"; "dma-only" (no AdaIN); "sta-only" (one style); "lora" (one style, no router, no AdaIN);
+            "kronecker" (DiffuseKronA: rank, styles, alpha and all below factors mean nothing to it).
         rank: r.
         styles: n, parallel down-projections; 1 for lora and sta-only.
         alpha: the low-rank part is scaled by alpha / rank; 0 means alpha = rank.
-        targets: a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"].
+        targets: a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; for kronecker the paper has
+            ["to_q", "to_k", "to_v", "to_out.0"].
+        factors: of kronecker: the sizes of A, (a1, a2); fewer numbers the nearer their product is to the root of the layer's.
         router_pool: "mean", "sum" or "token".
         sta: the AdaIN step: "multiplicative" or "additive".
     """
@@ -100,24 +103,16 @@ class AdapterTable:
     styles: int = 16
     alpha: float = 0.0
     targets: tuple[str, ...] = ("to_q", "to_v")
+    factors: tuple[int, ...] = kronecker.FACTORS
     router_pool: str = "mean"
     sta: str = "multiplicative"
 
     def __post_init__(self) -> None:
-        _choice("method", self.method, METHODS)
         self.config()  # its own checks
 
-    def config(self) -> AdapterConfig:
+    def config(self) -> LayerConfig:
         """The adapter's config."""
-        one_style = self.method in ("lora", "sta-only")
-        return AdapterConfig(
-            r=self.rank,
-            n_styles=1 if one_style else self.styles,
-            alpha=self.alpha or None,
-            router_pool="mean" if one_style else self.router_pool,
-            sta="none" if self.method in ("lora", "dma-only") else self.sta,
-            target_modules=self.targets,
-        )
+        return configure(self)
 
 
 @dataclass(frozen=True)
@@ -340,8 +335,9 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(k for k in get_args(kind) if k is not type(None))
     if get_origin(kind) is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{where}: expected a list of strings, found {value!r}")
+        item_kind, words = get_args(kind)[0], {str: "strings", int: "whole numbers"}
+        if not isinstance(value, list) or not all(type(item) is item_kind for item in value):
+            raise ValueError(f"{where}: expected a list of {words[item_kind]}, found {value!r}")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -397,7 +393,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+        return "[" + ", ".join(map(_toml, value)) + "]"
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 

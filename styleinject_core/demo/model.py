@@ -98,8 +98,7 @@ def read_unet(style: str = BASE_STYLE, path: Path = BASE_FILE) -> dict[str, Tens
     state = read_base("unet", path)[0]
     if style != BASE_STYLE:
         for name, layer in load_adapter(ADAPTERS / f"emoji-{style}-lora.safetensors").layers.items():
-            low_rank = layer.B.detach().float() @ layer.A.detach().float()[0].flatten(1)  # (d, r) @ (r, k·kh·kw)
-            state[f"{name}.weight"] += layer.config.scale * low_rank.view_as(state[f"{name}.weight"])
+            state[f"{name}.weight"] += layer.delta().detach()
     return state
 
 

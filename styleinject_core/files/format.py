@@ -1,13 +1,12 @@
-"""Adapter files: safetensors with `<module>.styleinject_<part>` tensors and the config in the header (method, section 5).
+"""Adapter files: safetensors with tensors named as each method says, and the config in the header (method, section 5).
 
-A plain LoRA (kohya, diffusers or PEFT spelling) loads as an adapter with one style, no router and no hypernetwork.
+A LoRA in any spelling (kohya, diffusers, PEFT) is a file like any other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import tempfile
@@ -21,20 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..config import AdapterConfig
+from ..config import LayerConfig
 from ..layer_names import parse
-from ..layers import PARTS, LayerAdapter, LayerShape, UnsupportedLayerError
-from .names import diffusers_name, is_other_model_part
+from ..methods import METHODS, AdapterLayer, config_from_dict, config_to_dict, method_of
+from .names import diffusers_name, is_other_model_part, lora_name
 
 FORMAT_VERSION = 1
-_FILE_PARTS = {"A": "A", "B": "B", "router.weight": "router_weight", "router.bias": "router_bias",
-               "hyper.weight": "hyper_weight", "hyper.bias": "hyper_bias"}  # fmt: skip
-_NAME_OF_PART = {part: name for name, part in _FILE_PARTS.items()}
-_STYLEINJECT_KEY = re.compile(r"(.+)\.styleinject_([A-Za-z_.]+)")
 _LORA_KEY = re.compile(
     r"(?P<module>.+?)(?:_lora\.|\.lora_|\.lora\.)(?P<side>down|up|A|B|mid)(?:\.[^.]+)??\.weight|(?P<alpha>.+)\.alpha"
 )
-
 _OTHER_METHOD = re.compile(r"\.(dora_scale|diff|diff_b)$|\.(hada|lokr)_|\.lora_magnitude_vector\b|\.lora_[AB](\.[^.]+)?\.bias$")
 
 
@@ -57,21 +51,48 @@ def load_adapter(path: str | Path) -> Adapter:
     """
     path = Path(path)
     tensors, metadata = _read(path)
-    if not any(_STYLEINJECT_KEY.fullmatch(key) for key in tensors):
-        return _load_lora(path, tensors, metadata)
     config = _read_config(path, metadata)
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}  # (layer, method) -> its tensors by part
     skipped = []
     for key, tensor in tensors.items():
-        match = _STYLEINJECT_KEY.fullmatch(key)
-        if match is None or is_other_model_part(key):
+        if is_other_model_part(key):
             skipped.append(key)
-        elif match[2] not in _FILE_PARTS:
-            raise AdapterFileError(f"{path.name}: {key}: unknown part {match[2]!r}, expected one of {', '.join(_FILE_PARTS)}")
+        elif place := _place(key):
+            module, method, part = place
+            parts.setdefault((diffusers_name(module), method), {})[part] = tensor
+        elif ".styleinject_" in key:
+            known = ", ".join(suffix.removeprefix(".styleinject_") for suffix in METHODS["styleinject"].suffixes.values())
+            unknown = key.rpartition(".styleinject_")[2]
+            raise AdapterFileError(f"{path.name}: {key}: unknown part {unknown!r}, expected one of {known}")
+        elif _OTHER_METHOD.search(key):
+            raise AdapterFileError(f"{path.name}: {key}: only plain LoRA is read, not DoRA, LoHa, biases or weight differences")
         else:
-            parts.setdefault(diffusers_name(match[1]), {})[_FILE_PARTS[match[2]]] = tensor
-    layers = {name: _layer(path, name, own, config.for_layer(name) if config else None) for name, own in parts.items()}
+            skipped.append(key)
+    layers: dict[str, AdapterLayer] = {}
+    for (name, method), own in parts.items():
+        if name in layers:
+            first = METHODS[layers[name].config.method].title
+            raise AdapterFileError(f"{path.name}: {name}: the file has both {first} and {METHODS[method].title} for this layer")
+        layers[name] = _layer(path, name, method, own, config)
+    if not layers:
+        raise AdapterFileError(
+            f"{path.name}: {len(skipped)} tensors, none for a U-Net layer (a LoRA for the text encoder only?)"
+        )
     return Adapter(layers, _whole_config(layers, config), _other_metadata(metadata), path.stem, tuple(skipped))
+
+
+def _place(key: str) -> tuple[str, str, str] | None:
+    """(module, method, part) of a tensor's name, in any spelling of a method's suffixes; None for none of them."""
+    for method in METHODS.values():
+        for part, suffix in method.suffixes.items():
+            if key.endswith(suffix) and len(key) > len(suffix):
+                return key.removesuffix(suffix), method.name, part
+    if match := _LORA_KEY.fullmatch(key):
+        side = {"down": "A", "A": "A", "up": "B", "B": "B", "mid": "mid", None: "alpha"}[match["side"]]
+        module = (match["module"] or match["alpha"]).replace(".processor.", ".")
+        # diffusers' attention processors name the output projection without its index
+        return module + (".0" if module.endswith("to_out") else ""), METHODS["lora"].name, side
+    return None
 
 
 def save_adapter(
@@ -92,11 +113,12 @@ def save_adapter(
         raise AdapterFileError(f"{path.name}: expected a name that ends in .safetensors")
     tensors = {}
     for name, layer in adapter.layers.items():
-        for part, value in layer.tensors().items():
+        method = method_of(layer, adapter.config)
+        for part, value in method.tensors(layer).items():
             stored = value.detach().to("cpu", dtype).contiguous()
             if not torch.isfinite(stored).all():
                 raise AdapterFileError(f"{path.name}: {name}: {part} has NaN or Inf values, nothing was written")
-            tensors[f"{name}.styleinject_{_NAME_OF_PART[part]}"] = stored
+            tensors[(lora_name(name) if method.lora_names else name) + method.suffixes[part]] = stored
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": path.stem,
@@ -105,7 +127,7 @@ def save_adapter(
         **(metadata or {}),
         "format": "pt",
         "styleinject_version": str(FORMAT_VERSION),
-        "styleinject_config": json.dumps(adapter.config.to_dict()),
+        "styleinject_config": json.dumps(config_to_dict(adapter.config)),
     }
     atomic_save(tensors, path, header)
 
@@ -142,7 +164,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             keys = list(file.keys())
-            if not any(_STYLEINJECT_KEY.fullmatch(k) or _LORA_KEY.fullmatch(k) for k in keys):
+            if not any(map(_place, keys)):
                 raise AdapterFileError(f"{path.name}: {_what_else(keys)}")
             # cloned: a tensor that stays mapped to the file would change, or end the process, with it
             return {key: file.get_tensor(key).clone() for key in keys}, metadata
@@ -158,7 +180,7 @@ def _what_else(keys: list[str]) -> str:
     return f"no adapter inside: none of its {len(keys)} tensors is a StyleInject or LoRA layer (first: {examples})"
 
 
-def _read_config(path: Path, metadata: dict[str, str]) -> AdapterConfig | None:
+def _read_config(path: Path, metadata: dict[str, str]) -> LayerConfig | None:
     version = metadata.get("styleinject_version", str(FORMAT_VERSION))
     if not version.isdigit() or int(version) > FORMAT_VERSION:
         raise AdapterFileError(
@@ -170,110 +192,38 @@ def _read_config(path: Path, metadata: dict[str, str]) -> AdapterConfig | None:
         values = json.loads(metadata["styleinject_config"])
         if not isinstance(values, dict):
             raise ValueError(f"expected an object, found {type(values).__name__}")
-        config = AdapterConfig.from_dict(values)
+        config = config_from_dict(values)
     except (ValueError, TypeError, AttributeError) as error:
         raise AdapterFileError(f"{path.name}: styleinject_config: {error}") from None
-    return replace(config, layers={diffusers_name(name): own for name, own in config.layers.items()})
+    return replace(config, layers={diffusers_name(name): own for name, own in config.layers.items()})  # type: ignore[type-var]
 
 
-def _layer(path: Path, name: str, parts: dict[str, Tensor], stated: AdapterConfig | None) -> LayerAdapter:
-    """A LayerAdapter from a file's tensors. Their shapes are the truth; a config that contradicts them is an error."""
+def _layer(path: Path, name: str, method: str, parts: dict[str, Tensor], stated: LayerConfig | None) -> AdapterLayer:
+    """One layer as its method reads it, with the config that the file states for it, if it is of that method."""
 
-    def fail(problem: str) -> AdapterFileError:
-        return AdapterFileError(f"{path.name}: {name}: {problem}")
+    def problem(text: str) -> AdapterFileError:
+        return AdapterFileError(f"{path.name}: {name}: {text}")
 
-    for part in ("A", "B"):
-        if part not in parts:
-            raise fail(f"styleinject_{part} is missing")
     for part, value in parts.items():
         if not value.is_floating_point():
-            raise fail(f"{part} has dtype {value.dtype}, expected a floating point type")
+            raise problem(f"{part} has dtype {value.dtype}, expected a floating point type")
         if not torch.isfinite(value.float() if value.element_size() == 1 else value).all():
-            raise fail(f"{part} has NaN or Inf values")
-    A, B = parts["A"], parts["B"]
-    if A.ndim not in (3, 5) or B.ndim != 2:
-        raise fail(f"A has shape {_dims(A)} and B {_dims(B)}, expected (n, r, k[, kh, kw]) and (d, r)")
-    n, r, k = A.shape[:3]
-    d = B.shape[0]
-    expected = {"B": (d, r), "router_weight": (n, k), "router_bias": (n,), "hyper_weight": (d, n), "hyper_bias": (d,)}
-    for part, shape in expected.items():
-        if part in parts and tuple(parts[part].shape) != shape:
-            raise fail(f"{_NAME_OF_PART[part]} has shape {_dims(parts[part])}, expected {shape} beside A of {_dims(A)}")
-    for pair in (("router_weight", "router_bias"), ("hyper_weight", "hyper_bias")):
-        if (pair[0] in parts) != (pair[1] in parts):
-            raise fail(f"{pair[0]} and {pair[1]} must both be there or both be absent")
-    if n > 1 and "router_weight" not in parts:
-        raise fail(f"{n} styles but no router")
-    for label, found, field in (("rank", r, "r"), ("n_styles", n, "n_styles")):
-        if stated is not None and getattr(stated, field) != found:
-            raise fail(f"file has {label} {found}, config says {getattr(stated, field)}")
-    has_hyper = "hyper_weight" in parts
-    if stated is not None and has_hyper != (stated.sta != "none"):
-        raise fail(f"file has {'a' if has_hyper else 'no'} hypernetwork, config says sta = {stated.sta!r}")
-    config = stated or AdapterConfig(r=r, n_styles=n, sta="multiplicative" if has_hyper else "none")
-    kernel = (A.shape[3], A.shape[4]) if A.ndim == 5 else None
-    try:
-        return LayerAdapter.from_tensors(LayerShape(k, d, kernel), config, {part: parts.get(part) for part in PARTS})
-    except UnsupportedLayerError as error:
-        raise fail(str(error)) from None
+            raise problem(f"{part} has NaN or Inf values")
+    own = stated.for_layer(name) if stated is not None and isinstance(stated, METHODS[method].config) else None
+    return METHODS[method].read(parts, own, problem)
 
 
-def _load_lora(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Adapter:
-    """A LoRA file as an adapter with one style, no router and no hypernetwork."""
-    found: dict[str, dict[str, Tensor]] = {}
-    skipped = []
-    for key, tensor in tensors.items():
-        match = _LORA_KEY.fullmatch(key)
-        if match is None or is_other_model_part(key):
-            if _OTHER_METHOD.search(key):
-                raise AdapterFileError(
-                    f"{path.name}: {key}: only plain LoRA is read, not DoRA, LoHa, LoKr, biases or weight differences"
-                )
-            skipped.append(key)
-            continue
-        side = {"down": "A", "A": "A", "up": "B", "B": "B", "mid": "mid", None: "alpha"}[match["side"]]
-        module = (match["module"] or match["alpha"]).replace(".processor.", ".")
-        if module.endswith("to_out"):  # diffusers' attention processors name the output projection without its index
-            module += ".0"
-        found.setdefault(diffusers_name(module), {})[side] = tensor
-    layers = {}
-    for name, own in found.items():
-        if "mid" in own:
-            raise AdapterFileError(f"{path.name}: {name}: LoRA with a mid matrix (CP decomposition) is not supported")
-        if "A" not in own or "B" not in own:
-            raise AdapterFileError(f"{path.name}: {name}: LoRA {'down' if 'A' not in own else 'up'} matrix is missing")
-        A, B, alpha = own["A"], own["B"], own.get("alpha")
-        if A.ndim == 4 and A.shape[2:] == (1, 1) and B.ndim == 2:
-            A = A.flatten(1)
-        if B.ndim == 4 and B.shape[2:] != (1, 1):
-            raise AdapterFileError(f"{path.name}: {name}: LoRA up matrix has shape {_dims(B)}, expected a 1x1 convolution")
-        if A.ndim not in (2, 4) or B.ndim not in (2, 4) or A.shape[0] != B.shape[1]:
-            raise AdapterFileError(f"{path.name}: {name}: LoRA ranks contradict: down {_dims(A)}, up {_dims(B)}")
-        value = None if alpha is None else float(alpha)
-        if value is not None and not math.isfinite(value):
-            raise AdapterFileError(f"{path.name}: {name}: alpha is {value}")
-        config = AdapterConfig(r=A.shape[0], n_styles=1, alpha=value, sta="none")
-        layers[name] = _layer(path, name, {"A": A.unsqueeze(0), "B": B.flatten(1)}, config)
-    if not layers:
-        raise AdapterFileError(
-            f"{path.name}: {len(skipped)} tensors, none for a U-Net layer (a LoRA for the text encoder only?)"
-        )
-    return Adapter(layers, _whole_config(layers, None), _other_metadata(metadata), path.stem, tuple(skipped))
-
-
-def _whole_config(layers: dict[str, LayerAdapter], stated: AdapterConfig | None) -> AdapterConfig:
+def _whole_config(layers: dict[str, AdapterLayer], stated: LayerConfig | None) -> LayerConfig:
     """The adapter's config: the stated one or the first layer's, with overrides for the layers that differ from it."""
-    base = stated or replace(next(iter(layers.values())).config, target_modules=_targets(layers))
-    return replace(base, layers={name: o for name, layer in layers.items() if (o := base.override(layer.config))})
+    base = stated or replace(next(iter(layers.values())).config, target_modules=_targets(layers))  # type: ignore[type-var]
+    own = {name: layer.config for name, layer in layers.items() if isinstance(layer.config, type(base))}
+    overrides = {name: o for name, config in own.items() if (o := base.override(config))}
+    return replace(base, layers=overrides)  # type: ignore[type-var]
 
 
-def _targets(layers: dict[str, LayerAdapter]) -> tuple[str, ...]:
+def _targets(layers: dict[str, AdapterLayer]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parse(name).target for name in layers))
 
 
 def _other_metadata(metadata: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in metadata.items() if k != "format" and not k.startswith("styleinject_")}
-
-
-def _dims(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))

@@ -60,6 +60,12 @@ def diffusers_name(name: str, layers_per_block: int = 2) -> str:
     return _from_ldm(name, layers_per_block)
 
 
+def lora_name(name: str) -> str:
+    """A diffusers name as LoRA files spell it: "lora_unet_down_blocks_0_..." in a U-Net, else "transformer.<name>"."""
+    kohya = _KOHYA_PREFIX + name.replace(".", "_")
+    return kohya if diffusers_name(kohya) == name else f"transformer.{name}"
+
+
 def _from_ldm(name: str, layers_per_block: int) -> str:
     if name in _TOP:
         return _TOP[name]

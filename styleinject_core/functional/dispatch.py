@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..layers import PARTS, LayerWeights
 from . import fold, stack
-from .host import HostLayer
-from .stack import is_pointwise
+from .host import HostLayer, is_pointwise
+from .update import Hear, LayerWeights, prepare
 
 # From how many output positions of an image per output channel fold is the faster one, measured with rank 32: where the
 # layer is a matrix product, and for larger kernels, whose low-rank part costs less beside them.
@@ -20,9 +20,9 @@ _PRODUCT_RATIO, _KERNEL_RATIO = 0.5, 2
 _TRAINING_RATIO = 3
 
 
-def prefers_fold(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> bool:
+def prefers_fold(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights]) -> bool:
     """Fold pays where an image has many positions for the layer's channels, and W0 need not be trained."""
-    if not fold.can_fold(host, adapters):
+    if not fold.can_fold(host, prepare(adapters)):
         return False
     product, training = not host.shape.is_conv or is_pointwise(host), torch.is_grad_enabled()
     if training and (host.weight.requires_grad or not product):
@@ -34,20 +34,20 @@ def prefers_fold(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> bo
     return x.shape[2] * x.shape[3] > ratio * host.shape.out_features * stride[0] * stride[1]
 
 
-def forward(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:
+def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
     """Arguments and result as in `reference.forward`. Adapters whose strengths are 0 are left out: without any other
     the result is the frozen layer's own, bit for bit."""
-    active = [w for w in adapters if w.dma != 0 or w.adapts_statistics]
+    active = [weights for weights in adapters if weights.active]
     if not active:
         return host(x)
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # torch knows no autocast for meta tensors
-        return _under_autocast(x, host, active)
+        return _under_autocast(x, host, active, hear)
     form = fold if prefers_fold(x, host, active) else stack
-    return form.forward(x, host, active)
+    return form.forward(x, host, active, hear)
 
 
-def _under_autocast(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:
+def _under_autocast(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None) -> Tensor:
     """The frozen layer as autocast runs it, and around it the forms as on a model in autocast's dtype.
 
     They choose the precision of each step themselves: autocast would take router and softmax down to half precision.
@@ -62,9 +62,5 @@ def _under_autocast(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) ->
     readable = host.weight is not None and host.weight.dtype == low
     weight, bias = (host.weight, host.bias) if readable else (None, None)
     with torch.autocast(device, enabled=False):
-        return forward(lowered, replace(host, forward=frozen, weight=weight, bias=bias), [_cast(w, low) for w in adapters])
-
-
-def _cast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
-    parts = {part: tensor.to(dtype) for part in PARTS if (tensor := getattr(weights, part)) is not None}
-    return replace(weights, **parts)
+        lowered_host = replace(host, forward=frozen, weight=weight, bias=bias)
+        return forward(lowered, lowered_host, [weights.cast(low) for weights in adapters], hear)

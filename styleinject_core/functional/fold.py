@@ -1,58 +1,67 @@
-"""The fold form: h* = W_eff x + c, one product per image with the frozen weight folded in (method, section 3).
+"""The fold form: h* = W_eff x + c, one product per image with everything folded into the frozen weight (method, section 3).
 
-    W_eff = (1 + G) ⊙ W0 + (alpha/r) B A_eff        c = b - G ⊙ (μ - b)
+    W_eff = (1 + G) ⊙ W0 + Σ ΔW        c = b - G ⊙ (μ - b) + shift
 
 No pass over h at all: μ is W0 applied to the mean input, for a convolution to the mean of what each of its taps sees.
-Exact, but it reads W0, needs G to be known without σ, and costs a product of the size of W0 per image: for many
-positions, multiplicative STA and a router that works per image. In training it spares keeping h: the gradient of W_eff
-is one product per image, and every other gradient comes from that.
+Exact, but it reads W0, needs G to be known without σ, and costs a product of the size of W0 per image (once for all images
+where nothing depends on them): for many positions. In training it spares keeping h: the gradient of W_eff is one product
+per image, and every other gradient comes from that.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layers import LayerWeights
-from .collapse import collapse
-from .host import HostLayer, statistics_dtype
-from .router import route
-from .stack import is_pointwise, per_image_conv
+from .host import HostLayer, is_pointwise, per_image_conv, statistics_dtype
+from .update import Hear, LayerWeights, Prepared, appended, gathered, prepare
 
 
-def can_fold(host: HostLayer, adapters: list[LayerWeights]) -> bool:
-    """Whether fold is exact here: W0 readable, every router per image, no adapter that needs σ, zero-padded convolution."""
+def can_fold(host: HostLayer, prepared: Sequence[Prepared]) -> bool:
+    """Whether fold is exact here: W0 readable, no update by position or that needs σ, a zero-padded convolution."""
     if host.weight is None or getattr(host.module, "padding_mode", "zeros") != "zeros":
         return False
     if host.shape.is_conv and isinstance(host.module.padding, str):
         return False
-    return not any(w.by_token or (w.adapts_statistics and w.sta_form == "additive") for w in adapters)
+    return all(one.folds for one in prepared)
 
 
-def forward(x: Tensor, host: HostLayer, adapters: list[LayerWeights]) -> Tensor:
+def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
     """Arguments and result as in `reference.forward`; needs `can_fold`."""
     is_conv = host.shape.is_conv
     mean, taps = _tap_means(x, host) if is_conv else (x.mean(1, dtype=statistics_dtype(x)),) * 2
-    collapsed = collapse([(w, route(x, w, host, mean)) for w in adapters])
-    weight, bias, gain = host.weight.flatten(1), host.bias, collapsed.gain  # W0 as (d, k·kh·kw)
-    if gain is None:
-        folded = weight.expand(x.shape[0], *weight.shape)
-    else:
-        centre = taps.flatten(1) @ weight.to(taps.dtype).mT  # μ - b, (B, d)
-        bias = (-gain * centre if bias is None else bias - gain * centre).to(x.dtype)  # (B, d)
+    updates = [prepared.update(x, host, mean, hear) for prepared in prepare(adapters)]
+    gains = [update.gain for update in updates if update.gain is not None]
+    weight, bias = host.weight.flatten(1), host.bias  # W0 as (d, k·kh·kw)
+    folded = weight
+    if gains:
+        gain = sum(gains[1:], start=gains[0])
+        center = taps.flatten(1) @ weight.to(taps.dtype).mT  # μ - b, (B, d)
+        bias = (-gain * center if bias is None else bias - gain * center).to(x.dtype)  # (B, d)
         folded = weight * (1 + gain).to(x.dtype).unsqueeze(2)  # (B, d, k·kh·kw)
-    if collapsed.down is not None:
-        up = collapsed.up.expand(x.shape[0], *collapsed.up.shape)
-        add = torch.baddbmm if gain is None else Tensor.baddbmm_  # in place where `folded` is ours: it is W0's size per image
-        folded = add(folded, up, collapsed.down.flatten(2))
+    for change in gathered([change for update in updates for change in update.changes]):
+        folded = change.onto(folded, owned=folded is not weight)
+    for update in updates:
+        if update.shift is not None:
+            bias = update.shift if bias is None else bias + update.shift
+    return appended(_product(x, host, folded, bias), updates)
+
+
+def _product(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x through a weight (d, k·kh·kw) for all images or (B, d, k·kh·kw), and a bias (d,) or (B, d)."""
+    if weight.ndim == 2:
+        whole = weight.view(host.weight.shape)
+        return host.conv(x, whole, bias) if host.shape.is_conv else F.linear(x, whole, bias)
     if bias is not None:
         bias = bias.expand(x.shape[0], -1)
-    if is_conv:
-        return per_image_conv(x, host, folded.unflatten(2, host.weight.shape[1:]), bias)
+    if host.shape.is_conv:
+        return per_image_conv(x, host, weight.unflatten(2, host.weight.shape[1:]), bias)
     if bias is None:
-        return torch.bmm(x, folded.mT)
-    return torch.baddbmm(bias.unsqueeze(1), x, folded.mT)
+        return torch.bmm(x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
 def _tap_means(x: Tensor, host: HostLayer) -> tuple[Tensor, Tensor]:

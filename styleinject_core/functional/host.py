@@ -36,10 +36,20 @@ class HostLayer:
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
+    def part(self, rows: slice, h: Tensor) -> HostLayer:
+        """Some of the layer's output channels as a layer of its own, on the input for which their output is `h`."""
+        weight, bias = (None if t is None else t[rows] for t in (self.weight, self.bias))
+        shape = LayerShape(self.shape.in_features, rows.stop - rows.start, self.shape.kernel)
+        return HostLayer(shape, lambda _: h, weight, bias, self.module)
+
     @property
     def positions(self) -> tuple[int, ...]:
         """The dimensions of x and h that a channel's statistics run over."""
         return (2, 3) if self.shape.is_conv else (1,)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """x averaged over positions, (B, k), in at least float32."""
+        return x.mean(self.positions, dtype=statistics_dtype(x))
 
     def per_channel(self, values: Tensor) -> Tensor:
         """Values (B, d) shaped to broadcast over positions; values by token (B, L, d) are left as they are."""
@@ -79,3 +89,28 @@ class HostLayer:
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Router, softmax and statistics run in at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def per_image_conv(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Image b of x (B, k, H, W) through its own kernel weight[b] (B, c, k, kh, kw), plus bias (B, c).
+
+    A 1x1 kernel is a matrix product. Otherwise one grouped convolution; on a CPU, where that is slow for large images,
+    one convolution per image.
+    """
+    if is_pointwise(host):
+        weight, pixels = weight.flatten(2), x.flatten(2)
+        out = torch.bmm(weight, pixels) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, pixels)
+        return out.unflatten(2, x.shape[2:])
+    batch, channels = weight.shape[:2]
+    if host.replaced is not None or (x.device.type == "cpu" and x.shape[2] * x.shape[3] >= 1024):
+        biases = [None] * batch if bias is None else bias.unbind()
+        return torch.cat([host.conv(*image) for image in zip(x.split(1), weight.unbind(), biases, strict=True)])
+    bias = None if bias is None else bias.reshape(-1)
+    out = host.conv(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), bias, groups=batch)
+    return out.view(batch, channels, *out.shape[2:])
+
+
+def is_pointwise(host: HostLayer) -> bool:
+    """Whether a convolution is a matrix product at each pixel."""
+    module = host.module
+    return host.shape.kernel == (1, 1) and tuple(module.stride) == (1, 1) and module.padding in ((0, 0), "valid", "same")

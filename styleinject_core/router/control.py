@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter import Adapter, a
+from ..call import Listener
 from ..layers import LayerShape
 from ..selector import select
-from .tap import Steer
 from .trace import RouterTrace
+
+Steer = Callable[[Tensor], Tensor]  # s of a call -> the s to use
 
 EVERY_STYLE = "all"
 ROLES = ("all", "positive", "negative")
@@ -149,6 +151,17 @@ class Steering:
         return {layer: chain[0] if len(chain) == 1 else _Chain(chain) for layer, chain in chains.items()}
 
 
+class Steered(Listener):
+    """Steers the layers that `steers` names, for one call of the host."""
+
+    def __init__(self, steers: Mapping[str, Steer]):
+        self._steers = steers
+
+    def steer(self, layer: str, s: Tensor) -> Tensor:
+        steer = self._steers.get(layer)
+        return s if steer is None else steer(s)
+
+
 @dataclass(frozen=True)
 class _Chain:
     steers: list[Steer]
@@ -164,13 +177,13 @@ class _Bound:
 
     def __init__(self, rule: Rule, adapter: Adapter):
         self.rule, styles = rule, adapter.style_names
-        routed = {n: layer for n, layer in adapter.layers.items() if layer.router_weight is not None}
+        routed = adapter.routed
         if not routed:
-            raise ControlError(f"{adapter.name} has no style router (it is a LoRA): there is nothing to control")
+            raise ControlError(f"{adapter.name} has no style router (it is {a(adapter.kind)}): there is nothing to control")
         shapes: dict[str, LayerShape] = {name: layer.shape for name, layer in routed.items()}
         chosen = select(shapes, rule.layers)
         # a layer with another number of styles than the adapter's is left alone: its styles have no names
-        self.layers = [n for n, layer in routed.items() if n in chosen and layer.config.n_styles == len(styles)]
+        self.layers = [n for n, layer in routed.items() if n in chosen and layer.styles == len(styles)]
         self._vectors = {
             part: _vector(part, getattr(rule, part), styles, adapter.name) for part in _PARTS if getattr(rule, part)
         }

@@ -14,23 +14,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter import Adapter, a
 from ..attach import Attachment
+from ..call import EVERYWHERE, Listener
 from ..functional.host import HostLayer
-from ..layers import LayerWeights
+from ..methods.styleinject import StyleInjectWeights
 from ..override import Site
 from . import sizes
-from .tap import tapped
 from .trace import RouterTrace, TraceError
 
 LIMIT = 256 * 2**20  # bytes of probabilities that a recording may hold
 _PENDING = 64 * 2**20  # bytes of samples that may wait for being measured
-EVERYWHERE = "all"  # the role of rows that no host has told apart
 
 
 @dataclass
-class Call:
-    """One call of the host, as it is recorded: a `tap.Listener`.
+class Call(Listener):
+    """One call of the host, as it is recorded.
 
     Args:
         number: of the call in the run.
@@ -45,19 +44,19 @@ class Call:
     sigma: float | Tensor
     measured: frozenset[str]
     rows: int = 0
-    heard: dict[str, Tensor] = field(default_factory=dict)
+    probabilities: dict[str, Tensor] = field(default_factory=dict)
     samples: dict[str, sizes.Sample] = field(default_factory=dict)
 
-    def hear(self, layer: str, s: Tensor) -> None:
+    def record(self, layer: str, s: Tensor) -> None:
         self.rows = self.rows or s.shape[0]
         if s.shape[0] == self.rows:  # another node may widen the batch inside of a layer: regions, as Attention Couple has them
-            self.heard[layer] = s if s.ndim == 2 else s.mean(1)  # by token: what the image has on average
+            self.probabilities[layer] = s if s.ndim == 2 else s.mean(1)  # by token: what the image has on average
 
-    def wants(self, layer: str) -> bool:
+    def measures(self, layer: str) -> bool:
         return layer in self.measured
 
-    def look(self, layer: str, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: LayerWeights) -> None:
-        taken = sizes.sample(x, h, s, host, weights) if layer in self.heard else None
+    def measure(self, layer: str, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: StyleInjectWeights) -> None:
+        taken = sizes.sample(x, h, s, host, weights) if layer in self.probabilities else None
         if taken is not None:
             self.samples[layer] = taken
 
@@ -95,11 +94,11 @@ class Recorder:
         limit: int = LIMIT,
     ):
         self.adapter, self.styles, self.limit = adapter.name, tuple(styles), limit
-        routed = [name for name, layer in adapter.layers.items() if layer.router_weight is not None]
+        routed = list(adapter.routed)
         self.layers = tuple(name for name in routed if layers is None or name in layers)
         self.convolutions = tuple(name for name in self.layers if adapter.layers[name].shape.is_conv)
         if not routed:
-            raise TraceError(f"{adapter.name} has no style router (it is a LoRA): there is nothing to record")
+            raise TraceError(f"{adapter.name} has no style router (it is {a(adapter.kind)}): there is nothing to record")
         self.note = ""
         self._every, self._index = every, {name: k for k, name in enumerate(self.layers)}
         self._calls = self._bytes = self._pending_bytes = 0
@@ -130,7 +129,7 @@ class Recorder:
             roles, sigma: see `Call`.
         """
         call = self.begin(roles, sigma)
-        with tapped(sites, [] if call is None else [call]):
+        with sites[0].current.listened(*([] if call is None else [call])):
             yield
         self.end(call)
 
@@ -147,15 +146,15 @@ class Recorder:
 
     def end(self, call: Call | None) -> None:
         """Keep what a call has heard."""
-        if call is None or not call.heard:
+        if call is None or not call.probabilities:
             return
         styles = len(self.styles)
-        heard = [s if s.shape[-1] == styles else _padded(s.float(), styles) for s in call.heard.values()]
+        heard = [s if s.shape[-1] == styles else _padded(s.float(), styles) for s in call.probabilities.values()]
         stacked = torch.stack(heard)  # (layers, B, n)
         roles = call.roles if stacked.shape[1] % len(call.roles) == 0 else (EVERYWHERE,)
         call.roles = roles
-        rows = _Rows(call, [self._index[name] for name in call.heard], stacked.unflatten(1, (len(roles), -1)))
-        call.heard = {}
+        rows = _Rows(call, [self._index[name] for name in call.probabilities], stacked.unflatten(1, (len(roles), -1)))
+        call.probabilities = {}
         with self._lock:
             self._bytes += stacked.numel() * stacked.element_size()
             if self._bytes > self.limit:
@@ -292,23 +291,24 @@ def record(
     """
     source = attachment.applied[adapter].adapter
     recorder = Recorder(source, source.style_names)
-    taps = ExitStack()
+    current = attachment.sites[adapter][0].current
+    listening = ExitStack()
     calls: list[Call | None] = []
 
     def before(*_: object) -> None:
-        taps.close()  # of a call that has failed: nothing of it is kept
+        listening.close()  # of a call that has failed: nothing of it is kept
         calls[:] = [recorder.begin(roles, sigmas[recorder.recorded] if recorder.recorded < len(sigmas) else math.nan)]
-        taps.enter_context(tapped(attachment.sites[adapter], [call for call in calls if call is not None]))
+        listening.enter_context(current.listened(*(call for call in calls if call is not None)))
 
     def after(*_: object) -> None:
-        taps.close()
+        listening.close()
         recorder.end(calls.pop())
 
     handles = [attachment.host.register_forward_pre_hook(before), attachment.host.register_forward_hook(after)]
     try:
         yield Recording(recorder, sigmas)
     finally:
-        taps.close()
+        listening.close()
         for handle in handles:
             handle.remove()
 

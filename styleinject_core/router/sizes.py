@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..functional.collapse import hyper
 from ..functional.host import HostLayer
-from ..layers import LayerWeights
+from ..methods.styleinject import StyleInjectWeights, hyper
 
 POSITIONS = 16
 
@@ -35,14 +34,14 @@ class Sample:
     projected: Tensor
     h: Tensor
     s: Tensor
-    weights: LayerWeights
+    weights: StyleInjectWeights
 
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.projected, self.h, self.s))
 
 
-def sample(x: Tensor, h: Tensor | None, s: Tensor, host: HostLayer, weights: LayerWeights) -> Sample | None:
+def sample(x: Tensor, h: Tensor | None, s: Tensor, host: HostLayer, weights: StyleInjectWeights) -> Sample | None:
     """Take a call's sample: three small operations, nothing that waits for the device.
 
     Args:
@@ -70,7 +69,7 @@ def sample(x: Tensor, h: Tensor | None, s: Tensor, host: HostLayer, weights: Lay
         h = h if host.bias is None else h + host.bias
     projected = x @ weights.A.flatten(2).flatten(0, 1).mT  # (B, P, n·r)
     # Clones: views would keep whole activations alive.
-    return Sample(projected.detach(), h.detach().clone(), s.detach(), replace(weights, A=h.new_empty(0)))
+    return Sample(projected.detach(), h.detach().clone(), s.detach(), replace(weights, A=h.new_empty(0), owner=None))
 
 
 def measure(samples: list[Sample]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, AdapterMismatchError, Applied, SelectorError, attach
+from styleinject_core.call import Listener, ModelCall
 
 
 class Block(nn.Module):
@@ -217,19 +218,27 @@ def test_hooks_on_the_host_keep_working(host, x):
     assert len(calls) == 1
 
 
-def test_on_route_sees_and_replaces_the_style_probabilities(host, x):
+def test_a_listener_sees_and_replaces_the_style_probabilities(host, x):
     adapter = trained(host, target_modules=("to_q",))
+    seen = []
+
+    class Spy(Listener):
+        def record(self, layer, s):
+            seen.append(s)
+
+    class One(Listener):
+        def steer(self, layer, s):
+            return torch.eye(3)[:1].expand_as(s)
+
     with torch.no_grad(), attach(host, adapter) as attachment:
-        seen = []
         routed = host(x)
-        for site in attachment.sites[0]:
-            site.on_route = lambda s: seen.append(s) or s
-        assert torch.equal(host(x), routed)
+        with attachment.in_call(ModelCall(listeners=(Spy(),))):
+            assert torch.equal(host(x), routed)
         assert len(seen) == 2 and seen[0].shape == (2, 3)
         torch.testing.assert_close(seen[0].sum(-1), torch.ones(2))
-        for site in attachment.sites[0]:
-            site.on_route = lambda s: torch.eye(3)[:1].expand_as(s)
-        assert not torch.allclose(host(x), routed)
+        with attachment.in_call(ModelCall(listeners=(One(),))):
+            assert not torch.allclose(host(x), routed)
+        assert torch.equal(host(x), routed) and len(seen) == 2
 
 
 def test_applied_carries_its_own_strengths(host, x):

@@ -93,7 +93,7 @@ def test_templates_are_the_defaults(kind, tmp_path):
     ({"train": {"steps": True}}, "train.steps: expected a whole number, found True"),
     ({"train": {"steps": 0}}, "train.steps: expected at least 1, found 0"),
     ({"adapter": {"targets": "to_q"}}, "adapter.targets: expected a list of strings, found 'to_q'"),
-    ({"adapter": {"method": "dora"}}, "adapter.method: expected one of styleinject, lora, dma-only, sta-only, found 'dora'"),
+    ({"adapter": {"method": "dora"}}, "adapter.method: expected one of styleinject, lora, kronecker, dma-only, sta-only, found 'dora'"),
     ({"output": {"name": "../x"}}, "output.name: expected a file name without folders, found '../x'"),
     ({"data": {"folder": "", "shards": ""}}, "data.folder or data.shards: one of them is needed"),
     ({"data": {"shards": "x.tar"}}, "data.folder and shards: give one of them"),

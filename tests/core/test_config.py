@@ -1,4 +1,4 @@
-"""AdapterConfig and LayerAdapter refuse what they cannot mean, naming the field."""
+"""AdapterConfig and StyleInjectLayer refuse what they cannot mean, naming the field."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, LayerShape, UnsupportedLayerError
-from styleinject_core.layers import LayerAdapter
+from styleinject_core.methods.styleinject import StyleInjectLayer
 
 
 @pytest.mark.parametrize(
@@ -45,15 +45,15 @@ def test_json_round_trip_and_overrides():
 
 
 def test_lora_is_the_case_without_router():
-    layer = LayerAdapter(LayerShape(4, 6), AdapterConfig(r=2, n_styles=1, sta="none"))
+    layer = StyleInjectLayer(LayerShape(4, 6), AdapterConfig(r=2, n_styles=1, sta="none"))
     assert set(layer.tensors()) == {"A", "B"}
-    layer = LayerAdapter(LayerShape(4, 6), AdapterConfig(r=2, n_styles=1))
+    layer = StyleInjectLayer(LayerShape(4, 6), AdapterConfig(r=2, n_styles=1))
     assert set(layer.tensors()) == {"A", "B", "router_weight", "router_bias", "hyper_weight", "hyper_bias"}
 
 
 def test_what_cannot_be_adapted_says_so():
     with pytest.raises(UnsupportedLayerError, match="router_pool 'token' needs a Linear layer, found Conv2d 3x3 4->6"):
-        LayerAdapter(LayerShape(4, 6, (3, 3)), AdapterConfig(router_pool="token"))
+        StyleInjectLayer(LayerShape(4, 6, (3, 3)), AdapterConfig(router_pool="token"))
     host = nn.ModuleDict({"conv1": nn.Conv2d(4, 4, 3, groups=2), "to_q": nn.Linear(4, 4)})
     with pytest.raises(UnsupportedLayerError, match="conv1: convolution with groups=2"):
         Adapter.create(host, AdapterConfig(target_modules=("conv1",)))

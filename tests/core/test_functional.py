@@ -12,7 +12,8 @@ from torch import nn
 from styleinject_core import AdapterConfig, LayerShape
 from styleinject_core.functional import dispatch, fold, reference, stack
 from styleinject_core.functional.host import HostLayer
-from styleinject_core.layers import LayerAdapter
+from styleinject_core.functional.update import prepare
+from styleinject_core.methods.styleinject import StyleInjectLayer
 from styleinject_core.override import HostProgram
 
 LINEARS = [(1, 1, 5, 7), (3, 1, 16, 8), (2, 77, 24, 12), (3, 65, 8, 33), (2, 130, 32, 64)]  # B, L, k, d
@@ -46,7 +47,7 @@ CASES = [(linear_case, c) for c in LINEARS] + [(conv_case, c) for c in CONVS]
 def trained_layer(module, seed=0, **config):
     """A layer adapter whose every parameter is away from its initial value."""
     torch.manual_seed(seed)
-    layer = LayerAdapter(LayerShape.of(module), AdapterConfig(**config))
+    layer = StyleInjectLayer(LayerShape.of(module), AdapterConfig(**config))
     for p in layer.parameters():
         p.data.copy_(torch.randn_like(p) * (0.3 if p is layer.hyper_weight or p is layer.hyper_bias else 0.5))
     return layer
@@ -154,7 +155,7 @@ def test_stack_equals_reference(build, case, bias, sta, pool, styles):
 def test_fold_equals_reference(build, case, bias, sta, styles):
     module, x = build(*case, bias=bias)
     layer = trained_layer(module, r=3, n_styles=styles, sta=sta, alpha=2.0)
-    if not fold.can_fold(host_of(module), [weights(layer, x)]):
+    if not fold.can_fold(host_of(module), prepare([weights(layer, x)])):
         assert module.padding_mode != "zeros" or module.padding == "same"
         return
     check(module, x, [layer], torch.float32, fold)
@@ -202,7 +203,7 @@ def test_mixed_kinds_on_one_layer():
 @pytest.mark.parametrize(("build", "case"), CASES, ids=str)
 def test_identity_at_init(build, case, form):
     module, x = build(*case)
-    layer = LayerAdapter(LayerShape.of(module), AdapterConfig(r=4, n_styles=3))
+    layer = StyleInjectLayer(LayerShape.of(module), AdapterConfig(r=4, n_styles=3))
     out = form.forward(x, host_of(module), [weights(layer, x)])
     torch.testing.assert_close(out, module(x), rtol=1e-6, atol=1e-6)
     if form is stack:
@@ -287,12 +288,12 @@ def test_router_is_precise_under_autocast():
     """Logits in float32: in bfloat16 probabilities would be off by a hundredth."""
     module, x = linear_case(2, 20, 64, 8)
     layer, seen = trained_layer(module, r=2, n_styles=4), []
-    part = layer.weights(lambda p: p.to(torch.bfloat16).float(), dma=1.0, sta=1.0, on_route=lambda s: seen.append(s) or s)
+    part = layer.weights(lambda p: p.to(torch.bfloat16).float(), dma=1.0, sta=1.0)
     x = x.bfloat16().float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        dispatch.forward(x, host_of(module), [part])
+        dispatch.forward(x, host_of(module), [part], lambda weights, s: seen.append(s) or s)
     assert seen[0].dtype == torch.float32
-    torch.testing.assert_close(seen[0], reference.route(x, part, host_of(module)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(seen[0], part.plain_route(x, host_of(module)), rtol=1e-5, atol=1e-6)
 
 
 def test_dispatch_folds_only_where_it_may():

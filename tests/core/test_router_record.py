@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, AdapterFileError, SelectorError, attach, load_adapter, save_adapter
+from styleinject_core.call import ModelCall
 from styleinject_core.functional import reference
 from styleinject_core.functional.host import HostLayer
-from styleinject_core.functional.router import route
+from styleinject_core.methods.styleinject import route
 from styleinject_core.router import sizes
+from styleinject_core.router.control import Steered
 from styleinject_core.router.recorder import Recorder, record
-from styleinject_core.router.tap import tapped
 from styleinject_core.router.trace import RouterTrace, TraceError, load_trace, save_trace
 
 STYLES = 3
@@ -97,7 +98,9 @@ def test_recorded_is_what_the_layers_used(host, images, grad, pool):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("config", [{}, {"sta": "additive"}, {"sta": "none"}, {"router_pool": "token", "target_modules": ("linear",)}])
+@pytest.mark.parametrize(
+    "config", [{}, {"sta": "additive"}, {"sta": "none"}, {"router_pool": "token", "target_modules": ("linear",)}]
+)
 def test_sizes_are_those_of_the_increments(grad, config):
     """On layers with no more positions than are sampled, exactly; the strided convolution has 16 inside."""
     torch.manual_seed(2)
@@ -179,7 +182,13 @@ def test_steps_are_those_of_the_nearest_noise_level(host, images):
     """As with samplers that call the model in between, out of order and with several conditionings."""
     adapter = trained(host)
     recorder = Recorder(adapter, adapter.style_names)
-    calls = [(14.0, ("positive", "negative")), (6.9, ("positive",)), (7.1, ("negative",)), (3.0, ("negative", "positive")), (0.2, ("positive",))]
+    calls = [
+        (14.0, ("positive", "negative")),
+        (6.9, ("positive",)),
+        (7.1, ("negative",)),
+        (3.0, ("negative", "positive")),
+        (0.2, ("positive",)),
+    ]
     with torch.no_grad(), attach(host, adapter) as attachment:
         for sigma, roles in calls:
             with recorder.call(attachment.sites[0], roles, torch.tensor(sigma)):
@@ -199,13 +208,13 @@ def test_steps_are_those_of_the_nearest_noise_level(host, images):
 def test_a_call_that_fails_is_left_out_and_leaves_nothing_behind(host, images):
     adapter = trained(host)
     with torch.no_grad(), attach(host, adapter) as attachment:
-        before = [(site.on_route, site.on_call) for site in attachment.sites[0]]
+        before = [site.current.call for site in attachment.sites[0]]
         with record(attachment) as recording:
             host(images)
             with pytest.raises(RuntimeError):
                 host(images[:, :3])
             host(images[:1])
-        assert [(site.on_route, site.on_call) for site in attachment.sites[0]] == before
+        assert [site.current.call for site in attachment.sites[0]] == before and not before[0].listeners
         assert not host._forward_hooks and not host._forward_pre_hooks
     trace = recording.trace()
     assert trace.probabilities.shape == (2, 4, 4, STYLES)
@@ -241,9 +250,9 @@ def test_layers_that_see_another_batch_are_left_out(host, images):
         first, *others = attachment.sites[0]
         call = recorder.begin(("negative", "positive"), 1.0, 4)
         s = torch.full((4, STYLES), 1 / STYLES)
-        call.hear(first.name, torch.full((6, STYLES), 1 / STYLES))
+        call.record(first.name, torch.full((6, STYLES), 1 / STYLES))
         for site in others:
-            call.hear(site.name, s)
+            call.record(site.name, s)
         recorder.end(call)
     trace = recorder.trace()
     missing = trace.layers.index(first.name)
@@ -298,14 +307,15 @@ def test_a_lora_has_nothing_to_record(host):
         pass
 
 
-def test_taps_steer_in_order(host, images):
+def test_what_is_recorded_is_what_was_steered(host, images):
     adapter = trained(host)
     fixed = torch.tensor([1.0, 0.0, 0.0])
+    steered = Steered({"to_q": lambda s: fixed.expand_as(s)})
     with torch.no_grad(), attach(host, adapter) as attachment:
         plain = host(images)
-        with record(attachment) as recording, tapped(attachment.sites[0], (), {"to_q": lambda s: fixed.expand_as(s)}):
-            steered = host(images)
-        assert torch.equal(host(images), plain) and not torch.allclose(steered, plain)
+        with record(attachment) as recording, attachment.in_call(ModelCall(listeners=(steered,))):
+            different = host(images)
+        assert torch.equal(host(images), plain) and not torch.allclose(different, plain)
     trace = recording.trace()
     assert torch.equal(trace.probabilities[0, trace.layers.index("to_q")], fixed.expand(4, 3))
 
@@ -369,7 +379,18 @@ def test_the_layers_that_a_selector_leaves(trace, selector, left):
 
 def test_a_trace_checks_its_shapes(trace):
     with pytest.raises(TraceError, match=r"layers: found 1, expected 2"):
-        RouterTrace(trace.adapter, ("one",), (), trace.styles, trace.roles, trace.probabilities, trace.sizes, trace.steps, trace.sigmas, 3)
+        RouterTrace(
+            trace.adapter,
+            ("one",),
+            (),
+            trace.styles,
+            trace.roles,
+            trace.probabilities,
+            trace.sizes,
+            trace.steps,
+            trace.sigmas,
+            3,
+        )
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

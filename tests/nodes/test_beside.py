@@ -93,13 +93,19 @@ def test_hypertile_keeps_statistics_per_image(pack, model, adapter, apply, sampl
     program = pack.submodule("integration.injection").ComfyProgram
     tiles: list[tuple[int, int]] = []
     samples = program.samples
-    monkeypatch.setattr(program, "samples", lambda self, x, name: tiles.append((x.shape[0], samples(self, x, name))) or samples(self, x, name))
+    monkeypatch.setattr(
+        program,
+        "samples",
+        lambda self, x, name, images: (
+            tiles.append((x.shape[0], samples(self, x, name, images))) or samples(self, x, name, images)
+        ),
+    )
 
     tiled = hypertile(apply(model, adapter))
     result = sample(tiled, steps=2)
     assert any(rows == 4 * images for rows, images in tiles), "HyperTile has not tiled anything"
     assert torch.isfinite(result).all()
-    monkeypatch.setattr(program, "samples", lambda self, x, name: x.shape[0])
+    monkeypatch.setattr(program, "samples", lambda self, x, name, images: x.shape[0])
     assert not close(sample(tiled, steps=2), result, 1e-3)
 
 
@@ -155,10 +161,10 @@ def test_an_incomplete_match_is_said(pack, model, adapter, run_node, caplog) -> 
 def test_tiled_tokens_give_the_tiles_of_the_whole(pack, model, adapter) -> None:
     core, injection = pack.submodule("styleinject_core"), pack.submodule("integration.injection")
     attachment = injection.Injection(core.Applied(adapter)).attachment(model.model)
-    attachment.program.images = 2
+    call = pack.submodule("styleinject_core.call").ModelCall(images=2)
     layer = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q
     tokens = torch.randn(2, 16, layer.in_features)
-    with torch.inference_mode(), attachment:
+    with torch.inference_mode(), attachment, attachment.in_call(call):
         whole, tiled = layer(tokens), layer(tokens.reshape(8, 4, -1))
     assert torch.allclose(tiled.reshape(whole.shape), whole, atol=1e-6)
 

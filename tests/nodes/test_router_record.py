@@ -41,8 +41,8 @@ def spied(pack, model, seen: list, layer: str):
     """A clone that writes down, at each model call, sigma, what the rows are, and the s that one layer has used."""
     from comfy.patcher_extension import WrappersMP
 
-    core_router = pack.submodule("styleinject_core.functional.router")
-    fold, stack = pack.submodule("styleinject_core.functional.fold"), pack.submodule("styleinject_core.functional.stack")
+    method = pack.submodule("styleinject_core.methods.styleinject")
+    true_route = method.route
     (injection,) = pack.submodule("integration.patcher").injections_of(model)
     wanted = injection.applied.adapter.layers[layer]
 
@@ -50,16 +50,16 @@ def spied(pack, model, seen: list, layer: str):
         used = []
 
         def route(x, weights, *rest):
-            s = core_router.route(x, weights, *rest)
+            s = true_route(x, weights, *rest)
             if weights.router_weight.data_ptr() == wanted.router_weight.data_ptr():
                 used.append(s.clone())
             return s
 
-        fold.route = stack.route = route
+        method.route = route
         try:
             return executor(*args, **kwargs)
         finally:
-            fold.route = stack.route = core_router.route
+            method.route = true_route
             seen.append((float(args[1][0]), list(args[5]["cond_or_uncond"]), args[0].shape[0], used))
 
     clone = model.clone()
@@ -94,7 +94,9 @@ def test_recorded_is_what_the_layer_used_and_no_bit_changes(pack, patched, run_n
     assert sorted(set(trace.steps.tolist())) == [0, 1, 2, 3]
 
 
-def test_separate_calls_for_each_conditioning_give_the_same_trace(patched, run_node, sample, conditioning, traces_of, monkeypatch):
+def test_separate_calls_for_each_conditioning_give_the_same_trace(
+    patched, run_node, sample, conditioning, traces_of, monkeypatch
+):
     """Prompts of other lengths cannot share a batch; with little memory none can."""
     import comfy.model_base
 
@@ -145,7 +147,9 @@ def test_a_guider_of_three_conditionings_names_them(pack, patched, run_node, con
     guider.inner_set_conds({"positive": conditioning(0), "middle": conditioning(1), "negative": conditioning(2)})
     with torch.inference_mode():
         noise = torch.randn(2, 4, 8, 8)
-        result = guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), torch.tensor([3.0, 1.0, 0.0]))
+        result = guider.sample(
+            noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), torch.tensor([3.0, 1.0, 0.0])
+        )
     (trace,) = traces_of(monitor, latent(result))
     assert trace.role_names == ("positive", "negative", "cond 0", "middle")
     assert all(trace.roles.count(role) == 2 for role in trace.role_names)
@@ -316,12 +320,21 @@ def test_a_compiled_layer_is_recorded_and_steered_without_compiling_anew(pack, m
 def test_a_saved_trace_comes_back(comfy_base, patched, run_node, sample):
     monitored, monitor = run_node("StyleInjectRouterMonitor", model=patched)
     result = sample(monitored)
-    kept = run_node("StyleInjectRouterTrace", trace=monitor, after=latent(result), label="a lighthouse", save=True, filename_prefix="../x/run")[0]
+    kept = run_node(
+        "StyleInjectRouterTrace",
+        trace=monitor,
+        after=latent(result),
+        label="a lighthouse",
+        save=True,
+        filename_prefix="../x/run",
+    )[0]
     files = sorted(path.name for path in (comfy_base / "output" / "styleinject_traces").iterdir())
     assert files == ["run_00001_.safetensors"]
     loaded = run_node("StyleInjectLoadRouterTrace", trace_name=files[0])[0]
     assert loaded[0].label == "a lighthouse" and torch.equal(loaded[0].probabilities, kept[0].probabilities)
-    three = run_node("StyleInjectRouterTrace", trace=loaded, others=run_node("StyleInjectRouterTrace", trace=kept, others=loaded)[0])[0]
+    three = run_node(
+        "StyleInjectRouterTrace", trace=loaded, others=run_node("StyleInjectRouterTrace", trace=kept, others=loaded)[0]
+    )[0]
     assert len(three) == 3
     with pytest.raises(FileNotFoundError, match=r"'\.\./other\.safetensors' not found"):
         run_node("StyleInjectLoadRouterTrace", trace_name="../other.safetensors")

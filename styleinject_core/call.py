@@ -1,0 +1,84 @@
+"""What one call of the host model knows, and who listens to the routers during it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from .functional.host import HostLayer
+
+EVERYWHERE = "all"  # the role of rows that no host has told apart
+
+
+class Listener:
+    """Somebody who steers, records or measures what the routers of one adapter do in a call; these defaults do nothing.
+
+    Nothing here may wait for the device.
+    """
+
+    def steer(self, layer: str, s: Tensor) -> Tensor:
+        """The s to use in that layer instead of s, (B, n) or (B, L, n)."""
+        return s
+
+    def record(self, layer: str, s: Tensor) -> None:
+        """The layer uses s."""
+
+    def measures(self, layer: str) -> bool:
+        """Whether `measure` is to be called for this layer."""
+        return False
+
+    def measure(self, layer: str, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: Any) -> None:
+        """The layer has been called on x with these weights; h is the frozen layer's output where it was computed."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCall:
+    """One call of the host model, as the host knows it; made by the host, and valid for the length of the call.
+
+    Args:
+        images: rows of the batch, where the host may split an image over several rows of a layer's input; 0: every row is
+            an image.
+        sigma: the noise level, a number or a tensor of one.
+        extras: what else the host says, for those who know the host.
+        find_roles: tells the roles of the batch's equal parts ("positive", "negative", ...), in order, when asked.
+        listeners: who steers and records; the first to steer is the first asked.
+    """
+
+    images: int = 0
+    sigma: float | Tensor = math.nan
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    find_roles: Callable[[], tuple[str, ...]] = lambda: (EVERYWHERE,)
+    listeners: tuple[Listener, ...] = ()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The role of each equal part of the batch."""
+        return self.find_roles()
+
+
+class CurrentCall:
+    """The call that an adapter's layers are in; the layers of one adapter on one host share it."""
+
+    def __init__(self) -> None:
+        self.call = ModelCall()
+
+    @contextmanager
+    def during(self, call: ModelCall) -> Iterator[ModelCall]:
+        """Make `call` the current one for the length of a with block; blocks nest, and listeners outside hear on."""
+        former = self.call
+        self.call = replace(call, listeners=(*former.listeners, *call.listeners))
+        try:
+            yield self.call
+        finally:
+            self.call = former
+
+    @contextmanager
+    def listened(self, *listeners: Listener) -> Iterator[ModelCall]:
+        """The current call with more listeners."""
+        with self.during(replace(self.call, listeners=listeners)) as call:
+            yield call

@@ -1,0 +1,155 @@
+"""What a method adds to a layer in one call, as one value that the forms work out without knowing the method.
+
+    h* = h + (G + g / σ) ⊙ (h - μ) + Σ ΔW x + shift          (method, sections 2 and 3)
+
+μ and σ are the mean and standard deviation of every channel of h over the positions of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .host import HostLayer, per_image_conv
+
+
+class Change(Protocol):
+    """A linear map ΔW of the layer's input, the same for all images of a call or one for each."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether it is one matrix per image, which can be added to W0: not so where positions differ."""
+
+    def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
+        """out + ΔW x, beside the frozen layer; in place where `out` is `owned` and no gradient needs it."""
+
+    def onto(self, weight: Tensor, owned: bool) -> Tensor:
+        """weight + ΔW; weight is (d, k·kh·kw) for all images or (B, d, k·kh·kw)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One layer's update in one call. Each part is None, or empty, where there is none of it.
+
+    Args:
+        gain: G, (B, d), or (B, L, d) where it differs by token; at least float32.
+        sigma_gain: g, what is divided by σ, in the same shapes; σ is clamped to at least `eps`.
+        changes: the ΔW.
+        shift: (d,), added to every position.
+        mask: (B or 1, 1 or d, positions...) to broadcast over h: where the update applies, between 0 and 1.
+        rows: (B, m, d), appended to a Linear's output after all else; no statistic sees them.
+    """
+
+    gain: Tensor | None = None
+    sigma_gain: Tensor | None = None
+    eps: float = 0.0
+    changes: tuple[Change, ...] = ()
+    shift: Tensor | None = None
+    mask: Tensor | None = None
+    rows: Tensor | None = None
+
+
+Hear = Callable[[Any, Tensor], Tensor]  # (weights of a layer, s) -> the s to use: how a call listens to routers, and steers
+
+
+class Prepared(Protocol):
+    """Some layers' weights, of one method, ready for calls in one dtype on one device."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether every update of it can be folded into W0 before h is known."""
+
+    def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
+        """The update for one call.
+
+        Args:
+            x: (B, L, k) or (B, k, H, W).
+            mean: x averaged over positions, (B, k) in at least float32, where the form has it already.
+            hear: who listens to routers; None for nobody.
+        """
+
+
+class LayerWeights(Protocol):
+    """One layer's tensors, cast for calls of one dtype and device, with the strengths of its two parts."""
+
+    @property
+    def owner(self) -> Hashable:
+        """What the caller recognizes them by."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it changes anything at its strengths."""
+
+    def cast(self, dtype: torch.dtype) -> LayerWeights:
+        """The same with its tensors in another dtype."""
+
+    def increment(self, x: Tensor, h: Tensor, host: HostLayer, hear: Hear | None) -> Tensor:
+        """What it adds to h, by the method's equations, plainly: for `functional.reference`."""
+
+    @classmethod
+    def prepare(cls, several: Sequence[Any]) -> Sequence[Prepared]:
+        """The layers of this method on one host layer, ready for calls."""
+
+
+def prepare(adapters: Sequence[LayerWeights]) -> list[Prepared]:
+    """Everything on one host layer, method by method."""
+    kinds: dict[type, list[LayerWeights]] = {}
+    for weights in adapters:
+        kinds.setdefault(type(weights), []).append(weights)
+    return [prepared for kind, several in kinds.items() for prepared in kind.prepare(several)]  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = up · down, with down (B, R, k[, kh, kw]) for each image or (R, k[, kh, kw]) for all, and up (d, R)."""
+
+    down: Tensor
+    up: Tensor
+    folds = True
+
+    @property
+    def per_image(self) -> bool:
+        return self.down.ndim in (3, 5)
+
+    def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
+        batch = x.shape[0]
+        down = self.down if self.per_image else self.down.expand(batch, *self.down.shape)
+        up = self.up.expand(batch, *self.up.shape)  # (B, d, R)
+        if host.shape.is_conv:
+            low = per_image_conv(x, host, down) if self.per_image else host.conv(x, self.down)
+            flat, first, second = out.flatten(2), up, low.flatten(2)  # low is (B, R, H'W')
+        else:
+            flat, first, second = out, torch.bmm(x, down.mT), up.mT  # low is (B, L, R)
+        if owned and not torch.is_grad_enabled() and flat.is_contiguous():
+            return flat.baddbmm_(first, second).view_as(out)
+        return torch.baddbmm(flat, first, second).view_as(out)
+
+    def onto(self, weight: Tensor, owned: bool) -> Tensor:
+        if not self.per_image and weight.ndim == 2:
+            return torch.addmm(weight, self.up, self.down.flatten(1))
+        down = self.down.flatten(2) if self.per_image else self.down.flatten(1).expand(weight.shape[0], -1, -1)
+        if weight.ndim == 2:
+            weight = weight.expand(down.shape[0], *weight.shape)
+        add = Tensor.baddbmm_ if owned else torch.baddbmm  # in place where `weight` is ours: it is W0's size per image
+        return add(weight, self.up.expand(down.shape[0], *self.up.shape), down)
+
+
+def gathered(changes: Sequence[Change]) -> list[Change]:
+    """The same changes with all low-rank ones side by side in one."""
+    low = [change for change in changes if isinstance(change, LowRank)]
+    if len(low) < 2:
+        return list(changes)
+    batch = max((change.down.shape[0] for change in low if change.per_image), default=0)
+    downs = [c.down if c.per_image or not batch else c.down.expand(batch, *c.down.shape) for c in low]
+    whole = LowRank(torch.cat(downs, 1 if batch else 0), torch.cat([change.up for change in low], 1))
+    return [*(change for change in changes if not isinstance(change, LowRank)), whole]
+
+
+def appended(out: Tensor, updates: Sequence[Update]) -> Tensor:
+    """A Linear's output with the rows of updates after it, (B, L + Σ m, d)."""
+    rows = [update.rows.to(out.dtype) for update in updates if update.rows is not None]
+    return torch.cat([out, *rows], 1) if rows else out

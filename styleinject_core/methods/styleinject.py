@@ -1,0 +1,329 @@
+"""StyleInject (arXiv 2401.13942): n down-projections mixed by a style router, one up-projection, and an AdaIN step.
+
+    s      = softmax( pool_over_positions( router(x) ) )          the style router
+    Δh     = (alpha / r) · B Σ_i s_i A_i(x)                       eq. 2, dynamic multi-style adaptation (DMA)
+    h*     = (h - μ) / σ · f_s(σ) + μ + Δh                        eq. 3 and 4, style transfer by AdaIN (STA)
+    f_s(σ) = σ · (1 + hyper(s))
+
+A layer with one style, no router and no hypernetwork is a LoRA: `methods/lora.py` gives it that file format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig
+from ..functional.host import HostLayer, statistics_dtype
+from ..functional.update import Hear, LowRank, Prepared, Update
+from ..layers import LayerShape, UnsupportedLayerError
+from .method import AdapterLayer, AdapterSettings, Cast, Method, Problem
+
+PARTS = ("A", "B", "router_weight", "router_bias", "hyper_weight", "hyper_bias")
+
+
+class StyleInjectLayer(AdapterLayer):
+    """One layer of StyleInject, or of a LoRA; new, B and hyper are 0 (method, section 1).
+
+    Shapes: A (n, r, k[, kh, kw]), B (d, r), router_weight (n, k), router_bias (n,), hyper_weight (d, n), hyper_bias (d,).
+
+    Raises:
+        UnsupportedLayerError: router_pool "token" on a convolution.
+    """
+
+    PARTS = PARTS
+    config: AdapterConfig
+    A: Tensor
+    B: Tensor
+    router_weight: Tensor | None
+    router_bias: Tensor | None
+    hyper_weight: Tensor | None
+    hyper_bias: Tensor | None
+
+    def check(self) -> None:
+        if self.shape.is_conv and self.config.router_pool == "token" and self.config.has_router:
+            raise UnsupportedLayerError(f"router_pool 'token' needs a Linear layer, found {self.shape}")
+
+    def initial(self) -> dict[str, Tensor]:
+        config, shape = self.config, self.shape
+        n, r, k, d = config.n_styles, config.r, shape.in_features, shape.out_features
+        A = torch.empty(n, r, k, *(shape.kernel or ()))
+        for style in A:
+            torch.nn.init.kaiming_uniform_(style, a=math.sqrt(5))  # as LoRA's A
+        parts = {"A": A, "B": torch.zeros(d, r)}
+        if config.has_router:
+            parts |= {"router_weight": torch.zeros(n, k), "router_bias": torch.zeros(n)}
+        if config.sta != "none":
+            parts |= {"hyper_weight": torch.zeros(d, n), "hyper_bias": torch.zeros(d)}
+        return parts
+
+    @property
+    def fixed(self) -> bool:
+        return self.router_weight is None and self.hyper_weight is None
+
+    @property
+    def styles(self) -> int:
+        return 0 if self.router_weight is None else self.config.n_styles
+
+    def delta(self) -> Tensor:
+        A, B = self.A[0].flatten(1).float(), self.B.float()
+        return (self.config.scale * (B @ A)).view(self.shape.weight)
+
+    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> StyleInjectWeights:
+        parts: dict[str, Any] = {part: None if (p := getattr(self, part)) is None else cast(p) for part in PARTS}
+        c = self.config
+        return StyleInjectWeights(
+            **parts, router_pool=c.router_pool, sta_form=c.sta, eps=c.eps, dma=dma * c.scale, sta=sta, owner=owner
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class StyleInjectWeights:
+    """One layer's tensors cast for calls, with its strengths; shapes as in `StyleInjectLayer`.
+
+    No router means one style; no hypernetwork means no AdaIN step. `dma` already holds the factor alpha / r; `sta` is the
+    strength of the AdaIN step.
+    """
+
+    A: Tensor
+    B: Tensor
+    router_weight: Tensor | None
+    router_bias: Tensor | None
+    hyper_weight: Tensor | None
+    hyper_bias: Tensor | None
+    router_pool: str
+    sta_form: str
+    eps: float
+    dma: float
+    sta: float
+    owner: Hashable = None
+
+    @property
+    def by_token(self) -> bool:
+        return self.router_pool == "token" and self.router_weight is not None
+
+    @property
+    def adapts_statistics(self) -> bool:
+        return self.hyper_weight is not None and self.sta != 0
+
+    @property
+    def active(self) -> bool:
+        return self.dma != 0 or self.adapts_statistics
+
+    def cast(self, dtype: torch.dtype) -> StyleInjectWeights:
+        return replace(self, **{part: t.to(dtype) for part in PARTS if (t := getattr(self, part)) is not None})
+
+    @classmethod
+    def prepare(cls, several: Sequence[StyleInjectWeights]) -> Sequence[Prepared]:
+        together = [w for w in several if not w.by_token and not (w.adapts_statistics and w.sta_form == "additive")]
+        alone = [_ByPosition(w) for w in several if w not in together]
+        return [_ByImage(tuple(together)), *alone] if together else alone
+
+    def increment(self, x: Tensor, h: Tensor, host: HostLayer, hear: Hear | None) -> Tensor:
+        """The paper's equations 2 to 4, as increments on h."""
+        mean = h.mean(host.positions, keepdim=True)  # μ, eq. 3
+        std = h.std(host.positions, correction=0, keepdim=True)  # σ, eq. 3
+        s = self.plain_route(x, host)
+        if hear is not None and self.router_weight is not None:
+            s = hear(self, s)
+        out: Any = 0.0
+        if self.adapts_statistics:
+            sigma = std.clamp(min=self.eps)
+            hyper = host.per_channel(s @ self.hyper_weight.mT + self.hyper_bias)
+            f_s = sigma * (1 + hyper) if self.sta_form == "multiplicative" else sigma + hyper
+            normalized = (h - mean) / sigma  # ĥ
+            stylized = normalized * f_s + mean  # eq. 4 without Δh
+            out = self.sta * (stylized - h)
+        if self.dma != 0:
+            delta: Any = 0.0  # Δh, eq. 2
+            for i in range(self.A.shape[0]):
+                share = host.per_channel(s[..., i : i + 1])  # (B, 1, 1), (B, L, 1) or (B, 1, 1, 1)
+                delta = delta + share * host.up(host.down(x, self.A[i]), self.B)
+            out = out + self.dma * delta
+        return out
+
+    def plain_route(self, x: Tensor, host: HostLayer) -> Tensor:
+        """s = softmax(pool(router(x))): logits at every position first, pooled after. Returns (B, n), or (B, L, n) by token."""
+        if self.router_weight is None:
+            return x.new_ones(x.shape[0], 1)
+        tokens = x.flatten(2).mT if host.shape.is_conv else x  # (B, positions, k)
+        logits = tokens @ self.router_weight.mT + self.router_bias  # (B, positions, n)
+        if self.router_pool == "mean":
+            logits = logits.mean(1)
+        elif self.router_pool == "sum":
+            logits = logits.sum(1)
+        return torch.softmax(logits, -1)
+
+
+def route(
+    x: Tensor, weights: StyleInjectWeights, host: HostLayer, mean: Tensor | None = None, hear: Hear | None = None
+) -> Tensor:
+    """Style probabilities of one layer. The router is linear, so pooled logits need only the pooled input.
+
+    Args:
+        mean: x averaged over positions (B, k), where the caller has it already.
+
+    Returns:
+        (B, n), or (B, L, n) with router_pool "token"; in x's dtype, computed in at least float32.
+    """
+    if weights.router_weight is None:
+        return x.new_ones(x.shape[0], 1)
+    precise = statistics_dtype(x)
+    router_weight, router_bias = weights.router_weight.to(precise), weights.router_bias.to(precise)
+    if weights.by_token:
+        logits = x.to(precise) @ router_weight.mT + router_bias  # (B, L, n)
+    else:
+        logits = (host.mean(x) if mean is None else mean) @ router_weight.mT + router_bias  # (B, n)
+        if weights.router_pool == "sum":
+            logits = logits * (x[0].numel() // x.shape[1 if host.shape.is_conv else 2])
+    s = torch.softmax(logits, -1)
+    return (s if hear is None else hear(weights, s)).to(x.dtype)
+
+
+def hyper(s: Tensor, weights: StyleInjectWeights) -> Tensor:
+    """hyper(s): the modulation of every channel, (B, d) or (B, L, d) by token, in at least float32."""
+    precise = statistics_dtype(s)
+    return s.to(precise) @ weights.hyper_weight.to(precise).mT + weights.hyper_bias.to(precise)
+
+
+@dataclass(frozen=True, eq=False)
+class _ByImage:
+    """Layers with one s per image: n styles collapse before any position is touched (method, section 3)."""
+
+    several: tuple[StyleInjectWeights, ...]
+    folds = True
+
+    def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
+        changes, gain = [], None
+        for weights in self.several:
+            s = route(x, weights, host, mean, hear)
+            if weights.dma != 0:
+                mixed = (s * weights.dma) @ weights.A.flatten(1)  # (B, r·k·kh·kw); scaled where it is smallest
+                changes.append(LowRank(mixed.unflatten(1, weights.A.shape[1:]), weights.B))
+            if weights.adapts_statistics:
+                own = hyper(s, weights) * weights.sta  # (B, d)
+                gain = own if gain is None else gain + own
+        return Update(gain=gain, changes=tuple(changes))
+
+
+@dataclass(frozen=True, eq=False)
+class _ByPosition:
+    """A layer that routes by token, or whose f_s needs σ."""
+
+    weights: StyleInjectWeights
+    folds = False
+
+    def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
+        weights = self.weights
+        s = route(x, weights, host, mean, hear)
+        gain = hyper(s, weights) * weights.sta if weights.adapts_statistics else None
+        change: Any = None
+        if weights.dma != 0 and weights.by_token:
+            change = _ByToken(s, weights.A, weights.B * weights.dma)
+        elif weights.dma != 0:
+            mixed = (s * weights.dma) @ weights.A.flatten(1)
+            change = LowRank(mixed.unflatten(1, weights.A.shape[1:]), weights.B)
+        changes = () if change is None else (change,)
+        if weights.sta_form == "additive":
+            return Update(sigma_gain=gain, eps=weights.eps, changes=changes)
+        return Update(gain=gain, changes=changes)
+
+
+@dataclass(frozen=True, eq=False)
+class _ByToken:
+    """ΔW of every token: B Σ_i s_i A_i, with s (B, L, n), A (n, r, k) and B (d, r)."""
+
+    s: Tensor
+    A: Tensor
+    B: Tensor
+    folds = False
+
+    def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
+        every = torch.einsum("blk,nrk->blnr", x, self.A)
+        low = (self.s.unsqueeze(-2) @ every).squeeze(-2)  # (B, L, 1, n) @ (B, L, n, r) -> (B, L, r)
+        return out + low @ self.B.mT
+
+    def onto(self, weight: Tensor, owned: bool) -> Tensor:
+        raise TypeError("a change that differs by token has no single weight")
+
+
+def configure(settings: AdapterSettings, special: Mapping[str, Any]) -> AdapterConfig:
+    """The config of a new adapter; `special` replaces what the settings say."""
+    values = {"r": settings.rank, "n_styles": settings.styles, "router_pool": settings.router_pool, "sta": settings.sta}
+    return AdapterConfig(**{**values, **special}, alpha=settings.alpha or None, target_modules=settings.targets)
+
+
+def read(parts: dict[str, Tensor], stated: AdapterConfig | None, problem: Problem) -> StyleInjectLayer:
+    """A layer from a file's tensors. Their shapes are the truth; a config that contradicts them is an error."""
+    for part in ("A", "B"):
+        if part not in parts:
+            raise problem(f"styleinject_{part} is missing")
+    A, B = parts["A"], parts["B"]
+    if A.ndim not in (3, 5) or B.ndim != 2:
+        raise problem(f"A has shape {tuple(A.shape)} and B {tuple(B.shape)}, expected (n, r, k[, kh, kw]) and (d, r)")
+    n, r, k = A.shape[:3]
+    d = B.shape[0]
+    expected = {"B": (d, r), "router_weight": (n, k), "router_bias": (n,), "hyper_weight": (d, n), "hyper_bias": (d,)}
+    for part, shape in expected.items():
+        if part in parts and tuple(parts[part].shape) != shape:
+            raise problem(
+                f"{SUFFIXES[part].removeprefix('.styleinject_')} has shape {tuple(parts[part].shape)}, expected {shape} beside "
+                f"A of {tuple(A.shape)}"
+            )
+    for pair in (("router_weight", "router_bias"), ("hyper_weight", "hyper_bias")):
+        if (pair[0] in parts) != (pair[1] in parts):
+            raise problem(f"{pair[0]} and {pair[1]} must both be there or both be absent")
+    if n > 1 and "router_weight" not in parts:
+        raise problem(f"{n} styles but no router")
+    for label, found, field in (("rank", r, "r"), ("n_styles", n, "n_styles")):
+        if stated is not None and getattr(stated, field) != found:
+            raise problem(f"file has {label} {found}, config says {getattr(stated, field)}")
+    has_hyper = "hyper_weight" in parts
+    if stated is not None and has_hyper != (stated.sta != "none"):
+        raise problem(f"file has {'a' if has_hyper else 'no'} hypernetwork, config says sta = {stated.sta!r}")
+    kernel = (A.shape[3], A.shape[4]) if A.ndim == 5 else None
+    try:
+        config = stated or AdapterConfig(r=r, n_styles=n, sta="multiplicative" if has_hyper else "none")
+        return StyleInjectLayer(LayerShape(k, d, kernel), config, parts)
+    except ValueError as error:
+        raise problem(str(error)) from None
+
+
+def describe(layers: Sequence[StyleInjectLayer]) -> dict[str, str]:
+    """Rank and styles, for people."""
+    config = layers[0].config
+    ranks, styles = (sorted({getattr(layer.config, field) for layer in layers}) for field in ("r", "n_styles"))
+    lines = {"rank": f"{_list(ranks)}, alpha {'= rank' if config.alpha is None else config.alpha}"}
+    if any(layer.styles for layer in layers):
+        lines["styles"] = f"{_list(styles)}, router pool {config.router_pool}, STA {config.sta}"
+    return lines
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+SUFFIXES = {
+    "A": ".styleinject_A",
+    "B": ".styleinject_B",
+    "router_weight": ".styleinject_router.weight",
+    "router_bias": ".styleinject_router.bias",
+    "hyper_weight": ".styleinject_hyper.weight",
+    "hyper_bias": ".styleinject_hyper.bias",
+}
+METHOD = Method(
+    name="styleinject",
+    title="StyleInject",
+    layer=StyleInjectLayer,
+    config=AdapterConfig,
+    choices={"styleinject": {}, "dma-only": {"sta": "none"}, "sta-only": {"n_styles": 1, "router_pool": "mean"}},
+    configure=configure,
+    suffixes=SUFFIXES,
+    read=read,
+    describe=describe,
+)
