@@ -265,7 +265,7 @@ def _in_a_unet(name: str, parts: list[str], side: str) -> LayerName:
     if kind == "other" and end.startswith("conv"):
         kind = "conv"
     elif kind == "other":
-        kind = "modulation" if end == "time_emb_proj" else "norm" if "norm" in end else kind
+        kind = "modulation" if end == "time_emb_proj" else "norm" if vocabulary.NORM.fullmatch(end) else kind
     index = [int(after) for part, after in zip(inner, parts[2:], strict=True) if part in vocabulary.LISTS and after.isdigit()]
     projection = _projection(end) if attends or end.startswith("to_") else ""
     stream = "text" if attention == "cross" and projection in ("k", "v") else "image"
@@ -279,8 +279,8 @@ def _in_a_block(name: str, body: list[str], stack: vocabulary.Stack, number: int
     kind, projection = "other", ""
     if vocabulary.MODULATION.search(".".join(body)):
         kind, attention = "modulation", ""
-    elif "norm" in end:
-        kind = "norm"
+    elif any(vocabulary.NORM.fullmatch(part) for part in body[-2:]):
+        kind, attention = "norm", ""
     elif stack.name == "single" and (end in vocabulary.FUSED or body == ["attn", "to_out"]):  # the latter is Flux 2's
         kind, projection, attention = "fused", vocabulary.FUSED.get(end, "out"), "attn"
     elif attention:

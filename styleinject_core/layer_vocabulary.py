@@ -82,7 +82,7 @@ FEED_FORWARDS = {
 }
 # Words of the prompt's side in blocks of two streams; the other side needs none.
 TEXT = {
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context"),  # diffusers
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "norm1_context", "norm_added_q", "norm_added_k"),
     *("context_block", "txt_attn", "txt_mlp", "txt_mod"),  # SD 3, Flux in ComfyUI
     *("to_q_t", "to_k_t", "to_v_t", "to_out_t", "ff_t"),  # HiDream
     *("w1q", "w1k", "w1v", "w1o", "mlpC", "modC"),  # AuraFlow
@@ -97,6 +97,7 @@ OUTPUTS = {
     *("to_out", "to_add_out", "to_out_t", "out", "o", "o_proj", "out_proj", "output_proj", "proj", "proj_x", "proj_y"),
     *("wo", "w1o", "w2o", "out_layer", "linear_out"),
 }
+NORM = re.compile(r"\w*norm\w*|ln_[qk]")
 MODULATION = re.compile(
     r"(^|\.)(adaln\w*|(\w+_)?modulation(_\w+)?|(\w+_)?mod(_[xy])?|mod[CX]+|modF|(\w+_)?norm\w*\.linear\w*)(\.|$)", re.IGNORECASE
 )
