@@ -107,7 +107,7 @@ def test_layer_weights_say_which_sliders_match_nothing(pack, flux, run_node) -> 
     assert scales == [0.25, 0.25, 0.5], "image side first third; prompt's side last; image side last"
     assert "no layers of" not in report
     assert applied(extra="block.1 & text = 2")[1] == [1, 2, 1]
-    with pytest.raises(core.SelectorError, match=r"'down' matches none.*image, first, last, default, block\.0-1"):
+    with pytest.raises(core.SelectorError, match=r"'down' matches none.*image, first, last, block\.0-1"):
         applied(extra="down = 0.5")
 
 
