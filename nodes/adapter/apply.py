@@ -57,8 +57,8 @@ class StyleInjectApply(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="all",
-                    tooltip='Which layers to use: "all", or groups such as attention, conv, '
-                    "self, cross, down, mid, up, up.1, to_q. Comma for either, & for both, ! for not: "
+                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, image, down, mid, up, '
+                    "up.1, first, block.0-9, to_q. Comma for either, & for both, ! for not: "
                     '"up & cross, mid".',
                 ),
                 LayerWeightsType.Input(
