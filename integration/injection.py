@@ -6,7 +6,7 @@ model, so a model can be freed while a MODEL that once used it lives on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
