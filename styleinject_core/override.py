@@ -129,6 +129,8 @@ class Override:
         sites = [site for site in self.sites if site.dma != 0 or site.sta != 0]
         if not sites:
             return original(x, *args, **kwargs)
+        for site in sites:
+            site.current.ran = True
         first = sites[0]
         tokens = x if self.shape.is_conv else as_tokens(x, first.program.samples(x, first.name, first.current.call.images))
 
