@@ -1,4 +1,4 @@
-"""The forward override of one module: how an adapter gets between a host layer and its caller, and out again."""
+"""The forward override of one module: how adapters, and rows to append, get between a host layer and its caller."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import CurrentCall
+from .call import CurrentCall, ModelCall
 from .functional import dispatch
 from .functional.host import REPLACED, HostLayer
 from .functional.update import LayerWeights
@@ -76,11 +76,25 @@ class Site:
         return self.layer.weights(lambda parameter: self.program.cast(parameter, x), dma=self.dma, sta=self.sta, owner=self)
 
 
+@dataclass(eq=False)
+class Tail:
+    """Rows that are appended to what one module returns, as tokens of a reference image are to keys and values.
+
+    Args:
+        rows: given the module's input (B, L, k), its output (B, L, d) and the call, the rows (B, S, d), or None for none.
+        current: the call that the module is in.
+    """
+
+    rows: Callable[[Tensor, Tensor, ModelCall], Tensor | None]
+    current: CurrentCall
+
+
 class Override:
     """The instance-level `forward` that a module has while sites are installed on it.
 
     One override serves every attachment on the module, so that their increments add up and they can leave in any
-    order; with the last one the module is as it was before. The module's `forward` is the override itself: one object
+    order; with the last one the module is as it was before. Adapters come first and see the module's own rows alone,
+    whatever is appended to them. The module's `forward` is the override itself: one object
     for its whole life, which spares compiled models a recompilation, and no reference cycle, which would keep a model's
     weights in memory until Python's collector comes by.
     """
@@ -89,22 +103,23 @@ class Override:
         self.module: Any = module
         self.shape = shape
         self.sites: list[Site] = []
+        self.tails: list[Tail] = []
         self._class_forward = type(module).forward.__get__(module)
         self._former: Callable[..., Tensor] | None = None  # an instance-level forward somebody set before us
 
-    def install(self, site: Site) -> None:
-        """Add a site to the module's active override, this one where there is none yet."""
+    def install(self, part: Site | Tail) -> None:
+        """Add a site or a tail to the module's active override, this one where there is none yet."""
         attributes = self.module.__dict__
         active: Any = attributes.get(_ACTIVE)
         if active is None:
             self._former = attributes.get("forward")
             attributes[_ACTIVE] = attributes["forward"] = self
             active = self
-        active.sites.append(site)
+        (active.tails if isinstance(part, Tail) else active.sites).append(part)
 
     @staticmethod
-    def remove(module: nn.Module, site: Site) -> None:
-        """Take a site off the module; with the last one, restore the module's forward.
+    def remove(module: nn.Module, part: Site | Tail) -> None:
+        """Take a site or a tail off the module; with the last one, restore the module's forward.
 
         Where somebody else has put a forward over ours in the meantime, ours stays below it and passes through.
         """
@@ -112,9 +127,10 @@ class Override:
         active = attributes.get(_ACTIVE)
         if not isinstance(active, Override):
             return
-        active.sites[:] = [s for s in active.sites if s is not site]
+        active.sites[:] = [site for site in active.sites if site is not part]
+        active.tails[:] = [tail for tail in active.tails if tail is not part]
         on_top = attributes.get("forward") is active
-        if active.sites or not on_top:
+        if active.sites or active.tails or not on_top:
             return
         del attributes[_ACTIVE]
         if active._former is None:
@@ -124,7 +140,14 @@ class Override:
         active._former = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """h* of the module (or h, bit for bit, where every strength is 0)."""
+        """h* of the module (or h, bit for bit, where every strength is 0), with the rows that are appended to it."""
+        out = self._adapted(x, *args, **kwargs)
+        if not self.tails:
+            return out
+        found = (tail.rows(x, out, tail.current.call) for tail in self.tails)
+        return torch.cat([out, *(rows for rows in found if rows is not None)], 1)
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         original = self._class_forward if self._former is None else self._former
         sites = [site for site in self.sites if site.dma != 0 or site.sta != 0]
         if not sites:
