@@ -79,9 +79,9 @@ def _of_percents(injection: Injection, model: nn.Module, levels: Tensor) -> str:
     if any(injection.active(model, level) for level in levels):
         return ""
     to_sigma: Callable[[float], Any] = model.model_sampling.percent_to_sigma
-    first, last = (_percent(to_sigma, float(level)) for level in (levels.max(), levels.min()))
+    first, last = (round(_percent(to_sigma, float(level)), 3) for level in (levels.max(), levels.min()))
     steps = "its only step is" if len(levels) == 1 else f"none of its {len(levels)} steps is"
-    where = f"at {first:.3g}" if len(levels) == 1 else f"they go from {first:.3g} to {last:.3g}"
+    where = f"at {first:g}" if len(levels) == 1 else f"they go from {first:g} to {last:g}"
     late = first > injection.end_percent
     why = " A run with a denoise below 1, or a second pass, begins late in the schedule." if late else ""
     wanted = f"start_percent {injection.start_percent:g} to end_percent {injection.end_percent:g}"

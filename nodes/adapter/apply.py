@@ -12,9 +12,16 @@ from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, s
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.hosts.architectures import describe
 from ...styleinject_core.router.control import Rule
-from ..schema import AdapterType, LayerWeightsType, RouterControlType, adapter_name_input, schema, strength_input
-
-_PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+from ..schema import (
+    AdapterType,
+    LayerWeightsType,
+    RouterControlType,
+    adapter_name_input,
+    executing_node,
+    percent_inputs,
+    schema,
+    strength_input,
+)
 
 
 class StyleInjectApply(io.ComfyNode):
@@ -39,19 +46,10 @@ class StyleInjectApply(io.ComfyNode):
                     "Strength of the learned contrast and tone (the statistics part), times strength. No effect on a LoRA.",
                     "sta_strength",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    tooltip="When in sampling the adapter begins: 0 is the first "
-                    "step. A later start keeps the composition of the model.",
-                    **_PERCENT,
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    tooltip="When in sampling the adapter ends: 1 is the last step. An "
-                    "earlier end leaves fine detail to the model.",
-                    **_PERCENT,
+                *percent_inputs(
+                    "the adapter",
+                    "A later start keeps the composition of the model. ",
+                    "An earlier end leaves fine detail to the model. ",
                 ),
                 io.String.Input(
                     "layers",
@@ -78,6 +76,7 @@ class StyleInjectApply(io.ComfyNode):
                     "report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -105,6 +104,7 @@ class StyleInjectApply(io.ComfyNode):
             start_percent=start_percent,
             end_percent=end_percent,
             control=control or (),
+            node_id=executing_node(cls),
         )
         return io.NodeOutput(patched, report(patched, injection), ui=shown(patched, injection))
 
@@ -125,6 +125,7 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
             ],
             outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -138,7 +139,7 @@ class StyleInjectLoadAndApply(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = load_adapter(paths.adapter_path(adapter_name))
-        patched, injection = apply_adapter(model, adapter, strength=strength)
+        patched, injection = apply_adapter(model, adapter, strength=strength, node_id=executing_node(cls))
         return io.NodeOutput(patched, ui=shown(patched, injection))
 
 

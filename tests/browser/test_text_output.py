@@ -96,5 +96,3 @@ def test_a_later_run_replaces_the_text(open_editor: Callable[..., Editor]) -> No
     boxes = editor.page.evaluate("""() => (window.app.rootGraph ?? window.app.graph).nodes
       .find((node) => node.type === 'StyleInjectNameStyles').widgets.filter((widget) => widget.name === 'styleinject_text').length""")
     assert boxes == 1
-
-

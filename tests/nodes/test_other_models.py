@@ -90,7 +90,9 @@ def images() -> dict[str, torch.Tensor]:
         return {"samples": torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))}
 
 
-@pytest.mark.skipif("0.8" <= comfyui.comfyui_version(comfyui.find_comfyui()) < "0.9", reason="0.8's rotary embedding has no gradient")
+@pytest.mark.skipif(
+    "0.8" <= comfyui.comfyui_version(comfyui.find_comfyui()) < "0.9", reason="0.8's rotary embedding has no gradient"
+)
 def test_blocks_that_work_in_place_train(pack, flux, train, monkeypatch) -> None:
     """Flux's add to what their norms have kept for the backward pass; with and without checkpointing the result is the same."""
     given = {"model": flux, "latents": images(), "layers": "linear1, linear2, proj", "batch_size": 1}
@@ -103,7 +105,9 @@ def test_blocks_that_work_in_place_train(pack, flux, train, monkeypatch) -> None
     assert_clean(flux)
 
 
-@pytest.mark.skipif("0.8" <= comfyui.comfyui_version(comfyui.find_comfyui()) < "0.9", reason="0.8's rotary embedding has no gradient")
+@pytest.mark.skipif(
+    "0.8" <= comfyui.comfyui_version(comfyui.find_comfyui()) < "0.9", reason="0.8's rotary embedding has no gradient"
+)
 def test_features_of_text_and_image_are_distilled(pack, flux, train) -> None:
     given = {"model": flux, "teacher": flux_model(5), "latents": images(), "layers": "linear1, linear2, proj", "batch_size": 1}
     whole, out = (train("StyleInjectDistill", **given, name=f"w{weight}", feature_weight=weight)[1] for weight in (1.0, 0.0))
