@@ -48,13 +48,12 @@ class TakingPart:
         if len(levels) == 0:
             return
         for part in self._parts.values():
-            if part.ran or not part.injection.adapted_layers(model) or not part.injection.strong:
+            injection = part.injection
+            if part.ran or injection.patched or not injection.strong or not injection.adapted_layers(model):
                 continue
-            reason = _of_percents(part.injection, model, levels) if not part.active else ""
-            say(
-                f'"{part.injection.applied.adapter.name}" had no effect in this run: {reason or _of_others(options, guider)}',
-                part.injection.node_id,
-            )
+            reason = "" if part.active else _of_percents(injection, model, levels)
+            name = injection.applied.adapter.name
+            say(f'"{name}" had no effect in this run: {reason or _of_others(options, guider)}', injection.node_id)
 
 
 def say(text: str, node_id: str = "") -> None:

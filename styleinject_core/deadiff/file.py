@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files.format import AdapterFileError, atomic_save
+from ..files import AdapterFileError
+from ..files.atomic import save_tensors
 from .config import CLIP_L, STREAMS, DeadiffConfig
 from .model import Deadiff
 from .ops import CASTING, LayerOps
@@ -113,7 +114,7 @@ def save_deadiff(
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise DeadiffFileError(f"{path.name}: {name} has NaN or Inf values in {dtype}, nothing was written")
-    atomic_save(tensors, path, header(model.config, {**model.metadata, **(metadata or {})}, path.stem))
+    save_tensors(tensors, path, header(model.config, {**model.metadata, **(metadata or {})}, path.stem))
 
 
 def header(config: DeadiffConfig, metadata: Mapping[str, str], title: str) -> dict[str, str]:
