@@ -80,7 +80,8 @@ def test_the_heat_map_fills_and_can_be_read_and_saved(open_editor: Callable[...,
 
 @both_ways
 def test_nothing_of_it_is_saved_in_the_workflow(open_editor: Callable[..., Editor], vue_nodes: bool) -> None:
-    """The panel is there after a reload, empty and with a hint, and the widgets keep their places."""
+    """After a reload the browser shows the last run again, another browser has the panel with a hint, and the widgets keep
+    their places."""
     editor = open_editor(vue_nodes)
     workflow = monitored("saved", next(SEEDS), steps=4)
     editor.load(workflow)
@@ -93,6 +94,12 @@ def test_nothing_of_it_is_saved_in_the_workflow(open_editor: Callable[..., Edito
     assert "router_live" not in json.dumps(saved)
     editor.load(saved)  # within the same page the last run is still there
     editor.wait_for_status("finished")
+    colours = editor.colours()
+    editor.reload()
+    editor.load(saved)
+    editor.wait_for_status("step 4 of 4, finished")
+    assert editor.colours() == colours
+    editor.page.evaluate("() => new Promise((done) => { indexedDB.deleteDatabase('styleinject').onsuccess = done; })")
     editor.reload()
     editor.load(saved)
     assert editor.panel().locator(".hint").is_visible()
