@@ -105,6 +105,7 @@ class Injection:
         start_percent, end_percent: the part of the sampling schedule, 0 to 1; by noise level, as ControlNet has it.
         control: what steers its router.
         patched: whether it is in the model's weights already (`weight_patches`): then calls have nothing to do.
+        node_id: the execution id of the node that applied it, for what there is to say about it; "" where unknown.
 
     Raises:
         ValueError: percents outside of 0 to 1, or a start after the end; a control that does not fit the adapter.
@@ -115,6 +116,7 @@ class Injection:
     end_percent: float = 1.0
     control: tuple[Rule, ...] = ()
     patched: bool = False
+    node_id: str = ""
     steering: Steering | None = field(init=False, default=None, repr=False)
     _attached: WeakKeyDictionary[nn.Module, Attachment] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
     _bounds: WeakKeyDictionary[nn.Module, dict] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
@@ -131,11 +133,14 @@ class Injection:
         if self.control:
             object.__setattr__(self, "steering", Steering(self.control, self.applied.adapter))
 
+    @property
+    def strong(self) -> bool:
+        """Whether its strengths let it change anything."""
+        return self.applied.strength != 0 and (self.applied.dma != 0 or self.applied.sta != 0)
+
     def active(self, model: nn.Module, timestep: Tensor) -> bool:
         """Whether the adapter takes part at this noise level: percent_to_sigma(end) <= sigma <= percent_to_sigma(start)."""
-        if self.patched or self.applied.strength == 0 or (self.applied.dma == 0 and self.applied.sta == 0):
-            return False
-        return self._within(model, timestep, self.start_percent, self.end_percent)
+        return not self.patched and self.strong and self._within(model, timestep, self.start_percent, self.end_percent)
 
     def active_rules(self, model: nn.Module, timestep: Tensor) -> list[bool]:
         """The same for each rule of the control."""

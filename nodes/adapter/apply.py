@@ -18,6 +18,13 @@ from ..schema import (
     LayerWeightsType,
     RouterControlType,
     adapter_name_input,
+<<<<<<< HEAD
+    executing_node,
+    percent_inputs,
+    schema,
+    strength_input,
+)
+=======
     schema,
     strength_input,
     trigger_of,
@@ -25,6 +32,7 @@ from ..schema import (
 )
 
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+>>>>>>> main
 
 
 class StyleInjectApply(io.ComfyNode):
@@ -55,19 +63,10 @@ class StyleInjectApply(io.ComfyNode):
                     "sta_strength",
                     "tone",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    tooltip="When in sampling the adapter begins: 0 is the first "
-                    "step. A later start keeps the composition of the model.",
-                    **_PERCENT,
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    tooltip="When in sampling the adapter ends: 1 is the last step. An "
-                    "earlier end leaves fine detail to the model.",
-                    **_PERCENT,
+                *percent_inputs(
+                    "the adapter",
+                    "A later start keeps the composition of the model. ",
+                    "An earlier end leaves fine detail to the model. ",
                 ),
                 io.String.Input(
                     "layers",
@@ -94,6 +93,7 @@ class StyleInjectApply(io.ComfyNode):
                     "report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -121,6 +121,7 @@ class StyleInjectApply(io.ComfyNode):
             start_percent=start_percent,
             end_percent=end_percent,
             control=control or (),
+            node_id=executing_node(cls),
         )
         return io.NodeOutput(patched, report(patched, injection), ui=shown(patched, injection))
 
@@ -140,10 +141,15 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 adapter_name_input(),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
             ],
+<<<<<<< HEAD
+            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter.")],
+            hidden=[io.Hidden.unique_id],
+=======
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
                 trigger_output(),
             ],
+>>>>>>> main
         )
 
     @classmethod
@@ -157,8 +163,13 @@ class StyleInjectLoadAndApply(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = load_adapter(paths.adapter_path(adapter_name))
+<<<<<<< HEAD
+        patched, injection = apply_adapter(model, adapter, strength=strength, node_id=executing_node(cls))
+        return io.NodeOutput(patched, ui=shown(patched, injection))
+=======
         patched, injection = apply_adapter(model, adapter, strength=strength)
         return io.NodeOutput(patched, trigger_of(adapter), ui=shown(patched, injection))
+>>>>>>> main
 
 
 class StyleInjectStrength(io.ComfyNode):
