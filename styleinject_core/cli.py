@@ -1,4 +1,4 @@
-"""The command line: styleinject init | info | demo | plot | train | dreambooth | distill."""
+"""The command line: styleinject init | info | demo | plot | train | dreambooth | distill | deadiff."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
-from .commands.config import AdapterTable
 from .commands.plot import KINDS
 from .config import ROUTER_POOLS, STA_FORMS
 from .files import AdapterFileError, load_adapter, save_adapter
@@ -22,6 +21,7 @@ from .router.embedding import METHODS
 from .router.plots import VIEWS
 from .selector import SelectorError
 from .summary import as_text, summarize
+from .train.request import AdapterRequest
 from .train.run.loop import TrainingError
 
 
@@ -57,12 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write an untrained adapter, an exact identity, for a known architecture")
     init.add_argument("output", type=Path, metavar="OUT.safetensors")
     init.add_argument("--base", choices=ARCHITECTURES, required=True, help="the architecture; no weights are needed")
-    init.add_argument("--method", choices=choices(), default=choices()[0], help="what kind of adapter (default styleinject)")
-    init.add_argument("--rank", type=int, default=32, help="r (default 32)")
-    init.add_argument("--styles", type=int, default=16, help="n, parallel down-projections (default 16)")
     init.add_argument(
-        "--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)"
+        "--method", choices=choices(), default=AdapterRequest.method, help="what kind of adapter (default %(default)s)"
     )
+    init.add_argument("--rank", type=int, default=AdapterRequest.rank, help="r (default %(default)s)")
+    init.add_argument(
+        "--styles", type=int, default=AdapterRequest.styles, help="n, parallel down-projections (default %(default)s)"
+    )
+    init.add_argument("--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)")
     init.add_argument(
         "--factors", type=_integers, default=kronecker.FACTORS, metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)"
     )
@@ -99,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--method", choices=METHODS, default=METHODS[0], help="of the map")
     plot.set_defaults(run=_plot)
 
+    deadiff = commands.add_parser("deadiff", help="style from a reference image: convert the authors' checkpoint")
+    actions = deadiff.add_subparsers(dest="action", required=True, metavar="ACTION")
+    convert = actions.add_parser("convert", help="make a small .safetensors file of deadiff_v1.ckpt, for models/deadiff")
+    convert.add_argument("checkpoint", type=Path, metavar="FILE.ckpt")
+    convert.add_argument("output", type=Path, metavar="OUT.safetensors")
+    convert.add_argument("--with-vision", action="store_true", help="take CLIP ViT-L/14 along, 0.58 GB more")
+    convert.add_argument("--force", action="store_true", help="replace an existing file")
+    convert.set_defaults(run=_convert_deadiff)
+
     for name, help_text in (
         ("train", "fine-tune an adapter on images and captions"),
         ("dreambooth", "learn one subject from a few images"),
@@ -121,7 +132,7 @@ def _init(options: argparse.Namespace) -> int:
 
     if options.output.exists() and not options.force:
         raise FileExistsError(f"{options.output} exists: choose another name, or --force to replace it")
-    settings = AdapterTable(
+    settings = AdapterRequest(
         method=options.method,
         rank=options.rank,
         styles=options.styles,
@@ -147,6 +158,16 @@ def _init(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     summary = summarize(load_adapter(options.file))
     print(json.dumps(summary, indent=2, ensure_ascii=False) if options.json else as_text(summary))
+    return 0
+
+
+def _convert_deadiff(options: argparse.Namespace) -> int:
+    from .deadiff.convert import LICENSE, convert
+
+    done = convert(options.checkpoint, options.output, options.with_vision, options.force)
+    print(f"{options.output}: {done.tensors} tensors, {done.parameters:,} parameters, {done.size / 1e6:,.0f} MB as float16")
+    print(f"  {done.unused} tensors of {options.checkpoint.name} were left out (Stable Diffusion and what nobody uses)")
+    print("\n".join(f"  {line}" for line in (*done.notes, LICENSE)))
     return 0
 
 

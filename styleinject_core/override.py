@@ -1,15 +1,16 @@
-"""The forward override of one module: how an adapter gets between a host layer and its caller, and out again."""
+"""The forward override of one module: how adapters, and rows to append, get between a host layer and its caller."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .call import CurrentCall
+from .call import CurrentCall, ModelCall
 from .functional import dispatch
 from .functional.host import REPLACED, HostLayer
 from .functional.update import LayerWeights
@@ -37,6 +38,11 @@ class HostProgram:
         if REPLACED in module.__dict__:
             return False
         return module.weight.dtype == x.dtype and module.weight.device == x.device
+
+    def frozen_weight(self, module: nn.Module, x: Tensor) -> Tensor:
+        """W0 as a plain tensor on the device and in the dtype of x, for changes that depend on it; it may cost."""
+        weight: Any = module.weight
+        return (weight.dequantize() if weight.is_quantized else weight).detach().to(x.device, x.dtype)
 
     def samples(self, x: Tensor, layer: str, images: int) -> int:
         """How many images the first dimension of a Linear's input x holds.
@@ -76,11 +82,25 @@ class Site:
         return self.layer.weights(lambda parameter: self.program.cast(parameter, x), dma=self.dma, sta=self.sta, owner=self)
 
 
+@dataclass(eq=False)
+class Tail:
+    """Rows that are appended to what one module returns, as tokens of a reference image are to keys and values.
+
+    Args:
+        rows: given the module's input (B, L, k), its output (B, L, d) and the call, the rows (B, S, d), or None for none.
+        current: the call that the module is in.
+    """
+
+    rows: Callable[[Tensor, Tensor, ModelCall], Tensor | None]
+    current: CurrentCall
+
+
 class Override:
     """The instance-level `forward` that a module has while sites are installed on it.
 
     One override serves every attachment on the module, so that their increments add up and they can leave in any
-    order; with the last one the module is as it was before. The module's `forward` is the override itself: one object
+    order; with the last one the module is as it was before. Adapters come first and see the module's own rows alone,
+    whatever is appended to them. The module's `forward` is the override itself: one object
     for its whole life, which spares compiled models a recompilation, and no reference cycle, which would keep a model's
     weights in memory until Python's collector comes by.
     """
@@ -89,22 +109,23 @@ class Override:
         self.module: Any = module
         self.shape = shape
         self.sites: list[Site] = []
+        self.tails: list[Tail] = []
         self._class_forward = type(module).forward.__get__(module)
         self._former: Callable[..., Tensor] | None = None  # an instance-level forward somebody set before us
 
-    def install(self, site: Site) -> None:
-        """Add a site to the module's active override, this one where there is none yet."""
+    def install(self, part: Site | Tail) -> None:
+        """Add a site or a tail to the module's active override, this one where there is none yet."""
         attributes = self.module.__dict__
         active: Any = attributes.get(_ACTIVE)
         if active is None:
             self._former = attributes.get("forward")
             attributes[_ACTIVE] = attributes["forward"] = self
             active = self
-        active.sites.append(site)
+        (active.tails if isinstance(part, Tail) else active.sites).append(part)
 
     @staticmethod
-    def remove(module: nn.Module, site: Site) -> None:
-        """Take a site off the module; with the last one, restore the module's forward.
+    def remove(module: nn.Module, part: Site | Tail) -> None:
+        """Take a site or a tail off the module; with the last one, restore the module's forward.
 
         Where somebody else has put a forward over ours in the meantime, ours stays below it and passes through.
         """
@@ -112,9 +133,10 @@ class Override:
         active = attributes.get(_ACTIVE)
         if not isinstance(active, Override):
             return
-        active.sites[:] = [s for s in active.sites if s is not site]
+        active.sites[:] = [site for site in active.sites if site is not part]
+        active.tails[:] = [tail for tail in active.tails if tail is not part]
         on_top = attributes.get("forward") is active
-        if active.sites or not on_top:
+        if active.sites or active.tails or not on_top:
             return
         del attributes[_ACTIVE]
         if active._former is None:
@@ -124,11 +146,21 @@ class Override:
         active._former = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """h* of the module (or h, bit for bit, where every strength is 0)."""
+        """h* of the module (or h, bit for bit, where every strength is 0), with the rows that are appended to it."""
+        out = self._adapted(x, *args, **kwargs)
+        if not self.tails:
+            return out
+        found = (tail.rows(x, out, tail.current.call) for tail in self.tails)
+        return torch.cat([out, *(rows for rows in found if rows is not None)], 1)
+
+    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         original = self._class_forward if self._former is None else self._former
         sites = [site for site in self.sites if site.dma != 0 or site.sta != 0]
         if not sites:
             return original(x, *args, **kwargs)
+        if self.shape.other:
+            with _changed(self.module, sites):
+                return original(x, *args, **kwargs)
         first = sites[0]
         tokens = x if self.shape.is_conv else as_tokens(x, first.program.samples(x, first.name, first.current.call.images))
 
@@ -140,7 +172,9 @@ class Override:
 
         readable = self._former is None and first.program.readable(self.module, x)
         weight, bias = (self.module.weight, self.module.bias) if readable else (None, None)
-        host = HostLayer(self.shape, frozen, weight, bias, self.module)
+        host = HostLayer(
+            self.shape, frozen, weight, bias, self.module, read=lambda: first.program.frozen_weight(self.module, x)
+        )
         if all(site.rows is None for site in sites):
             out = _adapted(tokens, host, sites)
         else:
@@ -150,10 +184,24 @@ class Override:
 
 def _sliced(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
     """A fused layer: first what adapts it whole, then, on the channels of each slice, what adapts that slice."""
-    dim = 1 if host.shape.is_conv else -1
     whole = [site for site in sites if site.rows is None]
     h = _adapted(x, host, whole) if whole else host(x)
-    places = sorted({site.rows for site in sites if site.rows is not None}, key=lambda rows: rows.start)
+    places = sorted({site.rows for site in sites if site.rows is not None}, key=lambda rows: (rows.start, rows.size))
+    while places:  # slices that overlap, one after the other
+        apart: list[Rows] = []
+        later: list[Rows] = []
+        end = 0
+        for rows in places:
+            (apart if rows.start >= end else later).append(rows)
+            end = apart[-1].start + apart[-1].size
+        h = _in_slices(x, h, host, apart, sites)
+        places = later
+    return h
+
+
+def _in_slices(x: Tensor, h: Tensor, host: HostLayer, places: Sequence[Rows], sites: Sequence[Site]) -> Tensor:
+    """h with the channels of some slices adapted; the slices are in order and do not overlap."""
+    dim = 1 if host.shape.is_conv else -1
     pieces, end = [], 0
     for rows in places:
         pieces.append(h.narrow(dim, end, rows.start - end))
@@ -162,6 +210,24 @@ def _sliced(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
         pieces.append(_adapted(x, part, [site for site in sites if site.rows == rows]))
     pieces.append(h.narrow(dim, end, h.shape[dim] - end))
     return torch.cat(pieces, dim)
+
+
+@contextmanager
+def _changed(module: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Other parameters for the length of a with block: how a fixed change gets onto what is neither Linear nor Conv2d."""
+    own = module._parameters
+    kept: dict[str, Any] = {name: own[name] for name in ("weight", "bias") if own.get(name) is not None}
+    try:
+        for name, parameter in kept.items():
+            changed = parameter.detach().float()
+            for site in sites:
+                change = site.layer.change(parameter.detach()) if name == "weight" else site.layer.shift()
+                if change is not None:
+                    changed = changed + site.dma * change.to(changed.device)
+            module._parameters[name] = changed.to(parameter.dtype)  # type: ignore[assignment]
+        yield
+    finally:
+        module._parameters.update(kept)
 
 
 def _adapted(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:

@@ -10,6 +10,7 @@ LyCORIS' LoKr. The authors' released program computes the same with its rows per
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -88,7 +89,17 @@ class KroneckerLayer(AdapterLayer):
     def delta(self) -> Tensor:
         return _product(self.A.float(), self.B.float(), self.config.permuted)
 
-    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> KroneckerWeights:
+    def fitted(self, shape: LayerShape) -> KroneckerLayer | None:
+        """A convolution's factors that are stored as matrices, or the other way round."""
+        (a1, a2), b1, (inputs, *kernel) = self.A.shape, self.B.shape[0], shape.weight[1:] or (0,)
+        if shape.other or a1 * b1 != shape.out_features or inputs % a2 or a2 * self.B[0].numel() != math.prod(shape.weight[1:]):
+            return None
+        B = self.B.detach().reshape(b1, inputs // a2, *kernel)
+        return KroneckerLayer(shape, self.config, {"A": self.A.detach(), "B": B})
+
+    def weights(
+        self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
+    ) -> KroneckerWeights:
         return KroneckerWeights(cast(self.A), cast(self.B), dma, self.config.permuted, owner)
 
 
@@ -131,6 +142,7 @@ class KroneckerChange:
     A: Tensor
     B: Tensor
     permuted: bool
+    needs_mean = False
 
     @property
     def folds(self) -> bool:

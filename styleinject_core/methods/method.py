@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..config import LayerConfig
@@ -33,6 +34,8 @@ class AdapterLayer(nn.Module):
     """
 
     PARTS: ClassVar[tuple[str, ...]]
+    PRECISE: ClassVar[frozenset[str]] = frozenset()  # those that are computed with in at least float32
+    alternative: ClassVar[AdapterLayer | None] = None  # of a layer: what a file's tensors may be as well
 
     def __init__(self, shape: LayerShape, config: LayerConfig, parts: Mapping[str, Tensor | None] | None = None):
         super().__init__()
@@ -50,19 +53,48 @@ class AdapterLayer(nn.Module):
         """The parameters of an untrained layer, by part."""
         raise NotImplementedError
 
-    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> LayerWeights:
+    def weights(
+        self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
+    ) -> LayerWeights:
         """This layer's tensors for calls of one dtype and device.
 
         Args:
             cast: maps a parameter to a tensor on the device and in the dtype of the call.
             dma, sta: strengths of the change of the weight, and of the rescaling of statistics where the method has one.
             owner: what the caller recognizes them by.
+            precise: the same for the parts in PRECISE, in at least float32; None for `cast`.
         """
         raise NotImplementedError
 
     def delta(self) -> Tensor:
         """ΔW of a layer whose change is `fixed`, in W0's shape and at least float32, at strength 1."""
         raise NotImplementedError
+
+    def change(self, weight: Tensor) -> Tensor:
+        """ΔW on a layer whose W0 is `weight`: `delta`, but for a method whose change depends on W0."""
+        return self.delta()
+
+    def shift(self) -> Tensor | None:
+        """What a `fixed` change adds to the layer's bias, (d,) in float32; None where there is nothing."""
+        return None
+
+    def without_bias(self) -> AdapterLayer | None:
+        """The same without `shift`, for a layer that has no bias; None where nothing is left."""
+        return self
+
+    def fitted(self, shape: LayerShape) -> AdapterLayer | None:
+        """This layer for a host layer of another shape, where its numbers are the same in that shape; None where not."""
+        return None
+
+    def or_else(self, alternative: AdapterLayer) -> None:
+        """Say what the layer is where the host's is not of its shape: files of two methods may look the same."""
+        self.__dict__["alternative"] = alternative  # not as a part of this module
+
+    def on(self, shape: LayerShape) -> AdapterLayer | None:
+        """This layer for a host layer of that shape, whatever it takes; None where it does not fit."""
+        if self.shape == shape:
+            return self
+        return self.fitted(shape) or (None if self.alternative is None else self.alternative.on(shape))
 
     @property
     def fixed(self) -> bool:
@@ -83,9 +115,15 @@ class AdapterLayer(nn.Module):
         """The parameters this layer has, by part."""
         return {part: value for part in self.PARTS if (value := getattr(self, part)) is not None}
 
-    def with_tensors(self, change: Cast) -> AdapterLayer:
-        """The same layer with other tensors: another dtype, another device."""
-        return type(self)(self.shape, self.config, {part: change(value.detach()) for part, value in self.tensors().items()})
+    def converted(self, device: torch.device, dtype: torch.dtype) -> AdapterLayer:
+        """The same layer on another device and in another dtype, parts in PRECISE in at least float32; what has them already
+        is shared, not copied."""
+        precise = torch.promote_types(dtype, torch.float32)
+        parts = {
+            part: value.detach().to(device, precise if part in self.PRECISE else dtype)
+            for part, value in self.tensors().items()
+        }
+        return type(self)(self.shape, self.config, parts)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {self.config}"
