@@ -17,6 +17,7 @@ from styleinject_core.demo.training import DemoTrainingModel
 from styleinject_core.hosts.architectures import ARCHITECTURES
 from styleinject_core.methods.kronecker import KroneckerConfig
 
+PROJECTIONS = KroneckerConfig.default_targets()
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -29,6 +30,7 @@ class Method:
         sta: with the AdaIN step; n = 1 without it is a LoRA.
         equal: its rank is raised until it has as many parameters as StyleInject with n = 16.
         factors: of a DiffuseKronA adapter.
+        four: adapts all four attention projections, as DiffuseKronA's paper does; a LoRA then has half the rank.
         rate: the learning rate, one of RATES, from which the best is looked for; 0 trains nothing.
     """
 
@@ -38,6 +40,7 @@ class Method:
     equal: bool = False
     rate: float = 1e-2
     factors: tuple[int, int] | None = None
+    four: bool = False
 
     @property
     def adapts(self) -> bool:
@@ -56,6 +59,8 @@ METHODS = {
     "n16": Method("StyleInject, n = 16", 16, sta=True),
     "krona": Method("DiffuseKronA, factors 4, 3", factors=(4, 3)),
     "krona_small": Method("DiffuseKronA, factors 8, 2", factors=(8, 2)),
+    "lora_four": Method("LoRA, rank r / 2, four projections", 1, four=True),
+    "krona_four": Method("DiffuseKronA, factors 8, 3, four projections", factors=(8, 3), four=True),
 }
 
 
@@ -86,6 +91,8 @@ def trainee(key: str, base: DemoTrainingModel, rank: int, targets: tuple[str, ..
 def config(key: str, rank: int, targets: tuple[str, ...]) -> LayerConfig:
     """The adapter of a row."""
     method = METHODS[key]
+    if method.four:
+        rank, targets = rank // 2, PROJECTIONS
     if method.factors:
         return KroneckerConfig(method.factors, target_modules=targets)
     if method.equal:

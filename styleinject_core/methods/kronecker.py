@@ -215,7 +215,17 @@ def _product(A: Tensor, B: Tensor, permuted: bool) -> Tensor:
 
 def configure(settings: AdapterSettings, special: Mapping[str, Any]) -> KroneckerConfig:
     """The config of a new adapter; rank, styles and alpha mean nothing here."""
-    return KroneckerConfig(**{"factors": settings.factors or FACTORS, **special}, target_modules=settings.targets)
+    targets = settings.targets or KroneckerConfig.default_targets()
+    return KroneckerConfig(**{"factors": settings.factors or FACTORS, **special}, target_modules=targets)
+
+
+def parse_factors(text: str) -> tuple[int, ...]:
+    """Factors as a person writes them, "64, 4". Raises ValueError."""
+    try:
+        first, second = map(int, text.split(","))
+    except ValueError:
+        raise ValueError(f'factors: expected two whole numbers, as in "64, 4", found {text!r}') from None
+    return first, second
 
 
 def read(parts: dict[str, Tensor], stated: KroneckerConfig | None, problem: Problem) -> KroneckerLayer:
@@ -265,6 +275,7 @@ METHOD = Method(
     },
     read=read,
     describe=describe,
+    paper="https://arxiv.org/abs/2402.17412",
     lora_names=True,
     tensors=tensors,
 )
