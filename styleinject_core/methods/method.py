@@ -1,7 +1,7 @@
 """What every method offers: a layer's parameters and what they do, a config, and a place in files.
 
-A method is one file in this folder and one line in `methods.METHODS`; nothing else knows its name. CONTRIBUTING.md, "How
-to add a method", walks through one.
+A method is one file in this folder and one line in `methods.METHODS`; only the reading of other programs' files knows
+some by their names. CONTRIBUTING.md, "How to add a method", walks through one.
 """
 
 from __future__ import annotations
