@@ -17,9 +17,9 @@ ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
                          "hosts", "summary", "router", "deadiff", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "parallel", "draws", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "injection", "monitor", "sampling", "patcher", "demo_model", "training"],
+    "integration": ["paths", "live", "injection", "monitor", "reference", "sampling", "patcher", "reference_encoder", "demo_model", "training"],
     "integration/training": ["graph_inputs", "options", "comfy_model", "named_runs", "job"],
-    "nodes": ["schema", "adapter", "router", "train", "demo"],
+    "nodes": ["schema", "adapter", "reference", "router", "train", "demo"],
 }  # fmt: skip
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 OPTIONAL = {  # packages that need not be there, and the files of the core that import them, inside a function
