@@ -120,7 +120,7 @@ def _new_patcher(
     source: Adapter, dtype: torch.dtype, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool = False
 ) -> ModelPatcher:
     """A patcher around a copy of `source` in `dtype`; tensors that have it already are shared, not copied."""
-    copy = source.with_layers(lambda layer: layer.with_tensors(lambda value: value.to(offload_device, dtype)))
+    copy = source.with_layers(lambda layer: layer.converted(offload_device, dtype))
     copy = copy.requires_grad_(False).eval()
     patcher = wrap(copy, load_device, offload_device, disable_dynamic)
     # how newer versions make copies for other GPUs; from the copy, for a reference to `source` would be a cycle

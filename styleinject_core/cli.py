@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
-from .commands.config import AdapterTable
 from .commands.plot import KINDS
 from .config import ROUTER_POOLS, STA_FORMS
 from .files import AdapterFileError, load_adapter, save_adapter
@@ -22,6 +21,7 @@ from .router.embedding import METHODS
 from .router.plots import VIEWS
 from .selector import SelectorError
 from .summary import as_text, summarize
+from .train.request import AdapterRequest
 from .train.run.loop import TrainingError
 
 
@@ -57,12 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write an untrained adapter, an exact identity, for a known architecture")
     init.add_argument("output", type=Path, metavar="OUT.safetensors")
     init.add_argument("--base", choices=ARCHITECTURES, required=True, help="the architecture; no weights are needed")
-    init.add_argument("--method", choices=choices(), default=choices()[0], help="what kind of adapter (default styleinject)")
-    init.add_argument("--rank", type=int, default=32, help="r (default 32)")
-    init.add_argument("--styles", type=int, default=16, help="n, parallel down-projections (default 16)")
     init.add_argument(
-        "--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)"
+        "--method", choices=choices(), default=AdapterRequest.method, help="what kind of adapter (default %(default)s)"
     )
+    init.add_argument("--rank", type=int, default=AdapterRequest.rank, help="r (default %(default)s)")
+    init.add_argument(
+        "--styles", type=int, default=AdapterRequest.styles, help="n, parallel down-projections (default %(default)s)"
+    )
+    init.add_argument("--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)")
     init.add_argument(
         "--factors", type=_integers, default=kronecker.FACTORS, metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)"
     )
@@ -130,7 +132,7 @@ def _init(options: argparse.Namespace) -> int:
 
     if options.output.exists() and not options.force:
         raise FileExistsError(f"{options.output} exists: choose another name, or --force to replace it")
-    settings = AdapterTable(
+    settings = AdapterRequest(
         method=options.method,
         rank=options.rank,
         styles=options.styles,

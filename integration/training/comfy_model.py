@@ -148,6 +148,10 @@ class ComfyTrainingModel(TrainingModel):
         return self.patcher.load_device
 
     @property
+    def latent_space(self) -> tuple[Any, ...]:
+        return (type(self.patcher.model.latent_format).__name__,)
+
+    @property
     def title(self) -> str:
         """What the model is, in words."""
         return model_title(self.patcher.model)

@@ -1,4 +1,4 @@
-"""Training data from the graph: LATENT and CONDITIONING, single or in lists, and pictures that a model draws first."""
+"""Training data from the graph: LATENT and CONDITIONING, single or in lists."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.conds
-import comfy.model_management
-import comfy.sample
 import torch
 from torch import Tensor
 
@@ -74,6 +72,35 @@ def a_prompt_each(prompts: Sequence[Prompt], count: int, what: str = "conditioni
     if len(prompts) not in (1, count):
         raise ValueError(f"{what}: {len(prompts)} prompts for {count} images; expected as many, or one for all")
     return list(prompts) * count if len(prompts) == 1 else list(prompts)
+
+
+def empty_prompt(values: Sequence[Any] | None, what: str) -> Prompt | None:
+    """The one prompt of an optional CONDITIONING input."""
+    return None if values is None else flat_prompts(values, what)[0]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is trained on, the latents in the scale of the VAE, (C, H, W) each, with a prompt each.
+
+    Args:
+        teacher_prompts: the same prompts by a teacher's text encoder, where it has another one.
+    """
+
+    latents: Sequence[Tensor]
+    prompts: Sequence[Prompt]
+    teacher_prompts: Sequence[Prompt] | None = None
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the first latent."""
+        return self.latents[0].shape
+
+
+def images_and_prompts(latents: Sequence[dict[str, Any]], conditioning: Sequence[Sequence[Any]]) -> Images:
+    """The images of LATENTs with a prompt each, of CONDITIONINGs. Raises ValueError, see the functions above."""
+    images = flat_latents(latents)
+    return Images(images, a_prompt_each(flat_prompts(conditioning), len(images)))
 
 
 @dataclass(frozen=True)
@@ -149,49 +176,3 @@ class Encoder:
                 self.lengths.add(cond.cond.shape[1])
             row[key] = cond.cond.detach().float().cpu() if cond.cond.is_floating_point() else cond.cond.detach().cpu()
         return row
-
-
-def draw(
-    patcher: ModelPatcher,
-    prompts: Sequence[Prompt],
-    empty: Prompt | None,
-    shape: Sequence[int],
-    *,
-    seed: int,
-    steps: int,
-    guidance: float,
-) -> Tensor:
-    """Sample one latent per prompt; seed + k seeds number k.
-
-    Args:
-        empty: the negative prompt; without one there is no guidance.
-        shape: of a latent, (C, ..., H, W).
-
-    Returns:
-        (N, C, ..., H, W), float32 on the CPU, in the scale of the VAE.
-    """
-
-    def interruptible(*_: Any) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    found = []
-    with torch.inference_mode():
-        blank = Encoder(patcher).framed(torch.zeros(*shape)).unsqueeze(0)
-        for k, prompt in enumerate(prompts):
-            latent = comfy.sample.sample(
-                patcher,
-                comfy.sample.prepare_noise(blank, seed + k),
-                steps,
-                guidance if empty is not None else 1.0,
-                "euler",
-                "simple",
-                [list(prompt)],
-                [list(empty or prompt)],
-                blank,
-                callback=interruptible,
-                disable_pbar=True,
-                seed=seed + k,
-            )
-            found.append(latent.float().cpu())
-    with torch.inference_mode(False):
-        return torch.cat(found).clone()

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...styleinject_core import Adapter, AdapterConfig
+from ...styleinject_core import Adapter
 from ...styleinject_core.files import AdapterFileError, save_adapter
+from ...styleinject_core.files.atomic import replacing
 from ...styleinject_core.train.objectives.tasks import FineTune
 from ...styleinject_core.train.run.checkpoints import CheckpointError, RunFolder, validations
 from ...styleinject_core.train.run.loop import Observer, Progress, Result, run_plan, train
@@ -26,7 +27,9 @@ from ...styleinject_core.train.run.watch import figure_pixels, loss_figure
 from ...styleinject_core.train.settings import TrainSettings
 from .. import paths
 from ..live import running_server
-from .options import GO_ON, MUST_GO_ON
+
+# What to do about a run of the same name: the choices of StyleInjectTrainOptions.existing_run.
+GO_ON, MUST_GO_ON, NEW = "go on or new", "go on", "new"
 
 _PLOT_EVERY = 3.0  # seconds, at least; and at most a tenth of the time
 _TEXT_EVERY = 0.5
@@ -48,13 +51,6 @@ def check_name(name: str) -> str:
     if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', name) or name.startswith(".") or name.endswith("."):
         raise ValueError(f"name: expected a name for a folder, found {name!r}")
     return name
-
-
-def new_adapter(shapes: Any, config: AdapterConfig, name: str, seed: int) -> Adapter:
-    """An untrained adapter; the program's own random numbers go on as if there had been none."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Adapter.create(shapes, config, name)
 
 
 def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunFolder:
@@ -138,7 +134,8 @@ class Watch(Observer):
         folder = self.run.path / "samples"
         try:
             folder.mkdir(exist_ok=True)
-            self._latest.save(folder / f"step-{step:06}.png")
+            with replacing(folder / f"step-{step:06}.png") as temporary:
+                self._latest.save(temporary, format="png")
         except OSError as error:
             self.problem(f"picture of step {step}: {error}")
 

@@ -106,7 +106,7 @@ class StyleInjectApply(io.ComfyNode):
             end_percent=end_percent,
             control=control or (),
         )
-        return io.NodeOutput(patched, report(patched, injection))
+        return io.NodeOutput(patched, report(patched, injection), ui=shown(patched, injection))
 
 
 class StyleInjectLoadAndApply(io.ComfyNode):
@@ -138,7 +138,8 @@ class StyleInjectLoadAndApply(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = load_adapter(paths.adapter_path(adapter_name))
-        return io.NodeOutput(apply_adapter(model, adapter, strength=strength)[0])
+        patched, injection = apply_adapter(model, adapter, strength=strength)
+        return io.NodeOutput(patched, ui=shown(patched, injection))
 
 
 class StyleInjectStrength(io.ComfyNode):
@@ -168,6 +169,19 @@ class StyleInjectStrength(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         return io.NodeOutput(set_strength(model, adapter_name, strength))
+
+
+def shown(model: ModelPatcher, injection: Injection) -> dict[str, Sequence[str]]:
+    """What the node itself shows: how many layers matched, and what the model is. Under a key of the pack's own: text under
+    ComfyUI's would be listed among the results of a run."""
+    matched = injection.report(model.model)
+    used = len(injection.applied.layer_scales())
+    text = f"{len(matched.matched)} of {len(matched.matched) + len(matched.unmatched)} layers, {model_title(model.model)}"
+    if used != len(matched.matched):
+        text += f"\n{used} of them chosen by layers"
+    if matched.unmatched:
+        text += f"\nnot in this model: {', '.join(matched.unmatched[:2])}" + (" ..." if len(matched.unmatched) > 2 else "")
+    return {"styleinject_text": (text,)}
 
 
 def report(model: ModelPatcher, injection: Injection) -> str:

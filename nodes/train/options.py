@@ -8,7 +8,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...integration.training.graph_inputs import flat_prompts
-from ...integration.training.options import DTYPES, GO_ON, MUST_GO_ON, NEW, TrainOptions
+from ...integration.training.named_runs import GO_ON, MUST_GO_ON, NEW
+from ...integration.training.options import TrainOptions
+from ...styleinject_core.config import ROUTER_POOLS
+from ...styleinject_core.train.request import DTYPES
 from ...styleinject_core.train.settings import OPTIMIZERS, SCHEDULES
 from ..schema import OptionsType, schema
 
@@ -106,11 +109,11 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     10_000,
                 ),
                 real("alpha", "The learned change is scaled by alpha / rank. 0 means alpha = rank.", 4096.0, 1.0),
-                choice("router_pool", ("mean", "sum", "token"), "How the style router sums up an image. The paper's is mean."),
+                choice("router_pool", ROUTER_POOLS, "How the style router sums up an image. The paper's is mean."),
                 choice("sta", ("multiplicative", "additive"), "How statistics are changed. The paper's is multiplicative."),
                 number("sampling_steps", "For pictures, and for images that a model draws before training.", 1000, 1),
                 real("guidance", "Guidance (CFG) for the same; without an empty prompt there is none.", 30.0, 0.5),
-                choice("dtype", DTYPES, "What adapter files are stored in. Training itself is in float32."),
+                choice("dtype", DTYPES[::-1], "What adapter files are stored in. Training itself is in float32."),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the pictures. Without it there are none."),
                 io.Conditioning.Input(
                     "picture_prompt",

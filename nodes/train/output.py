@@ -11,9 +11,9 @@ from comfy_api.latest import io, ui
 
 from ...integration import paths
 from ...integration.training.named_runs import LossHistory
-from ...integration.training.options import DTYPES
 from ...styleinject_core import Adapter
 from ...styleinject_core.files import save_adapter
+from ...styleinject_core.train.request import DTYPES, TrainingRequest
 from ...styleinject_core.train.run.watch import figure_pixels, loss_figure, running_mean
 from ..schema import AdapterType, LossType, schema
 
@@ -38,8 +38,8 @@ class StyleInjectSave(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=list(DTYPES),
-                    default=DTYPES[0],
+                    options=list(DTYPES[::-1]),
+                    default=TrainingRequest.dtype,
                     tooltip="float16 is half the size of float32, and as good in use.",
                 ),
                 io.String.Input("title", default="", tooltip="A name for people; empty for the file's name."),

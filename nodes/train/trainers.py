@@ -6,12 +6,27 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ...integration.training.graph_inputs import a_prompt_each, flat_latents, flat_prompts
-from ...integration.training.job import Images, Job, empty_prompt
+from ...integration.training.graph_inputs import (
+    empty_prompt,
+    flat_latents,
+    flat_prompts,
+    images_and_prompts,
+)
+from ...integration.training.graph_model import GraphModel
+from ...integration.training.job import Job
 from ...integration.training.named_runs import Outcome
 from ...integration.training.options import TrainOptions
+from ...integration.training.trainings import (
+    ClassImages,
+    Lesson,
+    check_loaded_apart,
+    distill,
+    dreambooth,
+    fine_tune,
+)
 from ...styleinject_core.methods import choices
-from ...styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
+from ...styleinject_core.train.request import AdapterRequest
+from ...styleinject_core.train.settings import TrainSettings
 from ..schema import AdapterType, LossType, OptionsType, schema
 
 _SEVERAL = "One LATENT or several, batches or lists; pictures of different sizes may be mixed."
@@ -41,14 +56,9 @@ class StyleInjectTrain(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, latents: Any, conditioning: Any, empty: Any = None, options: Any = None, **asked: Any):
-        job = _job(cls, asked, options, model=model[0], empty=empty_prompt(empty, "empty"))
-        images = flat_latents(latents)
-        data = Images(images, a_prompt_each(flat_prompts(conditioning), len(images)))
-        with job.loaded(images[0].shape) as loaded:
-            source, validation = job.sources(data)
-            task = FineTune(job.student, source, job.settings, **validation)
-            return _output(job.run(loaded, task, data))
+    def execute(cls, model: Any, latents: Any, conditioning: Any, empty: Any = None, options: Any = None, **widgets: Any):
+        student = GraphModel(model[0], empty_prompt(empty, "empty"))
+        return _output(fine_tune(_job(cls, widgets, options, student), images_and_prompts(latents, conditioning)))
 
 
 class StyleInjectDreamBooth(io.ComfyNode):
@@ -110,27 +120,13 @@ class StyleInjectDreamBooth(io.ComfyNode):
         class_latents: Any = None,
         empty: Any = None,
         options: Any = None,
-        **asked: Any,
+        **widgets: Any,
     ):
-        job = _job(cls, asked, options, model=model[0], empty=empty_prompt(empty, "empty"))
-        images = flat_latents(latents)
-        data = Images(images, a_prompt_each(flat_prompts(conditioning), len(images)))
-        kind = flat_prompts(class_conditioning, "class_conditioning")
-        DreamBooth.check(job.student, job.settings)
-        job.check_count(len(images))
-        with job.loaded(images[0].shape) as loaded:
-            prior = None
-            if prior_weight[0] > 0:
-                if class_latents is None:
-                    kind = [kind[k % len(kind)] for k in range(class_images[0])]
-                    drawn = job.drawn(loaded, job.student, kind, job.empty, images[0].shape)
-                else:
-                    drawn = flat_latents(class_latents, "class_latents")
-                    kind = a_prompt_each(kind, len(drawn), "class_conditioning")
-                prior = job.source(Images(drawn, kind))
-            source, validation = job.sources(data)
-            task = DreamBooth(job.student, source, job.settings, prior=prior, prior_weight=prior_weight[0], **validation)
-            return _output(job.run(loaded, task, data))
+        job = _job(cls, widgets, options, GraphModel(model[0], empty_prompt(empty, "empty")))
+        class_prompts = flat_prompts(class_conditioning, "class_conditioning")
+        drawings = None if class_latents is None else flat_latents(class_latents, "class_latents")
+        prior = ClassImages(prompts=class_prompts, latents=drawings, count=class_images[0], weight=prior_weight[0])
+        return _output(dreambooth(job, images_and_prompts(latents, conditioning), prior))
 
 
 class StyleInjectDistill(io.ComfyNode):
@@ -221,50 +217,25 @@ class StyleInjectDistill(io.ComfyNode):
         empty: Any = None,
         teacher_empty: Any = None,
         options: Any = None,
-        **asked: Any,
+        **widgets: Any,
     ):
-        shared = teacher_conditioning is None
-        _check_pair(model[0], teacher[0], shared, empty, teacher_empty)
-        own_empty = empty_prompt(empty, "empty")
-        job = _job(
-            cls,
-            asked,
-            options,
-            model=model[0],
-            teacher=teacher[0],
-            empty=own_empty,
-            teacher_empty=own_empty if shared else empty_prompt(teacher_empty, "teacher_empty"),
+        check_loaded_apart(model[0], teacher[0])
+        student = GraphModel(model[0], empty_prompt(empty, "empty"))
+        shared = teacher_conditioning is None  # the teacher reads the student's prompts
+        its_empty = student.empty if shared else empty_prompt(teacher_empty, "teacher_empty")
+        job = _job(cls, widgets, options, student, GraphModel(teacher[0], its_empty))
+        prompts, images = flat_prompts(conditioning), None if latents is None else flat_latents(latents)
+        its_prompts = None if shared else flat_prompts(teacher_conditioning, "teacher_conditioning")
+        lesson = Lesson(
+            prompts=prompts,
+            teacher_prompts=its_prompts,
+            latents=images,
+            images_per_prompt=images_per_prompt[0],
+            size=size[0],
+            output_weight=output_weight[0],
+            feature_weight=feature_weight[0],
         )
-        prompts = flat_prompts(conditioning)
-        theirs = None if shared else a_prompt_each(flat_prompts(teacher_conditioning, "teacher_conditioning"), len(prompts))
-        images = None if latents is None else flat_latents(latents)
-        side = size[0] // job.encoder.pixels_per_latent
-        shape = (job.encoder.channels, side, side) if images is None else images[0].shape
-        weight = feature_weight[0] if shared else 0.0
-        Distil.check_pair(job.student, job.master, job.settings, weight)
-        job.check_count(len(prompts) * images_per_prompt[0] if images is None else len(images))
-        with job.loaded(shape) as loaded:
-            if shared and job.master.fingerprint == job.student.fingerprint:
-                raise ValueError("teacher and student are the same model, there is nothing to learn")
-            if images is None:
-                prompts = [prompt for prompt in prompts for _ in range(images_per_prompt[0])]
-                theirs = None if theirs is None else [prompt for prompt in theirs for _ in range(images_per_prompt[0])]
-                images = job.drawn(loaded, job.master, theirs or prompts, job.teacher_empty, shape)
-            prompts = a_prompt_each(prompts, len(images))
-            data = Images(
-                images, prompts, None if theirs is None else a_prompt_each(theirs, len(images), "teacher_conditioning")
-            )
-            source, validation = job.sources(data)
-            task = Distil(
-                job.student,
-                job.master,
-                source,
-                job.settings,
-                output_weight=output_weight[0],
-                feature_weight=weight,
-                **validation,
-            )
-            return _output(job.run(loaded, task, data))
+        return _output(distill(job, lesson))
 
 
 _TRAINS = {"is_input_list": True, "is_output_node": True, "hidden": [io.Hidden.unique_id]}
@@ -282,25 +253,33 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
         io.Combo.Input(
             "method",
             options=list(choices()),
-            default=choices()[0],
+            default=AdapterRequest.method,
             tooltip="styleinject is the method whole. lora is plain LoRA, to compare with. dma-only leaves out the statistics, "
             "sta-only the several styles.",
         ),
         io.Int.Input("steps", default=steps, min=1, max=10**6, tooltip="How many steps to train."),
         io.Float.Input(
             "learning_rate",
-            default=1e-4,
+            default=TrainSettings.learning_rate,
             min=1e-7,
             max=10.0,
             step=1e-5,
             round=1e-8,
             tooltip="How far each step goes. 0.0001 for Stable Diffusion; too high shows as a loss that jumps or becomes NaN.",
         ),
-        io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Images per step. More need more memory."),
-        io.Int.Input("rank", default=32, min=1, max=1024, tooltip="Size of the learned change per layer. 4 to 32 is common."),
+        io.Int.Input(
+            "batch_size", default=TrainSettings.batch_size, min=1, max=1024, tooltip="Images per step. More need more memory."
+        ),
+        io.Int.Input(
+            "rank",
+            default=AdapterRequest.rank,
+            min=1,
+            max=1024,
+            tooltip="Size of the learned change per layer. 4 to 32 is common.",
+        ),
         io.Int.Input(
             "styles",
-            default=16,
+            default=AdapterRequest.styles,
             min=1,
             max=256,
             tooltip="Parallel changes that the style router mixes for each image. Unused by lora and sta-only.",
@@ -337,25 +316,18 @@ def _outputs() -> list[Any]:
     ]
 
 
-def _job(node: type[io.ComfyNode], asked: dict[str, list], options: list[TrainOptions] | None, **models: Any) -> Job:
+def _job(
+    node: type[io.ComfyNode],
+    widgets: dict[str, list],
+    options: list[TrainOptions] | None,
+    student: GraphModel,
+    teacher: GraphModel | None = None,
+) -> Job:
     """A job from a node's inputs, which come as lists."""
-    values = {name: value[0] for name, value in asked.items()}
+    given = options[0] if options else TrainOptions()
+    request = given.request(**{name: value[0] for name, value in widgets.items()})
     node_id = None if node.hidden is None else node.hidden.unique_id
-    return Job(**values, options=options[0] if options else TrainOptions(), node_id=node_id, **models)
-
-
-def _check_pair(model: Any, teacher: Any, shared: bool, empty: Any, teacher_empty: Any) -> None:
-    """Refuse what cannot be distilled (ValueError)."""
-    if teacher.model is model.model:
-        raise ValueError(
-            "teacher and student are the same loaded checkpoint, and a LoRA or adapter on one would be on both: load another "
-            "checkpoint as the teacher (a model with a LoRA on it can be saved as one by Save Checkpoint)"
-        )
-    formats = [type(patcher.model.latent_format).__name__ for patcher in (teacher, model)]
-    if formats[0] != formats[1]:
-        raise ValueError(f"the teacher's latents are {formats[0]}, the student's {formats[1]}: both must use the same VAE")
-    if not shared and (empty is None) != (teacher_empty is None):
-        raise ValueError("with teacher_conditioning, connect both empty and teacher_empty, or none of them")
+    return Job(request=request, options=given, student=student, teacher=teacher, node_id=node_id)
 
 
 def _output(outcome: Outcome) -> io.NodeOutput:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from styleinject_core.demo import data
 from styleinject_core.demo.autoencoder import Autoencoder
 from styleinject_core.demo.model import BASE_FILE, NOISE_SCHEDULE, build_unet, sample
 from styleinject_core.demo.text import TextEncoder, words
+from styleinject_core.files.atomic import replacing, save_tensors
 
 SAVE_EVERY = 100
 PICTURE_EVERY = 400
@@ -70,13 +70,12 @@ def pictures(path: Path, unet: nn.Module, text: TextEncoder, autoencoder: Autoen
         latents = sample(unet, text(names), text([""]), seed=0)
         tiles = autoencoder.decode(latents)
     rows = tiles.unflatten(0, (-1, 10)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (rows*64, 640, 3)
-    Image.fromarray(((rows + 1) * 127.5).byte().numpy()).save(path)
+    with replacing(path) as temporary:
+        Image.fromarray(((rows + 1) * 127.5).byte().numpy()).save(temporary, format="png")
 
 
 def export(work: Path, name: str, target: Path) -> None:
     """The averaged weights, the text encoder and the autoencoder as one fp16 file with the vocabulary in its header."""
-    from safetensors.torch import save_file
-
     model, autoencoder, _ = build(work)
     ema = Ema(model)
     load_state(work / f"{name}.pt", ema=ema)
@@ -88,10 +87,7 @@ def export(work: Path, name: str, target: Path) -> None:
         "vocabulary": json.dumps(model["text_encoder"].vocabulary),
         "description": "Text to 64x64 emoji, trained on OpenMoji drawings (CC-BY-SA 4.0)",
     }
-    temporary = target.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, target)
+    save_tensors(tensors, target, metadata)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 

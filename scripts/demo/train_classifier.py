@@ -10,12 +10,10 @@ what a diffusion model draws is nothing strange to it.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -24,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from styleinject_core.demo import data
 from styleinject_core.demo.classifier import CLASSIFIER_FILE, Classifier
 from styleinject_core.demo.model import load_autoencoder
+from styleinject_core.files.atomic import save_tensors
 
 
 def augment(images: Tensor) -> Tensor:
@@ -81,10 +80,8 @@ def main() -> None:
             if args.check or label != "left out":
                 print(f"{label}: concept {right[0]:.1%}, style {right[1]:.1%} of {len(chosen)}")
     if not args.check:
-        temporary = CLASSIFIER_FILE.with_suffix(".tmp")
-        save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, CLASSIFIER_FILE)
+        state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        save_tensors(state, CLASSIFIER_FILE, {"format": "pt"})
 
 
 if __name__ == "__main__":

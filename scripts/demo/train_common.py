@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from styleinject_core.files.atomic import replacing
+
 
 def save_state(path: Path, step: int, **parts: Any) -> None:
     """Write step, RNG and the state_dict of every part; atomic, so a killed run always leaves a good file."""
     state = {name: part.state_dict() for name, part in parts.items()}
-    temporary = path.with_suffix(".tmp")
-    torch.save({"step": step, "rng": torch.get_rng_state(), **state}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save({"step": step, "rng": torch.get_rng_state(), **state}, temporary)
 
 
 def load_state(path: Path, **parts: Any) -> int:

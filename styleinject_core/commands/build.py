@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapter import Adapter
 from ..demo.training import DemoTrainingModel
-from ..files.format import atomic_save
 from ..train.data.batches import Conditioning, joined
+from ..train.data.drawn import draw_once, kept_latents
 from ..train.data.folder import ImageFolder
 from ..train.data.source import FolderSource, LatentSource, Source, StreamSource
 from ..train.data.webdataset import ImageStream
 from ..train.models.pipeline import PipelineModel
 from ..train.models.training_model import TextToImageModel
-from ..train.objectives.tasks import Distil, DreamBooth, FineTune
+from ..train.objectives.tasks import Distil, DreamBooth, FineTune, check_teacher, check_weights_differ
 from ..train.parallel import Processes, launched_device
+from ..train.request import TrainingRequest
 from ..train.run.metadata import made_by
 from .config import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"
-_SAVE_EVERY = 60.0  # seconds, of images that a model draws before training
+_AT_ONCE = 4  # images that a model draws before training
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Job:
     """
 
     config: TrainConfig
+    request: TrainingRequest
     here: Path
     out: Path
     processes: Processes
@@ -50,24 +50,24 @@ class Job:
     adapter: Adapter
     task: FineTune
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What adapter files are stored in."""
-        dtype: torch.dtype = getattr(torch, self.config.output.dtype)
-        return dtype
-
     def metadata(self) -> dict[str, str]:
         """How the adapter was made, for its file: ModelSpec fields and our own, no paths."""
         config = self.config
         teacher = config.teacher.path if isinstance(config, DistilConfig) else ""
-        made = (self.model.architecture, config.adapter.method, self.model.name, Path(teacher).stem)
-        own = made_by(self.task, config.train, *made)
-        own["modelspec.resolution"] = f"{config.data.resolution}x{config.data.resolution}"
+        metadata = made_by(
+            self.task,
+            config.train,
+            architecture=self.model.architecture,
+            method=config.adapter.method,
+            base=self.model.name,
+            teacher=Path(teacher).stem,
+        )
+        metadata["modelspec.resolution"] = f"{config.data.resolution}x{config.data.resolution}"
         if isinstance(config, DreamBoothConfig):
-            own["modelspec.trigger_phrase"] = config.dreambooth.instance_prompt
-        given = {"title": config.output.title or config.output.name}
-        given |= {key: getattr(config.output, key) for key in ("author", "description", "license", "trigger_phrase")}
-        return own | {f"modelspec.{key}": value for key, value in given.items() if value}
+            metadata["modelspec.trigger_phrase"] = config.dreambooth.instance_prompt
+        written = {"title": config.output.title or config.output.name}
+        written |= {key: getattr(config.output, key) for key in ("author", "description", "license", "trigger_phrase")}
+        return metadata | {f"modelspec.{key}": value for key, value in written.items() if value}
 
 
 def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = False) -> Job:
@@ -93,10 +93,9 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     if config.data.resolution % model.pixels_per_latent:
         raise ConfigError(f"data.resolution: expected a multiple of {model.pixels_per_latent}, found {config.data.resolution}")
     task = _task(config, here, None if dry else out, model, processes)
-    torch.manual_seed(config.train.seed)
-    adapter = Adapter.create(model.denoiser, config.adapter.config(), config.output.name)
-    device = next(model.denoiser.parameters()).device
-    return Job(config, here, out, processes, model, adapter.to(device), task)
+    request = config.request()
+    adapter = request.new_adapter(model.denoiser)
+    return Job(config, request, here, out, processes, model, adapter.to(model.device), task)
 
 
 def load_model(table: ModelTable, here: Path) -> TextToImageModel:
@@ -123,7 +122,7 @@ def _task(config: TrainConfig, here: Path, out: Path | None, model: TextToImageM
 
 def _distillation(config: DistilConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes) -> Distil:
     teacher, table = load_model(config.teacher, here), config.distil
-    _check_pair(model, teacher, table.shared_text_encoder)
+    _check_teacher(model, teacher, table.shared_text_encoder)
     pairs = _prompt_pairs(config, here)
 
     def read_by_teacher(caption: str) -> Conditioning:
@@ -178,13 +177,12 @@ def _images(
         )
         return StreamSource(stream, model.encode, lambda text: model.encode_text([text]), **reading), {}
     folder = _folder(data, here / data.folder, settings.seed, caption)
-    held_out = _held_out(len(folder), data.validation, settings.seed)
-    chosen = [k for k in range(len(folder)) if k not in held_out]
-    source = _folder_source(config, folder, chosen, model, settings.batch_size, processes, **reading)
+    trained_on, held_out = config.request().split(len(folder), "data.validation")
+    source = _folder_source(config, folder, trained_on, model, settings.batch_size, processes, **reading)
     if not held_out:
         return source, {}
-    seen = _folder_source(config, folder, sorted(held_out), model, 1, Processes(), **reading)  # one by one: each of them once
-    return source, {"validation": seen, "validation_batches": len(held_out)}
+    validation = _folder_source(config, folder, held_out, model, 1, Processes(), **reading)  # one by one: each of them once
+    return source, {"validation": validation, "validation_batches": len(held_out)}
 
 
 def _folder(data: DataTable, path: Path, seed: int, caption: str | None) -> ImageFolder:
@@ -216,14 +214,6 @@ def _folder_source(
 
     options: dict[str, Any] = {"batch_size": batch_size, "seed": config.train.seed, "processes": processes}
     return FolderSource(folder, model.encode, read, chosen=chosen, **options, **reading)
-
-
-def _held_out(count: int, wanted: int, seed: int) -> set[int]:
-    """The images that are only validated on."""
-    if wanted >= count:
-        raise ConfigError(f"data.validation: {wanted} of {count} images leave none to train on")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return set(order[:wanted].tolist())
 
 
 def _prior(
@@ -265,61 +255,34 @@ def _generated(
     asked = [model.fingerprint, list(prompts), steps, guidance, resolution, seed]
     path = out / f"generated-{_hash(asked)}.latents"
     if processes.is_main:
-        _draw(path, prompts, lambda few, start: model.sample(few, resolution, seed + start, steps, guidance), model.name)
+        from tqdm import tqdm
+
+        def draw(start: int, stop: int) -> Tensor:
+            return model.sample(prompts[start:stop], resolution, seed + start, steps, guidance)
+
+        with tqdm(total=len(prompts), desc=f"{model.name} draws images, {_AT_ONCE} at a time") as bar:
+            draw_once(path, len(prompts), draw, at_once=_AT_ONCE, progress=lambda there: bar.update(there - bar.n))
     processes.wait()
-    return torch.stack(_drawn(path))
-
-
-def _draw(path: Path, prompts: Sequence[str], sample: Callable[[Sequence[str], int], Tensor], name: str) -> None:
-    """Draw what is not in the file yet, four at a time; what was drawn before an interrupt is kept."""
-    from tqdm import tqdm
-
-    drawn = _drawn(path)
-    kept, saved_at = len(drawn), time.monotonic()
-
-    def save() -> None:
-        atomic_save({"latents": torch.stack(drawn)}, path, {"format": "pt"})
-
-    try:
-        for start in tqdm(range(kept, len(prompts), 4), desc=f"{name} draws images, 4 at a time"):
-            drawn.extend(sample(prompts[start : start + 4], start).cpu())
-            if time.monotonic() - saved_at > _SAVE_EVERY:
-                save()
-                kept, saved_at = len(drawn), time.monotonic()
-    finally:
-        if len(drawn) > kept:
-            save()
-
-
-def _drawn(path: Path) -> list[Tensor]:
-    """The images in a file of drawn ones; none where there is no such file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.get_tensor("latents").clone())  # not mapped to a file that may be replaced
-    except (OSError, SafetensorError):
-        return []
+    return torch.stack(kept_latents(path))
 
 
 def _hash(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=6).hexdigest()
 
 
-def _check_pair(model: TextToImageModel, teacher: TextToImageModel, shared_text_encoder: bool) -> None:
+def _check_teacher(model: TextToImageModel, teacher: TextToImageModel, shared_text_encoder: bool) -> None:
     """Refuse a teacher that this student cannot learn from (ConfigError)."""
-    if model.latent_space != teacher.latent_space:
+    try:
+        check_teacher(model, teacher)
+        if shared_text_encoder:
+            check_weights_differ(model, teacher)
+    except ValueError as error:
+        raise ConfigError(f"teacher.path: {error}") from None
+    widths, teacher_widths = ({key: value.shape[-1] for key, value in m.encode_text([""]).items()} for m in (model, teacher))
+    if shared_text_encoder and widths != teacher_widths:
         raise ConfigError(
-            f"teacher.path: its latents are {teacher.latent_space}, those of {model.name} are {model.latent_space}; they must "
-            "be the same"
-        )
-    if not shared_text_encoder:
-        return
-    if model.fingerprint == teacher.fingerprint:
-        raise ConfigError("teacher.path: teacher and student are the same model, there is nothing to learn")
-    own, theirs = ({key: value.shape[-1] for key, value in m.encode_text([""]).items()} for m in (model, teacher))
-    if own != theirs:
-        raise ConfigError(
-            f"distil.shared_text_encoder: the teacher reads prompts of {theirs}, the student of {own}; set it to false, "
-            "so that each has its own"
+            f"distil.shared_text_encoder: the teacher reads prompts of {teacher_widths}, the student of {widths}; "
+            "set it to false, so that each has its own"
         )
 
 

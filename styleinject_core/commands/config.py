@@ -13,12 +13,10 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..config import LayerConfig
-from ..methods import configure, kronecker
-from ..train.settings import TrainSettings
+from ..train.request import DTYPES, AdapterRequest, Drawing, TrainingRequest
+from ..train.settings import TrainSettings, about, check_choice
 
 Table = TypeVar("Table")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ConfigError(ValueError):
@@ -27,52 +25,54 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelTable:
-    """The model the adapter is for.
+    """The model the adapter is for."""
 
-    Args:
-        path: a diffusers folder, a .safetensors checkpoint, or "demo", the embedded model ("demo:noto" draws another style).
-            On Windows write paths with /, or in single quotes.
-        config: for a checkpoint file: a diffusers folder of the same kind of model, for its tokenizer and settings; it needs no
-            weights.
-        dtype: what the frozen model computes in: float32, bfloat16 or float16; the adapter is float32 always.
-    """
-
-    path: str
-    config: str = ""
-    dtype: str = "float32"
+    path: str = field(
+        metadata=about(
+            'a diffusers folder, a .safetensors checkpoint, or "demo", the embedded model ("demo:noto" draws another style).\n'
+            "On Windows write paths with /, or in single quotes."
+        )
+    )
+    config: str = field(
+        default="",
+        metadata=about(
+            "for a checkpoint file: a diffusers folder of the same kind of model, for its tokenizer and settings; it needs no\n"
+            "weights."
+        ),
+    )
+    dtype: str = field(
+        default="float32",
+        metadata=about("what the frozen model computes in: float32, bfloat16 or float16; the adapter is float32 always."),
+    )
 
     def __post_init__(self) -> None:
-        _choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)
 class DataTable:
-    """What it learns from. Give a folder or shards.
+    """What it learns from. Give a folder or shards."""
 
-    Args:
-        folder: images with NAME.txt beside them, or with a metadata.jsonl of "file_name" and "text".
-        shards: WebDataset shards, as in "data/{000..009}.tar"; read as a stream.
-        resolution: pixels of a square image's side: 512 for Stable Diffusion 1.x, 1024 for XL.
-        buckets: keep aspect ratios, in buckets of about the same area; false crops to squares.
-        bucket_step: sides of buckets are multiples of this.
-        center_crop: false crops anywhere.
-        flip: mirror half of the images.
-        on_corrupt: what to do about an image that cannot be read: "skip" it, or "stop".
-        validation: so many images of the folder are held out, for the validation loss.
-    """
-
-    folder: str = ""
-    shards: str = ""
-    resolution: int = 512
-    buckets: bool = True
-    bucket_step: int = 64
-    center_crop: bool = True
-    flip: bool = False
-    on_corrupt: str = "skip"
-    validation: int = 0
+    folder: str = field(
+        default="", metadata=about('images with NAME.txt beside them, or with a metadata.jsonl of "file_name" and "text".')
+    )
+    shards: str = field(default="", metadata=about('WebDataset shards, as in "data/{000..009}.tar"; read as a stream.'))
+    resolution: int = field(
+        default=512, metadata=about("pixels of a square image's side: 512 for Stable Diffusion 1.x, 1024 for XL.")
+    )
+    buckets: bool = field(
+        default=True, metadata=about("keep aspect ratios, in buckets of about the same area; false crops to squares.")
+    )
+    bucket_step: int = field(default=64, metadata=about("sides of buckets are multiples of this."))
+    center_crop: bool = field(default=True, metadata=about("false crops anywhere."))
+    flip: bool = field(default=False, metadata=about("mirror half of the images."))
+    on_corrupt: str = field(
+        default="skip", metadata=about('what to do about an image that cannot be read: "skip" it, or "stop".')
+    )
+    validation: int = field(default=0, metadata=about("so many images of the folder are held out, for the validation loss."))
 
     def __post_init__(self) -> None:
-        _choice("on_corrupt", self.on_corrupt, ("skip", "stop"))
+        check_choice("on_corrupt", self.on_corrupt, ("skip", "stop"))
         _at_least(self, 1, "resolution", "bucket_step")
         _at_least(self, 0, "validation")
         if self.folder and self.shards:
@@ -82,97 +82,51 @@ class DataTable:
 
 
 @dataclass(frozen=True)
-class AdapterTable:
-    """The adapter's size. The defaults are the paper's for fine-tuning; to distil it adapts convolutions too.
-
-    Args:
-        method: "styleinject"; "dma-only" (no AdaIN); "sta-only" (one style); "lora" (one style, no router, no AdaIN);
-            "kronecker" (DiffuseKronA: rank, styles, alpha and all below factors mean nothing to it).
-        rank: r.
-        styles: n, parallel down-projections; 1 for lora and sta-only.
-        alpha: the low-rank part is scaled by alpha / rank; 0 means alpha = rank.
-        targets: a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; for kronecker the paper has
-            ["to_q", "to_k", "to_v", "to_out.0"].
-        factors: of kronecker: the sizes of A, (a1, a2); fewer numbers the nearer their product is to the root of the layer's.
-        router_pool: "mean", "sum" or "token".
-        sta: the AdaIN step: "multiplicative" or "additive".
-    """
-
-    method: str = "styleinject"
-    rank: int = 32
-    styles: int = 16
-    alpha: float = 0.0
-    targets: tuple[str, ...] = ("to_q", "to_v")
-    factors: tuple[int, ...] = kronecker.FACTORS
-    router_pool: str = "mean"
-    sta: str = "multiplicative"
-
-    def __post_init__(self) -> None:
-        self.config()  # its own checks
-
-    def config(self) -> LayerConfig:
-        """The adapter's config."""
-        return configure(self)
-
-
-@dataclass(frozen=True)
 class OutputTable:
-    """What comes out, and where.
+    """What comes out, and where."""
 
-    Args:
-        folder: the run's folder: checkpoints, the final adapter, loss.jsonl, loss.png, pictures. Run the same command again
-            to go on where it stopped.
-        name: the adapter's file name, without .safetensors.
-        dtype: what the adapter's file is stored in: float32, bfloat16 or float16.
-        prompts: what to draw every train.sample_every steps.
-        guidance: classifier-free guidance of these pictures.
-        tensorboard: also write the losses for TensorBoard (needs the package tensorboard).
-        title: for the file's metadata, as are the next four.
-        author: who made it.
-        description: in a sentence or two.
-        license: an SPDX name.
-        trigger_phrase: words that call the style or subject.
-    """
-
-    folder: str
-    name: str = "adapter"
-    dtype: str = "float16"
-    prompts: tuple[str, ...] = ()
-    guidance: float = 5.0
-    tensorboard: bool = False
-    title: str = ""
-    author: str = ""
-    description: str = ""
-    license: str = ""
-    trigger_phrase: str = ""
+    folder: str = field(
+        metadata=about(
+            "the run's folder: checkpoints, the final adapter, loss.jsonl, loss.png, pictures. Run the same command again\n"
+            "to go on where it stopped."
+        )
+    )
+    name: str = field(default="adapter", metadata=about("the adapter's file name, without .safetensors."))
+    dtype: str = field(
+        default=TrainingRequest.dtype, metadata=about("what the adapter's file is stored in: float32, bfloat16 or float16.")
+    )
+    prompts: tuple[str, ...] = field(default=(), metadata=about("what to draw every train.sample_every steps."))
+    guidance: float = field(default=Drawing.guidance, metadata=about("classifier-free guidance of these pictures."))
+    tensorboard: bool = field(
+        default=False, metadata=about("also write the losses for TensorBoard (needs the package tensorboard).")
+    )
+    title: str = field(default="", metadata=about("for the file's metadata, as are the next four."))
+    author: str = field(default="", metadata=about("who made it."))
+    description: str = field(default="", metadata=about("in a sentence or two."))
+    license: str = field(default="", metadata=about("an SPDX name."))
+    trigger_phrase: str = field(default="", metadata=about("words that call the style or subject."))
 
     def __post_init__(self) -> None:
-        _choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, DTYPES)
         if not re.fullmatch(r"[^/\\:]+", self.name) or self.name.startswith("."):
             raise ValueError(f"name: expected a file name without folders, found {self.name!r}")
 
 
 @dataclass(frozen=True)
 class DreamBoothTable:
-    """A few images of one subject, and how the base model draws its kind.
+    """A few images of one subject, and how the base model draws its kind."""
 
-    Args:
-        instance_prompt: the subject with its identifier, as in "a sks dog"; the caption of every image in data.folder.
-        class_prompt: its kind, as in "a dog".
-        class_folder: images of the kind; left empty, the base model draws them before training.
-        class_images: how many it draws.
-        class_steps: sampling steps for each.
-        guidance: classifier-free guidance for them.
-        prior_weight: weight of the class images' loss; 0 does without them.
-    """
-
-    instance_prompt: str
-    class_prompt: str
-    class_folder: str = ""
-    class_images: int = 100
-    class_steps: int = 20
-    guidance: float = 5.0
-    prior_weight: float = 1.0
+    instance_prompt: str = field(
+        metadata=about('the subject with its identifier, as in "a sks dog"; the caption of every image in data.folder.')
+    )
+    class_prompt: str = field(metadata=about('its kind, as in "a dog".'))
+    class_folder: str = field(
+        default="", metadata=about("images of the kind; left empty, the base model draws them before training.")
+    )
+    class_images: int = field(default=100, metadata=about("how many it draws."))
+    class_steps: int = field(default=Drawing.steps, metadata=about("sampling steps for each."))
+    guidance: float = field(default=Drawing.guidance, metadata=about("classifier-free guidance for them."))
+    prior_weight: float = field(default=1.0, metadata=about("weight of the class images' loss; 0 does without them."))
 
     def __post_init__(self) -> None:
         if self.class_images < 1:
@@ -185,28 +139,28 @@ class DreamBoothTable:
 
 @dataclass(frozen=True)
 class DistilTable:
-    """How the student compares itself to the teacher.
+    """How the student compares itself to the teacher."""
 
-    Args:
-        shared_text_encoder: the teacher reads the student's prompts as the student's text encoder encodes them; false
-            lets each use its own, and compares outputs only.
-        output_weight: of the difference of predictions.
-        feature_weight: of the differences of the U-Nets' blocks; by default 1, or 0 where text encoders are not shared.
-        prompts: a text file, a prompt per line, for a run without images: the teacher draws them before training.
-        teacher_prompts: the same lines for the teacher, where it reads another language.
-        images_per_prompt: how many images of each prompt it draws.
-        sampling_steps: for each of them.
-        guidance: classifier-free guidance for them.
-    """
-
-    shared_text_encoder: bool = True
-    output_weight: float = 1.0
-    feature_weight: float | None = None
-    prompts: str = ""
-    teacher_prompts: str = ""
-    images_per_prompt: int = 1
-    sampling_steps: int = 20
-    guidance: float = 5.0
+    shared_text_encoder: bool = field(
+        default=True,
+        metadata=about(
+            "the teacher reads the student's prompts as the student's text encoder encodes them; false\n"
+            "lets each use its own, and compares outputs only."
+        ),
+    )
+    output_weight: float = field(default=1.0, metadata=about("of the difference of predictions."))
+    feature_weight: float | None = field(
+        default=None,
+        metadata=about("of the differences of the U-Nets' blocks; by default 1, or 0 where text encoders are not shared."),
+    )
+    prompts: str = field(
+        default="",
+        metadata=about("a text file, a prompt per line, for a run without images: the teacher draws them before training."),
+    )
+    teacher_prompts: str = field(default="", metadata=about("the same lines for the teacher, where it reads another language."))
+    images_per_prompt: int = field(default=1, metadata=about("how many images of each prompt it draws."))
+    sampling_steps: int = field(default=Drawing.steps, metadata=about("for each of them."))
+    guidance: float = field(default=Drawing.guidance, metadata=about("classifier-free guidance for them."))
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "images_per_prompt", "sampling_steps")
@@ -231,7 +185,7 @@ class TrainConfig:
     model: ModelTable
     output: OutputTable
     data: DataTable = field(default_factory=DataTable)
-    adapter: AdapterTable = field(default_factory=AdapterTable)
+    adapter: AdapterRequest = field(default_factory=AdapterRequest)
     train: TrainSettings = field(default_factory=TrainSettings)
 
     def __post_init__(self) -> None:
@@ -245,6 +199,16 @@ class TrainConfig:
     @property
     def needs_no_images(self) -> bool:
         return False
+
+    def request(self) -> TrainingRequest:
+        """The same, as the core and the nodes know it."""
+        return TrainingRequest(
+            name=self.output.name,
+            adapter=self.adapter,
+            settings=self.train,
+            held_out=self.data.validation,
+            dtype=self.output.dtype,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,11 +323,9 @@ def template(kind: type) -> str:
     hints = get_type_hints(kind)
     for section in fields(kind):
         table = hints[section.name]
-        document = inspect.getdoc(table) or ""
-        described = _described_fields(document)
-        lines = [f"\n# {document.splitlines()[0]}", f"[{section.name}]"]
+        lines = [f"\n# {(inspect.getdoc(table) or '').splitlines()[0]}", f"[{section.name}]"]
         for f in fields(table):
-            lines += [f"# {line}" for line in described[f.name]]
+            lines += [f"# {line}" for line in f.metadata["about"].splitlines()]
             if f.default is MISSING:
                 lines.append(f'{f.name} = "..."')
             elif f.default is None:
@@ -372,21 +334,6 @@ def template(kind: type) -> str:
                 lines.append(f"{f.name} = {_toml(f.default)}")
         parts.append("\n".join(lines) + "\n")
     return "".join(parts)
-
-
-def _described_fields(document: str) -> dict[str, list[str]]:
-    """Field -> the lines of its description in an "Args:" section."""
-    described: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in document.partition("Args:\n")[2].partition("\n\n")[0].splitlines():
-        start = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
-        if start:
-            current = [start[2]]
-            for name in start[1].split(", "):
-                described[name] = current
-        else:
-            current.append(line.strip())
-    return described
 
 
 def _toml(value: Any) -> str:
@@ -401,8 +348,3 @@ def _at_least(table: Any, least: int, *names: str) -> None:
     for name in names:
         if not getattr(table, name) >= least:
             raise ValueError(f"{name}: expected at least {least}, found {getattr(table, name)}")
-
-
-def _choice(name: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {found!r}")

@@ -43,7 +43,7 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
         if processes.is_main:
             print(plan)
         return None
-    folder = RunFolder(job.out, job.metadata(), job.dtype)
+    folder = RunFolder(job.out, job.metadata(), job.request.torch_dtype)
     if processes.is_main:
         print(_heading(job))
     with _Stop() as stop, _Watch(job, stop) as watch:
@@ -51,7 +51,7 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
         step = result.best_step or result.step
         if processes.is_main:
             final = job.out / f"{config.output.name}.safetensors"
-            save_adapter(job.adapter, final, {**job.metadata(), "styleinject.steps": str(step)}, job.dtype)
+            save_adapter(job.adapter, final, {**job.metadata(), "styleinject.steps": str(step)}, job.request.torch_dtype)
         watch.plot()
     if processes.is_main:
         kept = f", the best of {len(result.validation)} validations" if result.best_step else ""

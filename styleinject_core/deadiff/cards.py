@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files.format import atomic_save
+from ..files.atomic import save_tensors
 from .config import STREAMS
 from .file import SUFFIX, DeadiffFileError, read_header
 from .tokens import Tokens, TokensError
@@ -64,7 +64,7 @@ def card_of(tokens: Sequence[Tokens], image: Tensor | None = None) -> StyleCard:
 
 
 def save_card(card: StyleCard, path: str | Path) -> None:
-    """Write a card; it appears whole or not at all. Raises DeadiffFileError."""
+    """Write a card; it appears whole or not at all. Raises DeadiffFileError, WriteError."""
     path = Path(path)
     if path.suffix != SUFFIX:
         raise DeadiffFileError(f"{path.name}: expected a name that ends in {SUFFIX}")
@@ -72,7 +72,7 @@ def save_card(card: StyleCard, path: str | Path) -> None:
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise DeadiffFileError(f"{path.name}: {name} has values that float16 cannot hold, nothing was written")
-    atomic_save(tensors, path, {
+    save_tensors(tensors, path, {
         "modelspec.title": path.stem,
         **card.metadata,
         "format": "pt",

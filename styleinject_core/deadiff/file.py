@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files.format import AdapterFileError, atomic_save
+from ..files.atomic import save_tensors
 from .config import CLIP_L, STREAMS, DeadiffConfig
 from .model import Deadiff
 from .ops import CASTING, LayerOps
@@ -31,7 +31,7 @@ _CLASS_EMBEDDING = f"{VISION}class_embedding"
 CONVERT = "styleinject deadiff convert FILE.ckpt OUT.safetensors"
 
 
-class DeadiffFileError(AdapterFileError):
+class DeadiffFileError(ValueError):
     """A file that is no usable DEADiff, or no style card; the message names the file, the tensor and both values."""
 
 
@@ -104,7 +104,8 @@ def save_deadiff(
     """Write a slim file; it appears whole or not at all.
 
     Raises:
-        DeadiffFileError: a wrong suffix, values that are not finite, or a disk that refuses.
+        DeadiffFileError: a wrong suffix, or values that are not finite.
+        WriteError: the disk refuses.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
@@ -113,7 +114,7 @@ def save_deadiff(
     for name, value in tensors.items():
         if not torch.isfinite(value).all():
             raise DeadiffFileError(f"{path.name}: {name} has NaN or Inf values in {dtype}, nothing was written")
-    atomic_save(tensors, path, header(model.config, {**model.metadata, **(metadata or {})}, path.stem))
+    save_tensors(tensors, path, header(model.config, {**model.metadata, **(metadata or {})}, path.stem))
 
 
 def header(config: DeadiffConfig, metadata: Mapping[str, str], title: str) -> dict[str, str]:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..colors import GRID, INK, PAPER, STYLE_COLORS, VERMILION
 from ..files.atomic import replacing
-
-INK, PAPER, FAINT = "#1b1f24", "white", "#8a9099"
-STYLE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe-Ito
 
 
 def _figure(width: float, height: float):
@@ -30,7 +28,7 @@ def grid(path: Path, title: str, rows: Sequence[tuple[str, Tensor]], columns: Se
 
     Args:
         rows: (label, images (N, 3, H, W) in [-1, 1]) per row.
-        columns: N column titles; `marked` ones are set in colour and explained below.
+        columns: N column titles; `marked` ones are set in color and explained below.
     """
     count = len(columns)
     figure = _figure(0.85 * count + 1.6, 0.85 * len(rows) + 1.0)
@@ -41,15 +39,15 @@ def grid(path: Path, title: str, rows: Sequence[tuple[str, Tensor]], columns: Se
             axis.set_xticks([])
             axis.set_yticks([])
             for spine in axis.spines.values():
-                spine.set_color("#e3e6ea")
+                spine.set_color(GRID)
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, color=INK, labelpad=8)
     for axis, name, mark in zip(axes[0], columns, marked, strict=True):
         wrapped = name.replace(" ", "\n", 1)
-        axis.set_title(wrapped, fontsize=8, color=STYLE_COLORS[5] if mark else INK, fontweight="bold" if mark else "normal")
+        axis.set_title(wrapped, fontsize=8, color=VERMILION if mark else INK, fontweight="bold" if mark else "normal")
     figure.suptitle(title, fontsize=11, color=INK, y=1.0 + 0.12 / len(rows))
     if any(marked):
         note = "Orange: concepts the adapter never saw in this style."
-        figure.text(0.5, 0.04, note, ha="center", fontsize=8, color=STYLE_COLORS[5])
+        figure.text(0.5, 0.04, note, ha="center", fontsize=8, color=VERMILION)
     _save(figure, path)
 
 

@@ -5,23 +5,20 @@ A LoRA in any spelling (kohya, diffusers, PEFT) is a file like any other.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..adapter import Adapter
 from ..config import LayerConfig
 from ..methods import METHODS, AdapterLayer, config_from_dict, config_to_dict, method_of
+from .atomic import WriteError, save_tensors
 from .names import diffusers_name, is_other_model_part, kind_of_layer, lora_name
 
 FORMAT_VERSION = 1
@@ -128,24 +125,10 @@ def save_adapter(
         "styleinject_version": str(FORMAT_VERSION),
         "styleinject_config": json.dumps(config_to_dict(adapter.config)),
     }
-    atomic_save(tensors, path, header)
-
-
-def atomic_save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """save_file under a temporary name in the same folder, then rename. Raises AdapterFileError, leaving nothing behind."""
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise AdapterFileError(f"{path.name}: could not be written to {path.parent}: {error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        save_tensors(tensors, path, header)
+    except WriteError as error:
+        raise AdapterFileError(str(error)) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import fold, stack
 from .host import HostLayer, is_pointwise
-from .update import Hear, LayerWeights, prepare
+from .update import Hear, LayerWeights, Prepared, prepare
 
 # From how many output positions of an image per output channel fold is the faster one, measured with rank 32: where the
 # layer is a matrix product, and for larger kernels, whose low-rank part costs less beside them.
@@ -20,9 +20,9 @@ _PRODUCT_RATIO, _KERNEL_RATIO = 0.5, 2
 _TRAINING_RATIO = 3
 
 
-def prefers_fold(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights]) -> bool:
+def prefers_fold(x: Tensor, host: HostLayer, prepared: Sequence[Prepared]) -> bool:
     """Fold pays where an image has many positions for the layer's channels, and W0 need not be trained."""
-    if not fold.can_fold(host, prepare(adapters)):
+    if not fold.can_fold(host, prepared):
         return False
     product, training = not host.shape.is_conv or is_pointwise(host), torch.is_grad_enabled()
     if training and (host.weight.requires_grad or not product):
@@ -43,8 +43,12 @@ def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: 
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # torch knows no autocast for meta tensors
         return _under_autocast(x, host, active, hear)
-    form = fold if prefers_fold(x, host, active) else stack
-    return form.forward(x, host, active, hear)
+    return run(x, host, prepare(active), hear)
+
+
+def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
+    """The same with adapters that are ready for calls, outside of autocast."""
+    return (fold if prefers_fold(x, host, prepared) else stack).run(x, host, prepared, hear)
 
 
 def _under_autocast(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .host import HostLayer, is_pointwise, per_image_conv, statistics_dtype
-from .update import Hear, LayerWeights, Prepared, appended, gathered, prepare
+from .host import HostLayer, is_pointwise, per_image_conv, rounded, statistics_dtype
+from .update import Hear, LayerWeights, Prepared, gathered, prepare
 
 
 def can_fold(host: HostLayer, prepared: Sequence[Prepared]) -> bool:
@@ -31,37 +31,51 @@ def can_fold(host: HostLayer, prepared: Sequence[Prepared]) -> bool:
 
 def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
     """Arguments and result as in `reference.forward`; needs `can_fold`."""
-    is_conv = host.shape.is_conv
-    mean, taps = _tap_means(x, host) if is_conv else (x.mean(1, dtype=statistics_dtype(x)),) * 2
-    updates = [prepared.update(x, host, mean, hear) for prepared in prepare(adapters)]
+    return run(x, host, prepare(adapters), hear)
+
+
+def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
+    """The same with adapters that are ready for calls."""
+    mean, taps = None, None
+    if any(one.needs_mean for one in prepared):
+        mean, taps = _tap_means(x, host) if host.shape.is_conv else (host.mean(x),) * 2
+    updates = [one.update(x, host, mean, hear) for one in prepared]
     gains = [update.gain for update in updates if update.gain is not None]
     weight, bias = host.weight.flatten(1), host.bias  # W0 as (d, k·kh·kw)
-    folded = weight
+    folded, sign = weight, 1.0
     if gains:
-        gain = sum(gains[1:], start=gains[0])
+        gain = gains[0] if len(gains) == 1 else sum(gains[1:], start=gains[0])
         center = taps.flatten(1) @ weight.to(taps.dtype).mT  # μ - b, (B, d)
-        bias = (-gain * center if bias is None else bias - gain * center).to(x.dtype)  # (B, d)
-        folded = weight * (1 + gain).to(x.dtype).unsqueeze(2)  # (B, d, k·kh·kw)
-    for change in gathered([change for update in updates for change in update.changes]):
+        folded = weight * rounded(torch.add, gain, x.dtype, gain, 1).unsqueeze(2)  # (B, d, k·kh·kw)
+        if bias is None:
+            bias, sign = rounded(torch.mul, gain, x.dtype, gain, center), -1.0  # (B, d)
+        else:
+            bias = rounded(torch.addcmul, gain, x.dtype, bias, gain, center, value=-1)
+    for change in gathered(updates):
         folded = change.onto(folded, owned=folded is not weight)
     for update in updates:
         if update.shift is not None:
-            bias = update.shift if bias is None else bias + update.shift
-    return appended(_product(x, host, folded, bias), updates)
+            bias, sign = update.shift if bias is None else sign * bias + update.shift, 1.0
+    return _product(x, host, folded, bias, sign)
 
 
-def _product(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x through a weight (d, k·kh·kw) for all images or (B, d, k·kh·kw), and a bias (d,) or (B, d)."""
-    if weight.ndim == 2:
+def _product(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None, sign: float) -> Tensor:
+    """x through a weight (d, k·kh·kw) for all images or (B, d, k·kh·kw), and `sign` times a bias (d,) or (B, d)."""
+    is_conv = host.shape.is_conv
+    if is_conv and sign != 1:
+        bias = sign * bias
+    if weight.ndim == 2 and (bias is None or bias.ndim == 1):
         whole = weight.view(host.weight.shape)
-        return host.conv(x, whole, bias) if host.shape.is_conv else F.linear(x, whole, bias)
+        return host.conv(x, whole, bias) if is_conv else F.linear(x, whole, bias)
+    batch = x.shape[0]
+    weight = weight.expand(batch, *weight.shape[-2:])
     if bias is not None:
-        bias = bias.expand(x.shape[0], -1)
-    if host.shape.is_conv:
+        bias = bias.expand(batch, -1)
+    if is_conv:
         return per_image_conv(x, host, weight.unflatten(2, host.weight.shape[1:]), bias)
     if bias is None:
         return torch.bmm(x, weight.mT)
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT, beta=sign)
 
 
 def _tap_means(x: Tensor, host: HostLayer) -> tuple[Tensor, Tensor]:
@@ -76,18 +90,23 @@ def _tap_means(x: Tensor, host: HostLayer) -> tuple[Tensor, Tensor]:
     if is_pointwise(host):
         mean = x.mean((2, 3), dtype=precise)
         return mean, mean[:, :, None, None]
-    x = x.to(precise)
-    rows, height = _tap_masks(x, host, 0)  # (kh + 1, H)
-    columns, width = _tap_masks(x, host, 1)  # (kw + 1, W)
-    sums = rows @ (x @ columns.mT)  # (B, k, kh + 1, kw + 1): x is read once
+    key = ("taps", x.shape[2:], x.device, precise)
+    masks = None if host.constants is None else host.constants.get(key)
+    if masks is None:
+        with torch.inference_mode(False):  # they may be met again with gradients
+            masks = (*_tap_masks(x, host, 0, precise), *_tap_masks(x, host, 1, precise))
+        if host.constants is not None:
+            host.constants[key] = masks
+    rows, height, columns, width = masks  # (kh + 1, H), the output's height, (kw + 1, W), its width
+    sums = rows @ (x.to(precise) @ columns.mT)  # (B, k, kh + 1, kw + 1): x is read once
     return sums[:, :, -1, -1] / (x.shape[2] * x.shape[3]), sums[:, :, :-1, :-1] / (height * width)
 
 
-def _tap_masks(x: Tensor, host: HostLayer, axis: int) -> tuple[Tensor, int]:
+def _tap_masks(x: Tensor, host: HostLayer, axis: int, dtype: torch.dtype) -> tuple[Tensor, int]:
     """1 where a tap of that axis meets an entry of x, one row per tap and one of ones; and the output's size there."""
     size, taps, module = x.shape[2 + axis], host.shape.kernel[axis], host.module
     stride, padding, dilation = module.stride[axis], module.padding[axis], module.dilation[axis]
     positions = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     offset = torch.arange(size, device=x.device) + padding - dilation * torch.arange(taps, device=x.device)[:, None]
     masks = (offset >= 0) & (offset < positions * stride) & (offset % stride == 0)
-    return F.pad(masks.to(x.dtype), (0, 0, 0, 1), value=1.0), positions
+    return F.pad(masks.to(dtype), (0, 0, 0, 1), value=1.0), positions

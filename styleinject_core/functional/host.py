@@ -15,7 +15,7 @@ from ..layers import LayerShape
 REPLACED = "_conv_forward"  # in a module's own attributes: (x, weight, bias) -> h
 
 
-@dataclass(frozen=True, eq=False)  # torch.compile asks for the hash of what is called, before its fields are there
+@dataclass(eq=False)  # torch.compile asks for the hash of what is called, before its fields are there
 class HostLayer:
     """A frozen layer and how to call it.
 
@@ -25,6 +25,7 @@ class HostLayer:
         weight, bias: W0 and b where they can be read as plain tensors in x's dtype and device, else None: only then
             may a form compute h by itself.
         module: the layer, asked for stride, padding and dilation of a convolution.
+        constants: what is worked out once for inputs of a size, and kept by whoever made this; None to keep nothing.
     """
 
     shape: LayerShape
@@ -32,6 +33,7 @@ class HostLayer:
     weight: Tensor | None
     bias: Tensor | None
     module: Any
+    constants: dict[Any, Any] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
@@ -50,6 +52,10 @@ class HostLayer:
     def mean(self, x: Tensor) -> Tensor:
         """x averaged over positions, (B, k), in at least float32."""
         return x.mean(self.positions, dtype=statistics_dtype(x))
+
+    def count(self, x: Tensor) -> int:
+        """How many positions an image of x has."""
+        return x.shape[2] * x.shape[3] if self.shape.is_conv else x.shape[1]
 
     def per_channel(self, values: Tensor) -> Tensor:
         """Values (B, d) shaped to broadcast over positions; values by token (B, L, d) are left as they are."""
@@ -84,6 +90,14 @@ class HostLayer:
         if mode == "zeros":
             return x, self.module.padding
         return F.pad(x, self.module._reversed_padding_repeated_twice, mode=mode), 0
+
+
+def rounded(operation: Callable[..., Tensor], like: Tensor, dtype: torch.dtype, *args: Any, **settings: Any) -> Tensor:
+    """operation(*args), whose result has the shape and dtype of `like`, in another dtype: in one kernel where no gradient
+    needs to see both."""
+    if like.dtype == dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operation(*args, **settings).to(dtype)
+    return operation(*args, **settings, out=torch.empty_like(like, dtype=dtype))
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

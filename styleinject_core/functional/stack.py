@@ -10,25 +10,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .host import HostLayer, statistics_dtype
-from .update import Hear, LayerWeights, Update, appended, gathered, prepare
+from .host import HostLayer, rounded, statistics_dtype
+from .update import Hear, LayerWeights, Prepared, Update, gathered, prepare
 
 
 def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
     """Arguments and result as in `reference.forward`."""
+    return run(x, host, prepare(adapters), hear)
+
+
+def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
+    """The same with adapters that are ready for calls."""
     h = host(x)
-    updates = [prepared.update(x, host, None, hear) for prepared in prepare(adapters)]
+    mean = None
+    if any(one.needs_mean for one in prepared):
+        mean = host.mean(x)
+    updates = [one.update(x, host, mean, hear) for one in prepared]
+    if not any(update.mask is not None for update in updates):
+        return add(updates, x, h, host)
     out = add([update for update in updates if update.mask is None], x, h, host)
     for update in updates:
         if update.mask is not None:
             out = out + update.mask * (add([update], x, h, host) - h)
-    return appended(out, updates)
+    return out
 
 
 def add(updates: Sequence[Update], x: Tensor, h: Tensor, host: HostLayer) -> Tensor:
-    """h with updates on it; their masks and rows are not looked at."""
+    """h with updates on it; their masks are not looked at."""
     out = _rescaled(updates, h, host)
-    for change in gathered([change for update in updates for change in update.changes]):
+    for change in gathered(updates):
         out = change.beside(out, x, host, owned=out is not h)
     for update in updates:
         if update.shift is not None:
@@ -54,6 +64,7 @@ def _rescaled(updates: Sequence[Update], h: Tensor, host: HostLayer) -> Tensor:
     mean = h.mean(host.positions, keepdim=True, dtype=statistics_dtype(h))
     if needs_sigma:  # G is huge where σ is small: keep h - μ whole, and both precise
         return h + (gain * (h - mean)).to(h.dtype)
-    factor = (1 + gain).to(h.dtype)
-    gain = factor.to(mean.dtype) - 1  # what is left of it by rounding: else a half-precision channel would shift
-    return torch.addcmul((-gain * mean).to(h.dtype), h, factor)
+    factor = rounded(torch.add, gain, h.dtype, gain, 1)  # (B, 1, d), (B, L, d) by token, (B, d, 1, 1)
+    # μ scaled by what rounding has left of 1 + G: else a half-precision channel would shift
+    shift = rounded(torch.addcmul, torch.broadcast_tensors(gain, mean)[0], h.dtype, mean, factor, mean, value=-1)
+    return torch.addcmul(shift, h, factor)

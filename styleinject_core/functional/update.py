@@ -41,7 +41,6 @@ class Update:
         changes: the ΔW.
         shift: (d,), added to every position.
         mask: (B or 1, 1 or d, positions...) to broadcast over h: where the update applies, between 0 and 1.
-        rows: (B, m, d), appended to a Linear's output after all else; no statistic sees them.
     """
 
     gain: Tensor | None = None
@@ -50,7 +49,6 @@ class Update:
     changes: tuple[Change, ...] = ()
     shift: Tensor | None = None
     mask: Tensor | None = None
-    rows: Tensor | None = None
 
 
 Hear = Callable[[Any, Tensor], Tensor]  # (weights of a layer, s) -> the s to use: how a call listens to routers, and steers
@@ -63,12 +61,16 @@ class Prepared(Protocol):
     def folds(self) -> bool:
         """Whether every update of it can be folded into W0 before h is known."""
 
+    @property
+    def needs_mean(self) -> bool:
+        """Whether `update` wants the mean of x."""
+
     def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
         """The update for one call.
 
         Args:
             x: (B, L, k) or (B, k, H, W).
-            mean: x averaged over positions, (B, k) in at least float32, where the form has it already.
+            mean: x averaged over positions, (B, k) in at least float32, where any of a layer's adapters needs it.
             hear: who listens to routers; None for nobody.
         """
 
@@ -105,10 +107,11 @@ def prepare(adapters: Sequence[LayerWeights]) -> list[Prepared]:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """ΔW = up · down, with down (B, R, k[, kh, kw]) for each image or (R, k[, kh, kw]) for all, and up (d, R)."""
+    """ΔW = scale · up · down, with down (B, R, k[, kh, kw]) for each image or (R, k[, kh, kw]) for all, and up (d, R)."""
 
     down: Tensor
     up: Tensor
+    scale: float = 1.0
     folds = True
 
     @property
@@ -117,39 +120,35 @@ class LowRank:
 
     def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
         batch = x.shape[0]
-        down = self.down if self.per_image else self.down.expand(batch, *self.down.shape)
-        up = self.up.expand(batch, *self.up.shape)  # (B, d, R)
         if host.shape.is_conv:
-            low = per_image_conv(x, host, down) if self.per_image else host.conv(x, self.down)
-            flat, first, second = out.flatten(2), up, low.flatten(2)  # low is (B, R, H'W')
+            low = per_image_conv(x, host, self.down) if self.per_image else host.conv(x, self.down)
+            flat, first, second = out.flatten(2), self.up.expand(batch, *self.up.shape), low.flatten(2)  # low is (B, R, H'W')
+        elif self.per_image:
+            flat, first, second = out, torch.bmm(x, self.down.mT), self.up.mT.expand(batch, -1, -1)  # low is (B, L, R)
         else:
-            flat, first, second = out, torch.bmm(x, down.mT), up.mT  # low is (B, L, R)
+            low, flat = (x @ self.down.mT).flatten(0, 1), out.flatten(0, 1)
+            return torch.addmm(flat, low, self.up.mT, alpha=self.scale).view_as(out)
         if owned and not torch.is_grad_enabled() and flat.is_contiguous():
-            return flat.baddbmm_(first, second).view_as(out)
-        return torch.baddbmm(flat, first, second).view_as(out)
+            return flat.baddbmm_(first, second, alpha=self.scale).view_as(out)
+        return torch.baddbmm(flat, first, second, alpha=self.scale).view_as(out)
 
     def onto(self, weight: Tensor, owned: bool) -> Tensor:
+        down = self.down.flatten(2 if self.per_image else 1)  # (B, R, k·kh·kw) or (R, k·kh·kw)
         if not self.per_image and weight.ndim == 2:
-            return torch.addmm(weight, self.up, self.down.flatten(1))
-        down = self.down.flatten(2) if self.per_image else self.down.flatten(1).expand(weight.shape[0], -1, -1)
+            return torch.addmm(weight, self.up, down, alpha=self.scale)
+        batch = down.shape[0] if self.per_image else weight.shape[0]
         if weight.ndim == 2:
-            weight = weight.expand(down.shape[0], *weight.shape)
+            weight = weight.expand(batch, *weight.shape)
         add = Tensor.baddbmm_ if owned else torch.baddbmm  # in place where `weight` is ours: it is W0's size per image
-        return add(weight, self.up.expand(down.shape[0], *self.up.shape), down)
+        return add(weight, self.up.expand(batch, *self.up.shape), down.expand(batch, *down.shape[-2:]), alpha=self.scale)
 
 
-def gathered(changes: Sequence[Change]) -> list[Change]:
-    """The same changes with all low-rank ones side by side in one."""
-    low = [change for change in changes if isinstance(change, LowRank)]
+def gathered(updates: Sequence[Update]) -> Sequence[Change]:
+    """The changes of some updates, with those of low rank that differ by image side by side in one."""
+    changes = [change for update in updates for change in update.changes]
+    low = [change for change in changes if isinstance(change, LowRank) and change.per_image]
     if len(low) < 2:
-        return list(changes)
-    batch = max((change.down.shape[0] for change in low if change.per_image), default=0)
-    downs = [c.down if c.per_image or not batch else c.down.expand(batch, *c.down.shape) for c in low]
-    whole = LowRank(torch.cat(downs, 1 if batch else 0), torch.cat([change.up for change in low], 1))
-    return [*(change for change in changes if not isinstance(change, LowRank)), whole]
-
-
-def appended(out: Tensor, updates: Sequence[Update]) -> Tensor:
-    """A Linear's output with the rows of updates after it, (B, L + Σ m, d)."""
-    rows = [update.rows.to(out.dtype) for update in updates if update.rows is not None]
-    return torch.cat([out, *rows], 1) if rows else out
+        return changes
+    ups = [change.up if change.scale == 1 else change.up * change.scale for change in low]
+    whole = LowRank(torch.cat([change.down for change in low], 1), torch.cat(ups, 1))
+    return [*(change for change in changes if change not in low), whole]

@@ -86,7 +86,9 @@ class KroneckerLayer(AdapterLayer):
     def delta(self) -> Tensor:
         return _product(self.A.float(), self.B.float(), self.config.permuted)
 
-    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> KroneckerWeights:
+    def weights(
+        self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
+    ) -> KroneckerWeights:
         return KroneckerWeights(cast(self.A), cast(self.B), dma, self.config.permuted, owner)
 
 
@@ -129,6 +131,7 @@ class _Kronecker:
     A: Tensor
     B: Tensor
     permuted: bool
+    needs_mean = False
 
     @property
     def folds(self) -> bool:

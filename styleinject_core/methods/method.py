@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..config import LayerConfig
@@ -33,6 +34,7 @@ class AdapterLayer(nn.Module):
     """
 
     PARTS: ClassVar[tuple[str, ...]]
+    PRECISE: ClassVar[frozenset[str]] = frozenset()  # those that are computed with in at least float32
 
     def __init__(self, shape: LayerShape, config: LayerConfig, parts: Mapping[str, Tensor | None] | None = None):
         super().__init__()
@@ -50,13 +52,16 @@ class AdapterLayer(nn.Module):
         """The parameters of an untrained layer, by part."""
         raise NotImplementedError
 
-    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> LayerWeights:
+    def weights(
+        self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
+    ) -> LayerWeights:
         """This layer's tensors for calls of one dtype and device.
 
         Args:
             cast: maps a parameter to a tensor on the device and in the dtype of the call.
             dma, sta: strengths of the change of the weight, and of the rescaling of statistics where the method has one.
             owner: what the caller recognizes them by.
+            precise: the same for the parts in PRECISE, in at least float32; None for `cast`.
         """
         raise NotImplementedError
 
@@ -83,9 +88,15 @@ class AdapterLayer(nn.Module):
         """The parameters this layer has, by part."""
         return {part: value for part in self.PARTS if (value := getattr(self, part)) is not None}
 
-    def with_tensors(self, change: Cast) -> AdapterLayer:
-        """The same layer with other tensors: another dtype, another device."""
-        return type(self)(self.shape, self.config, {part: change(value.detach()) for part, value in self.tensors().items()})
+    def converted(self, device: torch.device, dtype: torch.dtype) -> AdapterLayer:
+        """The same layer on another device and in another dtype, parts in PRECISE in at least float32; what has them already
+        is shared, not copied."""
+        precise = torch.promote_types(dtype, torch.float32)
+        parts = {
+            part: value.detach().to(device, precise if part in self.PRECISE else dtype)
+            for part, value in self.tensors().items()
+        }
+        return type(self)(self.shape, self.config, parts)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {self.config}"

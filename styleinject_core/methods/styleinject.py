@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig
 from ..functional.host import HostLayer, statistics_dtype
+from ..functional.stacked import stacked
 from ..functional.update import Hear, LowRank, Prepared, Update
 from ..layers import LayerShape, UnsupportedLayerError
 from .method import AdapterLayer, AdapterSettings, Cast, Method, Problem
@@ -37,6 +38,7 @@ class StyleInjectLayer(AdapterLayer):
     """
 
     PARTS = PARTS
+    PRECISE = frozenset(PARTS[2:])
     config: AdapterConfig
     A: Tensor
     B: Tensor
@@ -74,9 +76,12 @@ class StyleInjectLayer(AdapterLayer):
         A, B = self.A[0].flatten(1).float(), self.B.float()
         return (self.config.scale * (B @ A)).view(self.shape.weight)
 
-    def weights(self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None) -> StyleInjectWeights:
-        parts: dict[str, Any] = {part: None if (p := getattr(self, part)) is None else cast(p) for part in PARTS}
+    def weights(
+        self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
+    ) -> StyleInjectWeights:
         c = self.config
+        casts = {part: (precise or cast) if part in self.PRECISE else cast for part in PARTS}
+        parts: dict[str, Any] = {part: None if (p := getattr(self, part)) is None else casts[part](p) for part in PARTS}
         return StyleInjectWeights(
             **parts, router_pool=c.router_pool, sta_form=c.sta, eps=c.eps, dma=dma * c.scale, sta=sta, owner=owner
         )
@@ -112,6 +117,11 @@ class StyleInjectWeights:
         return self.hyper_weight is not None and self.sta != 0
 
     @property
+    def by_position(self) -> bool:
+        """Whether its update differs by position beyond what is linear in x, or needs σ."""
+        return self.by_token or (self.adapts_statistics and self.sta_form == "additive")
+
+    @property
     def active(self) -> bool:
         return self.dma != 0 or self.adapts_statistics
 
@@ -120,9 +130,13 @@ class StyleInjectWeights:
 
     @classmethod
     def prepare(cls, several: Sequence[StyleInjectWeights]) -> Sequence[Prepared]:
-        together = [w for w in several if not w.by_token and not (w.adapts_statistics and w.sta_form == "additive")]
-        alone = [_ByPosition(w) for w in several if w not in together]
-        return [_ByImage(tuple(together)), *alone] if together else alone
+        groups: dict[Any, list[StyleInjectWeights]] = {}
+        for w in several:
+            groups.setdefault(_ByPosition if w.by_position else (w.router_pool, w.A.shape, w.router_weight is None), []).append(
+                w
+            )
+        alone = [_ByPosition(w) for w in groups.pop(_ByPosition, [])]
+        return [*(_SideBySide.of(group) for group in groups.values()), *alone]
 
     def increment(self, x: Tensor, h: Tensor, host: HostLayer, hear: Hear | None) -> Tensor:
         """The paper's equations 2 to 4, as increments on h."""
@@ -173,14 +187,11 @@ def route(
     """
     if weights.router_weight is None:
         return x.new_ones(x.shape[0], 1)
+    if not weights.by_token:
+        side = _SideBySide.of([weights])
+        return side.route(x, host, host.mean(x) if mean is None else mean, hear).squeeze(1).to(x.dtype)
     precise = statistics_dtype(x)
-    router_weight, router_bias = weights.router_weight.to(precise), weights.router_bias.to(precise)
-    if weights.by_token:
-        logits = x.to(precise) @ router_weight.mT + router_bias  # (B, L, n)
-    else:
-        logits = (host.mean(x) if mean is None else mean) @ router_weight.mT + router_bias  # (B, n)
-        if weights.router_pool == "sum":
-            logits = logits * (x[0].numel() // x.shape[1 if host.shape.is_conv else 2])
+    logits = x.to(precise) @ weights.router_weight.to(precise).mT + weights.router_bias.to(precise)  # (B, L, n)
     s = torch.softmax(logits, -1)
     return (s if hear is None else hear(weights, s)).to(x.dtype)
 
@@ -192,23 +203,102 @@ def hyper(s: Tensor, weights: StyleInjectWeights) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _ByImage:
-    """Layers with one s per image: n styles collapse before any position is touched (method, section 3)."""
+class _SideBySide:
+    """Layers of one rank, one number of styles and one pooling, with an s per image: their routers, hypernetworks and
+    projections run in the same few products, and n styles collapse before any position is touched (method, section 3).
+
+    Nothing here depends on x. One layer's tensors are used as they are; of several, routers, hypernetworks and
+    up-projections are copied (2 / r of what A takes), and A is stacked without a copy where it can be (`stacked`).
+
+    Args:
+        router, router_bias: (J·n, k) and (J·n,), in at least float32; None for LoRAs, whose s is 1.
+        hyper, hyper_bias: (d, J·n) and (d,), Σ_j sta_j of them, to be scaled by `sta`; None where none adapts statistics.
+        down: the J matrices A (n, r, k[, kh, kw]).
+        up: (d, J·r), with the strengths in it, to be scaled by `dma`; None where every dma is 0.
+    """
 
     several: tuple[StyleInjectWeights, ...]
+    router: Tensor | None
+    router_bias: Tensor | None
+    hyper: Tensor | None
+    hyper_bias: Tensor | None
+    sta: float
+    down: tuple[Tensor, ...]
+    up: Tensor | None
+    dma: float
     folds = True
 
+    @classmethod
+    def of(cls, several: Sequence[StyleInjectWeights]) -> _SideBySide:
+        first = several[0]
+        precise = statistics_dtype(first.A)
+        statistics = any(w.adapts_statistics for w in several)
+        changes = any(w.dma != 0 for w in several)
+        if len(several) == 1:
+            parts = (first.router_weight, first.router_bias, first.hyper_weight, first.hyper_bias)
+            router, router_bias, hyper, hyper_bias = (None if p is None else p.to(precise) for p in parts)
+            if not statistics:
+                hyper = hyper_bias = None
+            return cls((first,), router, router_bias, hyper, hyper_bias, first.sta, (first.A,), first.B if changes else None,
+                       first.dma)  # fmt: skip
+        router = router_bias = hyper = hyper_bias = up = None
+        if first.router_weight is not None:
+            router = torch.cat([w.router_weight.to(precise) for w in several])
+            router_bias = torch.cat([w.router_bias.to(precise) for w in several])
+        if statistics:
+            own = [(w.hyper_weight, w.hyper_bias) if w.adapts_statistics else (None, None) for w in several]
+            zero = first.B.new_zeros(first.B.shape[0], first.A.shape[0], dtype=precise)
+            hyper = torch.cat([zero if p is None else p.to(precise) * w.sta for (p, _), w in zip(own, several, strict=True)], 1)
+            biases = [b.to(precise) * w.sta for (_, b), w in zip(own, several, strict=True) if b is not None]
+            hyper_bias = torch.stack(biases).sum(0)
+        if changes:
+            up = torch.cat([w.B * w.dma for w in several], 1)
+        return cls(tuple(several), router, router_bias, hyper, hyper_bias, 1.0, tuple(w.A for w in several), up, 1.0)
+
+    @property
+    def needs_mean(self) -> bool:
+        return self.router is not None
+
     def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
-        changes, gain = [], None
-        for weights in self.several:
-            s = route(x, weights, host, mean, hear)
-            if weights.dma != 0:
-                mixed = (s * weights.dma) @ weights.A.flatten(1)  # (B, r·k·kh·kw); scaled where it is smallest
-                changes.append(LowRank(mixed.unflatten(1, weights.A.shape[1:]), weights.B))
-            if weights.adapts_statistics:
-                own = hyper(s, weights) * weights.sta  # (B, d)
-                gain = own if gain is None else gain + own
-        return Update(gain=gain, changes=tuple(changes))
+        if self.router is None:
+            pairs = zip(self.down, self.up.chunk(len(self.down), 1), strict=True) if self.up is not None else ()
+            gain = None  # a hypernetwork without a router: one style, s = 1
+            if self.hyper is not None:
+                gain = (self.sta * (self.hyper.sum(1) + self.hyper_bias)).expand(x.shape[0], -1)
+            return Update(gain=gain, changes=tuple(LowRank(A[0], up, self.dma) for A, up in pairs))
+        s = self.route(x, host, host.mean(x) if mean is None else mean, hear)  # (B, J, n)
+        gain, changes = None, ()
+        if self.hyper is not None:
+            gain = torch.addmm(self.hyper_bias, s.flatten(1), self.hyper.mT, beta=self.sta, alpha=self.sta)  # (B, d)
+        if self.up is not None:
+            changes = (LowRank(self._mixed(s.to(x.dtype)), self.up, self.dma),)
+        return Update(gain=gain, changes=changes)
+
+    def route(self, x: Tensor, host: HostLayer, mean: Tensor, hear: Hear | None) -> Tensor:
+        """s of every layer, (B, J, n), in at least float32."""
+        logits = torch.addmm(self.router_bias, mean, self.router.mT)
+        if self.several[0].router_pool == "sum":
+            logits = logits * host.count(x)
+        s = torch.softmax(logits.unflatten(1, (len(self.several), -1)), -1)
+        if hear is not None:
+            s = torch.stack([hear(weights, one) for weights, one in zip(self.several, s.unbind(1), strict=True)], 1)
+        return s
+
+    def _mixed(self, s: Tensor) -> Tensor:
+        """Σ_i s_i A_i of every layer, side by side: (B, J·r, k[, kh, kw])."""
+        J, batch, shape = len(self.down), s.shape[0], self.down[0].shape
+        if J == 1:
+            return (s.flatten(1) @ self.down[0].flatten(1)).unflatten(1, shape[1:])  # (B, r·k·kh·kw)
+        if torch.is_grad_enabled():
+            mixed = torch.stack([s[:, j] @ A.flatten(1) for j, A in enumerate(self.down)], 1)
+        else:
+            mixed = s.new_empty(batch, J, shape[1:].numel())
+            if (whole := stacked(self.down)) is not None:
+                torch.bmm(s.transpose(0, 1), whole.flatten(2), out=mixed.transpose(0, 1))
+            else:
+                for j, A in enumerate(self.down):
+                    torch.mm(s[:, j], A.flatten(1), out=mixed[:, j])
+        return mixed.view(batch, J * shape[1], *shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +307,7 @@ class _ByPosition:
 
     weights: StyleInjectWeights
     folds = False
+    needs_mean = True
 
     def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
         weights = self.weights

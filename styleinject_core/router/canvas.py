@@ -1,6 +1,6 @@
 """The look that all pictures of the router share, and the one place of this package that imports matplotlib.
 
-Sized for a node in a graph, 800 pixels wide. Colours can be told apart by colour-blind readers: Okabe-Ito for styles
+Sized for a node in a graph, 800 pixels wide. Colors can be told apart by color-blind readers: colors.py for styles
 (hatched from the ninth on), viridis for amounts. Whatever comes from a file is written as plain text, never as mathtext.
 """
 
@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INK, PAPER, FAINT, ALERT = "#1b1f24", "#ffffff", "#6b727c", "#b04a00"
-STYLE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#9a9a9a")  # Okabe-Ito
+from ..colors import ALERT, EMPTY, FAINT, FRAME, INK, PAPER, STYLE_COLORS
+from ..files.atomic import replacing
+
 _HATCHES = ("", "////", "....", "xxxx")
 WIDTH, DPI = 8.0, 100
 _RC: Any = {
     "text.parse_math": False,
     "font.size": 11,
     "axes.titlesize": 11,
-    "axes.edgecolor": "#c4c9cf",
+    "axes.edgecolor": FRAME,
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -111,7 +112,7 @@ def colour_map() -> Any:
     """viridis for amounts, grey where there is none."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"].with_extremes(bad="#d8dbe0")
+    return colormaps["viridis"].with_extremes(bad=EMPTY)
 
 
 def shortened(text: str, length: int) -> str:
@@ -121,13 +122,11 @@ def shortened(text: str, length: int) -> str:
 
 
 def save(image: Tensor, path: str | Path) -> None:
-    """Write pixels (H, W, 3) in [0, 1] as PNG; the file appears whole or not at all."""
+    """Write pixels (H, W, 3) in [0, 1] as PNG; the file appears whole or not at all. Raises WriteError."""
     from matplotlib.image import imsave
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    imsave(temporary, (image * 255).round().to(torch.uint8).numpy(), format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        imsave(temporary, (image * 255).round().to(torch.uint8).numpy(), format="png")
 
 
 def batch(images: list[Tensor]) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..colors import FAINT, PAPER, SHADE, STYLE_COLORS
 from . import analysis
-from .canvas import FAINT, PAPER, STYLE_COLORS, colour_map, figure, patch, picture, shortened, style_look
+from .canvas import colour_map, figure, patch, picture, shortened, style_look
 from .trace import RouterTrace
 
 VIEWS = ("layers x styles", "styles x steps", "layers x steps")
@@ -197,7 +198,7 @@ def _stack(axis: Any, shares: Tensor) -> None:
     axis.set(xlim=(0.5, steps + 0.5), ylim=(0, 1))
     axis.xaxis.get_major_locator().set_params(integer=True)
     for step in torch.nonzero(shares.isnan().all(1)).flatten().tolist():
-        axis.axvspan(step + 0.5, step + 1.5, color="#eceef1", linewidth=0)
+        axis.axvspan(step + 0.5, step + 1.5, color=SHADE, linewidth=0)
 
 
 def _style_legend(drawn: Any, styles: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files.format import atomic_save
+from ..files.atomic import save_tensors
 from ..layers import LayerShape
 from ..selector import select
 
@@ -146,7 +146,7 @@ def save_trace(trace: RouterTrace, path: str | Path) -> None:
         path: ends in .safetensors; the folder must exist.
 
     Raises:
-        TraceError: a wrong suffix. AdapterFileError: a disk that refuses.
+        TraceError: a wrong suffix. WriteError: a disk that refuses.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -154,7 +154,7 @@ def save_trace(trace: RouterTrace, path: str | Path) -> None:
     texts = {name: json.dumps(getattr(trace, name), ensure_ascii=False) for name in _TEXTS}
     header = {"format": "pt", "styleinject_trace_version": str(FORMAT_VERSION)}
     header |= {f"styleinject_trace.{name}": text for name, text in texts.items()}
-    atomic_save({name: getattr(trace, name).contiguous() for name in _TENSORS}, path, header)
+    save_tensors({name: getattr(trace, name).contiguous() for name in _TENSORS}, path, header)
 
 
 def load_trace(path: str | Path) -> RouterTrace:

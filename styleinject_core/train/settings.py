@@ -3,58 +3,65 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "adamw8bit", "schedulefree", "prodigy")
 
 
+def about(text: str) -> dict[str, str]:
+    """What a field of a config means, as its metadata; config templates are made of it, line by line."""
+    return {"about": text}
+
+
+def check_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError: not one of the choices."""
+    _require(found in choices, name, f"one of {', '.join(choices)}", found)
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """The loop's settings; the paper's values are the defaults where it gives any.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: images per forward pass and process.
-        accumulation: forward passes per optimiser step, their gradients averaged.
-        learning_rate: the optimiser's; "prodigy" wants 1.
-        schedule: "constant", or "cosine" or "linear" down to 0 at the last step.
-        warmup: steps over which the rate rises from 0.
-        optimizer: "adamw", or one of a library that must be installed: "adamw8bit" (bitsandbytes), "schedulefree"
-            (schedulefree), "prodigy" (prodigyopt).
-        weight_decay: the optimiser's.
-        clip: largest norm of the gradient over all parameters; 0 for none.
-        min_snr_gamma: weights samples by min(SNR, gamma), 5 as a rule; 0 leaves all alike.
-        caption_dropout: share of captions replaced by the empty one, for classifier-free guidance.
-        gradient_checkpointing: keeps the inputs of blocks only and runs them again in the backward pass: slower, smaller.
-        seed: of the adapter, the noise, and the order of the data.
-        checkpoint_every: steps between checkpoints; 0 writes only the last.
-        sample_every: steps between validation pictures (of output.prompts, on the command line); 0 for none.
-        validate_every: steps between measurements of the validation loss; 0 for none.
-        patience: stop after so many measurements without a better validation loss; 0 never does.
 
     Raises:
         ValueError: a value out of its range; names it.
     """
 
-    steps: int = 1000
-    batch_size: int = 1
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup: int = 0
-    optimizer: str = "adamw"
-    weight_decay: float = 1e-2
-    clip: float = 1.0
-    min_snr_gamma: float = 0.0
-    caption_dropout: float = 0.1
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    checkpoint_every: int = 1000
-    sample_every: int = 0
-    validate_every: int = 0
-    patience: int = 0
+    steps: int = field(default=1000, metadata=about("optimiser steps."))
+    batch_size: int = field(default=1, metadata=about("images per forward pass and process."))
+    accumulation: int = field(default=1, metadata=about("forward passes per optimiser step, their gradients averaged."))
+    learning_rate: float = field(default=1e-4, metadata=about('the optimiser\'s; "prodigy" wants 1.'))
+    schedule: str = field(default="constant", metadata=about('"constant", or "cosine" or "linear" down to 0 at the last step.'))
+    warmup: int = field(default=0, metadata=about("steps over which the rate rises from 0."))
+    optimizer: str = field(
+        default="adamw",
+        metadata=about(
+            '"adamw", or one of a library that must be installed: "adamw8bit" (bitsandbytes), "schedulefree"\n'
+            '(schedulefree), "prodigy" (prodigyopt).'
+        ),
+    )
+    weight_decay: float = field(default=1e-2, metadata=about("the optimiser's."))
+    clip: float = field(default=1.0, metadata=about("largest norm of the gradient over all parameters; 0 for none."))
+    min_snr_gamma: float = field(
+        default=0.0, metadata=about("weights samples by min(SNR, gamma), 5 as a rule; 0 leaves all alike.")
+    )
+    caption_dropout: float = field(
+        default=0.1, metadata=about("share of captions replaced by the empty one, for classifier-free guidance.")
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata=about("keeps the inputs of blocks only and runs them again in the backward pass: slower, smaller."),
+    )
+    seed: int = field(default=0, metadata=about("of the adapter, the noise, and the order of the data."))
+    checkpoint_every: int = field(default=1000, metadata=about("steps between checkpoints; 0 writes only the last."))
+    sample_every: int = field(
+        default=0, metadata=about("steps between validation pictures (of output.prompts, on the command line); 0 for none.")
+    )
+    validate_every: int = field(default=0, metadata=about("steps between measurements of the validation loss; 0 for none."))
+    patience: int = field(
+        default=0, metadata=about("stop after so many measurements without a better validation loss; 0 never does.")
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
@@ -66,8 +73,8 @@ class TrainSettings:
         rate = self.learning_rate
         _require(math.isfinite(rate) and rate > 0, "learning_rate", "a positive number", rate)
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", "0 to 1", self.caption_dropout)
-        _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
-        _require(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self.optimizer)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _require(not (self.patience and not self.validate_every), "patience", "validate_every with it", self.validate_every)
 
     def rate(self, step: int) -> float:

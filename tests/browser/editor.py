@@ -9,7 +9,7 @@ from typing import Any
 from client import Client
 
 EVENT = "styleinject.router"
-EXTENSION = "ComfyUI-StyleInject"
+EXTENSIONS = ("ComfyUI-StyleInject", "extensions/styleinject")  # a clone, and what ComfyUI-Manager installs
 TIMEOUT = 180_000  # milliseconds; the editor alone takes a minute to start on a busy machine
 # The last thing the editor does at its start is to open the workflow of the last time, or the default one.
 READY = """() => {
@@ -64,7 +64,7 @@ class Editor:
         self.page.wait_for_timeout(500)
 
     def _note(self, text: str) -> None:
-        if EXTENSION in text or EVENT in text:
+        if any(mark in text for mark in (*EXTENSIONS, EVENT)):
             self.problems.append(text)
 
     def _answer(self, dialog: Any) -> None:

@@ -256,7 +256,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
         Path(name).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("styleinject_core.files.format.save_file", full)
+    monkeypatch.setattr("styleinject_core.files.atomic.save_file", full)
     with pytest.raises(AdapterFileError, match=r"a.safetensors: could not be written.*No space left"):
         save_adapter(adapter(1), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -300,13 +300,13 @@ def test_dispatch_folds_only_where_it_may():
     module, x = linear_case(2, 300, 16, 8)
     layer = trained_layer(module, r=2, n_styles=3)
     with torch.no_grad():
-        assert dispatch.prefers_fold(x, host_of(module), [weights(layer, x)])
-        assert not dispatch.prefers_fold(x[:, :4], host_of(module), [weights(layer, x)])
+        assert dispatch.prefers_fold(x, host_of(module), prepare([weights(layer, x)]))
+        assert not dispatch.prefers_fold(x[:, :4], host_of(module), prepare([weights(layer, x)]))
         unreadable = HostLayer(LayerShape.of(module), module.forward, None, None, module)
-        assert not dispatch.prefers_fold(x, unreadable, [weights(layer, x)])
-    assert not dispatch.prefers_fold(x, host_of(module), [weights(layer, x)]), "training must keep the graph"
+        assert not dispatch.prefers_fold(x, unreadable, prepare([weights(layer, x)]))
+    assert not dispatch.prefers_fold(x, host_of(module), prepare([weights(layer, x)])), "training must keep the graph"
     module.requires_grad_(False)
-    assert dispatch.prefers_fold(x, host_of(module), [weights(layer, x)]), "many positions: fold keeps x alone"
-    assert not dispatch.prefers_fold(x[:, :20], host_of(module), [weights(layer, x)])
+    assert dispatch.prefers_fold(x, host_of(module), prepare([weights(layer, x)])), "many positions: fold keeps x alone"
+    assert not dispatch.prefers_fold(x[:, :20], host_of(module), prepare([weights(layer, x)]))
     conv, image = conv_case(*CONVS[1])
-    assert not dispatch.prefers_fold(image, host_of(conv.requires_grad_(False)), [weights(trained_layer(conv), image)])
+    assert not dispatch.prefers_fold(image, host_of(conv.requires_grad_(False)), prepare([weights(trained_layer(conv), image)]))

@@ -15,10 +15,11 @@ FLOORS = ["styleinject_core", "integration", "nodes"]
 # Within a package, its parts likewise: modules, or sub-packages.
 ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
-                         "hosts", "summary", "router", "deadiff", "train", "demo", "commands", "cli"],
-    "styleinject_core/train": ["settings", "parallel", "draws", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "injection", "monitor", "reference", "sampling", "patcher", "reference_encoder", "demo_model", "training"],
-    "integration/training": ["graph_inputs", "options", "comfy_model", "named_runs", "job"],
+                         "hosts", "summary", "colors", "router", "deadiff", "train", "demo", "commands", "cli"],
+    "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
+    "integration": ["paths", "live", "injection", "monitor", "reference", "sampling", "patcher", "reference_encoder", "demo_model",
+                    "training"],
+    "integration/training": ["graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
     "nodes": ["schema", "adapter", "reference", "router", "train", "demo"],
 }  # fmt: skip
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
@@ -37,8 +38,9 @@ OPTIONAL = {  # packages that need not be there, and the files of the core that 
     "schedulefree": {"train/run/optimizers.py"},
     "prodigyopt": {"train/run/optimizers.py"},
 }
+COMMAND_LINE = {("styleinject_core", "commands"), ("styleinject_core", "cli")}  # of the core; ComfyUI has its own ways in
 FUNCTIONAL_SEES = {"layers", "functional"}
-PICTURES = {"analysis", "embedding", "canvas", "plots"}  # of the router: they see traces and nothing else
+PICTURES = {"analysis", "embedding", "canvas", "plots"}  # of the router: they see traces, colors and how to write a file
 # Attributes and arguments of __init__ that are `Any`, and what they are. Only what belongs to other programs may be, or
 # what torch types too narrowly: `Any` for a type of this pack would hide an import that the rules above forbid.
 FOREIGN = {
@@ -121,13 +123,15 @@ def test_the_core_knows_no_host_program_and_imports_optional_packages_where_they
         elif relative.parts[0] == "functional":
             assert module[1] in FUNCTIONAL_SEES, f"{relative} imports {'.'.join(module)}"
         elif relative.parts[0] == "router" and path.stem in PICTURES:
-            assert module[1] == "router" and module[2] in {"trace", *PICTURES}, f"{relative} imports {'.'.join(module)}"
+            seen = {"colors", "files.atomic", *(f"router.{name}" for name in ("trace", *PICTURES))}
+            assert ".".join(module[1:]) in seen, f"{relative} imports {'.'.join(module)}"
 
 
 @pytest.mark.parametrize("path", [param for param in EVERY_FILE if not param.id.startswith("styleinject_core/")])
 def test_only_the_patcher_touches_modelpatcher_and_only_nodes_have_schemas(path):
     relative = path.relative_to(ROOT).as_posix()
     for module, _, _ in imports(path):
+        assert module[:2] not in COMMAND_LINE, f"{relative} imports the command line's {'.'.join(module)}"
         assert module[:2] != ("comfy", "model_patcher") or relative == "integration/patcher.py", f"{relative}: ModelPatcher"
         assert module[0] != "comfy_api" or relative.startswith("nodes/"), f"{relative}: schemas are the nodes'"
 

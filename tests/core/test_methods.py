@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from styleinject_core import Adapter, Applied, LayerShape, attach, load_adapter, methods, save_adapter
-from styleinject_core.commands.config import AdapterTable
 from styleinject_core.config import LayerConfig
 from styleinject_core.functional import dispatch, fold, reference, stack
 from styleinject_core.functional.host import HostLayer
@@ -20,6 +19,7 @@ from styleinject_core.methods.method import AdapterLayer, Method
 from styleinject_core.router.recorder import Recorder
 from styleinject_core.router.trace import TraceError
 from styleinject_core.summary import as_text, summarize
+from styleinject_core.train.request import AdapterRequest
 
 
 class Host(nn.Module):
@@ -65,9 +65,7 @@ class ToyWeights:
     def active(self):
         return self.dma != 0
 
-    @property
-    def folds(self):
-        return True
+    folds, needs_mean = True, False
 
     def cast(self, dtype):
         return replace(self, u=self.u.to(dtype), v=self.v.to(dtype))
@@ -92,7 +90,7 @@ class ToyLayer(AdapterLayer):
     def delta(self):
         return torch.einsum("d,k...->dk...", self.u, self.v)
 
-    def weights(self, cast, *, dma, sta, owner=None):
+    def weights(self, cast, *, dma, sta, owner=None, precise=None):
         return ToyWeights(cast(self.u), cast(self.v), dma, owner)
 
 
@@ -128,7 +126,7 @@ EVERY = [*methods.choices(), "toy"]
 
 def new(choice: str, host: nn.Module | None = None, **settings) -> Adapter:
     torch.manual_seed(0)
-    table = AdapterTable(**{"method": choice, "rank": 2, "styles": 3, "factors": (6, 4), "targets": ("all",), **settings})
+    table = AdapterRequest(**{"method": choice, "rank": 2, "styles": 3, "factors": (6, 4), "targets": ("all",), **settings})
     return Adapter.create(host or Host(), table.config(), choice)
 
 
@@ -235,7 +233,12 @@ def test_gradients_equal_the_references(choice, host, x):
                 torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
     with attach(host, adapter):
         (host(x) - target).square().mean().backward()
-    assert all(p.grad is not None for layer in adapter.layers.values() for part, p in layer.tensors().items() if part != "router_weight")
+    assert all(
+        p.grad is not None
+        for layer in adapter.layers.values()
+        for part, p in layer.tensors().items()
+        if part != "router_weight"
+    )
 
 
 def test_methods_stack_on_one_layer_in_any_order(host, x):
@@ -260,13 +263,15 @@ def test_router_tools_refuse_a_method_without_router(choice):
 
 def test_a_method_that_does_not_exist():
     with pytest.raises(ValueError, match="method: expected one of styleinject, lora, kronecker, .*, found 'dora'"):
-        AdapterTable(method="dora")
+        AdapterRequest(method="dora")
 
 
 def inputs(host: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """What every layer of the bare host is given."""
     seen: dict[str, Tensor] = {}
-    handles = [m.register_forward_pre_hook(lambda m, args, n=n: seen.setdefault(n, args[0])) for n, m in host.named_modules() if n]
+    handles = [
+        m.register_forward_pre_hook(lambda m, args, n=n: seen.setdefault(n, args[0])) for n, m in host.named_modules() if n
+    ]
     with torch.no_grad():
         host(x)
     for handle in handles:

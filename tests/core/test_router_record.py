@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from styleinject_core import Adapter, AdapterConfig, AdapterFileError, SelectorError, attach, load_adapter, save_adapter
+from styleinject_core import Adapter, AdapterConfig, SelectorError, attach, load_adapter, save_adapter
 from styleinject_core.call import ModelCall
+from styleinject_core.files import WriteError
 from styleinject_core.functional import reference
 from styleinject_core.functional.host import HostLayer
 from styleinject_core.methods.styleinject import route
@@ -349,7 +350,7 @@ def test_save_and_load(trace, tmp_path):
 def test_file_errors(trace, host, tmp_path):
     with pytest.raises(TraceError, match=r"t\.pt: expected a name that ends in \.safetensors"):
         save_trace(trace, tmp_path / "t.pt")
-    with pytest.raises(AdapterFileError, match="could not be written"):
+    with pytest.raises(WriteError, match="could not be written"):
         save_trace(trace, tmp_path / "nowhere" / "t.safetensors")
     with pytest.raises(TraceError, match="no such file"):
         load_trace(tmp_path / "t.safetensors")

@@ -147,7 +147,7 @@ def test_a_teacher_of_another_kind(models, tmp_path, capsys):
         output = {{ folder = "run" }}
     """
     paths = {name: json.dumps(str(path)) for name, path in models.items()}
-    for pair, message in [((paths["sd"], '"demo"'), "teacher.path: its latents are"),
+    for pair, message in [((paths["sd"], '"demo"'), "teacher.path: the teacher's latents are"),
                           ((paths["sd"], paths["xl"]), "distil.shared_text_encoder: the teacher reads prompts of"),
                           ((paths["sd"], paths["sd"]), "teacher.path: teacher and student are the same model")]:  # fmt: skip
         (tmp_path / "c.toml").write_text(config.format(*pair))

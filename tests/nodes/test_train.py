@@ -314,3 +314,14 @@ def test_loss_plot(model, train, run_node) -> None:
 def test_the_options_node_has_the_defaults_that_hold_without_it(pack, run_node) -> None:
     (options,) = run_node("StyleInjectTrainOptions")
     assert options == pack.submodule("integration.training.options").TrainOptions()
+
+
+def test_nodes_and_command_line_ask_for_the_same_by_default(pack, run_node) -> None:
+    core = pack.submodule("styleinject_core.train.request")
+    (options,) = run_node("StyleInjectTrainOptions")
+    schema = {given.id: given.default for given in pack["StyleInjectTrain"].define_schema().inputs if hasattr(given, "default")}
+    widgets = {
+        name: schema[name] for name in ("name", "method", "steps", "learning_rate", "batch_size", "rank", "styles", "layers")
+    }
+    assert options.request(**widgets) == core.TrainingRequest(name=schema["name"])
+    assert options.drawing == core.Drawing()

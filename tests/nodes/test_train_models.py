@@ -83,7 +83,11 @@ def test_a_model_that_takes_sizes_and_pooled_prompts(pack, train) -> None:
     images = [latents(2), latents(2, height=12)]
     adapter, _, step = train(model=model, conditioning=prompts, latents=images, empty=[prompts[0]])
     assert step == 4
-    rows = pack.submodule("integration.training.graph_inputs").Encoder(model).prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
+    rows = (
+        pack.submodule("integration.training.graph_inputs")
+        .Encoder(model)
+        .prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
+    )
     assert [row["y"].shape for row in rows] == [(1, 2816)] * 2 and not torch.equal(rows[0]["y"], rows[1]["y"])
     assert len(adapter.names) == len(set(adapter.names))
 
@@ -336,7 +340,7 @@ def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> 
         "StyleInjectTrain", model=[model], latents=images, conditioning=prompts, empty=[empty], options=[options], **widgets
     )
     shown = to_tensor(Image.open(trained_folder / "rough" / "samples" / "step-000006.png"))
-    draw = pack.submodule("integration.training.graph_inputs").draw
+    draw = pack.submodule("integration.training.drawing").draw
     expected = {}
     for patched in (model, run_node("StyleInjectApply", model=model, adapter=adapter)[0]):
         prompt, negative = tuple(prompts[0][0]), tuple(empty[0])
@@ -378,7 +382,7 @@ def test_a_teacher_with_another_adapter_draws_anew(pack, model, teacher, train, 
 
 def test_what_belongs_to_a_prompt_counts(pack, conditioning) -> None:
     """Pooled outputs, and numbers: the sizes of SDXL, Flux's guidance."""
-    prompts_hash = pack.submodule("integration.training.job").prompts_hash
+    prompts_hash = pack.submodule("integration.training.drawing").prompts_hash
     tensor, extras = conditioning(0)[0]
     variants = [
         extras,

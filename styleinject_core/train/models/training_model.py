@@ -46,6 +46,11 @@ class TrainingModel(ABC):
         """Where it computes, and where noise and losses are."""
         return next(self.denoiser.parameters()).device
 
+    @property
+    def latent_space(self) -> tuple[Any, ...]:
+        """What its latents are; models whose latents are the same have the same. Empty where that is not known."""
+        return ()
+
     @cached_property
     def fingerprint(self) -> str:
         """Tells frozen models apart, for recognising a run's: a hash of a little of every parameter."""
@@ -88,7 +93,6 @@ class TextToImageModel(TrainingModel):
 
     @property
     def latent_space(self) -> tuple[Any, ...]:
-        """What its latents are; models whose latents are the same have the same."""
         return (type(self).__name__,)
 
     @abstractmethod

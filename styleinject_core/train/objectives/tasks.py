@@ -173,13 +173,7 @@ class Distil(FineTune):
     def check_pair(model: TrainingModel, teacher: TrainingModel, settings: TrainSettings, feature_weight: float) -> None:
         """Refuse what cannot be distilled (ValueError); see `check`."""
         FineTune.check(model, settings)
-        if teacher.denoiser is model.denoiser:
-            raise ValueError("teacher and student are the same model: there is nothing to learn")
-        kinds = [m.schedule.prediction_type for m in (teacher, model)]
-        if kinds[0] != kinds[1] and "flow" in kinds:
-            raise ValueError(
-                f"the teacher predicts {kinds[0]}, the student {kinds[1]}: a flow model's noisy images are not another one's"
-            )
+        check_teacher(model, teacher)
         if settings.min_snr_gamma:
             raise ValueError("min_snr_gamma weights the error of fine-tuning; a distillation has no such term: leave it at 0")
         if feature_weight and not (model.blocks() and teacher.blocks()):
@@ -206,6 +200,26 @@ class Distil(FineTune):
         teacher = {"teacher": self.teacher.fingerprint, "teacher_reads": self.teacher_reads}
         plan = {**super().plan(), **teacher, **weights}
         return plan if self.teacher_empty is None else {**plan, "teacher_empty": conditioning_hash(self.teacher_empty)}
+
+
+def check_teacher(model: TrainingModel, teacher: TrainingModel) -> None:
+    """Refuse a teacher that no adapter of this model can learn from (ValueError)."""
+    if teacher.denoiser is model.denoiser:
+        raise ValueError("teacher and student are the same model: there is nothing to learn")
+    if teacher.latent_space != model.latent_space:
+        spaces = [" ".join(map(str, m.latent_space)) for m in (teacher, model)]
+        raise ValueError(f"the teacher's latents are {spaces[0]}, the student's {spaces[1]}: both must use the same VAE")
+    kinds = [m.schedule.prediction_type for m in (teacher, model)]
+    if kinds[0] != kinds[1] and "flow" in kinds:
+        raise ValueError(
+            f"the teacher predicts {kinds[0]}, the student {kinds[1]}: a flow model's noisy images are not another one's"
+        )
+
+
+def check_weights_differ(model: TrainingModel, teacher: TrainingModel) -> None:
+    """Refuse a teacher that reads the same prompts with the same weights (ValueError). Weights must be as they will train."""
+    if model.fingerprint == teacher.fingerprint:
+        raise ValueError("teacher and student are the same model, there is nothing to learn")
 
 
 def _captions(conditioning: Conditioning, empty: Conditioning | None, dropped: Tensor) -> Conditioning:

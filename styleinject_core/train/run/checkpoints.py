@@ -20,8 +20,7 @@ from torch import Tensor
 
 from ...adapter import Adapter
 from ...files import save_adapter
-from ...files.atomic import replacing
-from ...files.format import atomic_save
+from ...files.atomic import replacing, save_tensors
 
 STATE_VERSION = 1
 _TENSOR = "tensor"
@@ -113,10 +112,10 @@ class RunFolder:
         save_adapter(adapter, path, {**self.metadata, "styleinject.steps": str(step)}, self.dtype)
 
     def save_state(self, state: TrainState) -> None:
-        """Replace the state file. Raises AdapterFileError where the disk refuses; the former one stays."""
+        """Replace the state file. Raises WriteError where the disk refuses; the former one stays."""
         tensors: dict[str, Tensor] = {}
         header = {"version": STATE_VERSION, "step": state.step, "plan": state.plan, "parts": _pack(state.parts, tensors)}
-        atomic_save(tensors, self.state_file, {"styleinject_training": json.dumps(header)})
+        save_tensors(tensors, self.state_file, {"styleinject_training": json.dumps(header)})
 
     def load_state(self, plan: Mapping[str, Any], steps: int) -> TrainState | None:
         """The newest state, or None where the run has none.

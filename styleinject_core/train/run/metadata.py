@@ -15,7 +15,7 @@ PAPER = "https://arxiv.org/abs/2401.13942"
 
 
 def made_by(
-    task: FineTune, settings: TrainSettings, architecture: str, method: str, base: str, teacher: str = ""
+    task: FineTune, settings: TrainSettings, *, architecture: str, method: str, base: str, teacher: str = ""
 ) -> dict[str, str]:
     """ModelSpec 1.0 fields and our own, as an adapter file's header keeps them: no paths, nothing of the machine.
 

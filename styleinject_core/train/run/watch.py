@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...colors import BLUE, ORANGE, SKY
 from ...files.atomic import replacing
 from .loop import Observer, Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_BLUE, _SKY, _ORANGE = "#0072B2", "#56B4E9", "#E69F00"  # Okabe-Ito
 
 
 class ProgressBar(Observer):
@@ -65,10 +64,10 @@ def loss_figure(title: str, losses: Sequence[float], validation: Sequence[tuple[
     axis = figure.add_subplot()
     steps = range(1, len(losses) + 1)
     means = running_mean(losses)
-    axis.plot(steps, losses, color=_SKY, linewidth=0.7, alpha=0.7, label="each step")
-    axis.plot(steps, means, color=_BLUE, linewidth=2, label="running mean")
+    axis.plot(steps, losses, color=SKY, linewidth=0.7, alpha=0.7, label="each step")
+    axis.plot(steps, means, color=BLUE, linewidth=2, label="running mean")
     if validation:
-        axis.plot(*zip(*validation, strict=True), color=_ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation")
+        axis.plot(*zip(*validation, strict=True), color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation")
     axis.set_title(title, parse_math=False)
     axis.set(xlabel="training step", ylabel="loss")
     shown = sorted(v for v in losses if math.isfinite(v))

@@ -1,0 +1,129 @@
+"""What an adapted layer costs the host: kernels launched, and the time Python takes to launch them, as ratios in one run.
+
+    python benchmarks/host_cost.py              # the table of benchmarks/README.md; about two minutes on two cores
+    python benchmarks/host_cost.py --quick      # only shows that it runs
+    COMFYUI_PATH=~/ComfyUI python benchmarks/host_cost.py   # where ComfyUI is: a narrow, full-depth SD 1.5 in it as well
+
+A GPU that waits for the host feels only these two. They are measured on layers and on a U-Net so small that arithmetic
+costs nothing, on one CPU thread; the adapted and the bare take turns within a run, and a time is its lower quartile.
+Launches are counted in float16 by a dispatch mode below autograd: every operation but views and allocations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from styleinject_core import Adapter, AdapterConfig, attach
+
+_NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh", "_reshape_alias")
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that launch a kernel: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in _NO_KERNEL:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(call: Callable[[], Any]) -> list[str]:
+    """The kernels that a call launches, in order."""
+    with torch.no_grad():
+        call()  # what is prepared once is prepared
+        with Launches() as counted:
+            call()
+    return counted.names
+
+
+def random_adapter(host: nn.Module, seed: int = 0, **config: Any) -> Adapter:
+    """An adapter every parameter of which is away from its initial value, so that no work can be left out."""
+    torch.manual_seed(seed)
+    adapter = Adapter.create(host, AdapterConfig(**{"r": 32, "n_styles": 16, "target_modules": ("all",), **config}), f"a{seed}")
+    for parameter in adapter.parameters():
+        parameter.data.copy_(torch.randn_like(parameter) * 0.02)
+    return adapter.requires_grad_(False)
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "Linear, fold": (nn.Linear(32, 32), (2, 64, 32)),
+    "Linear, stack": (nn.Linear(32, 32), (2, 8, 32)),
+    "3x3 convolution, fold": (nn.Conv2d(8, 8, 3, padding=1), (2, 8, 8, 8)),
+}
+
+
+def count(layer: str, adapters: int) -> list[str]:
+    """The kernels of one adapted layer in float16."""
+    module, shape = LAYERS[layer]
+    host = nn.ModuleDict({"layer": module.__class__(*_sizes(module))}).half()
+    x = torch.randn(shape).half()
+    stack = [random_adapter(host, seed).half() for seed in range(adapters)]
+    with attach(host, stack):
+        return launches(lambda: host["layer"](x))
+
+
+def _sizes(module: nn.Module) -> tuple[Any, ...]:
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding
+    return module.in_features, module.out_features
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], runs: int, repeats: int) -> dict[str, float]:
+    """Seconds a call takes, lower quartile of `runs` turns of `repeats` calls each."""
+    times: dict[str, list[float]] = {key: [] for key in calls}
+    with torch.no_grad():
+        for _ in range(runs):
+            for key, call in calls.items():
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    call()
+                times[key].append((time.perf_counter() - start) / repeats)
+    return {key: sorted(values)[len(values) // 4] for key, values in times.items()}
+
+
+def layer_calls() -> dict[str, Callable[[], Any]]:
+    """A tiny Linear bare, with one adapter and with four."""
+    calls: dict[str, Callable[[], Any]] = {}
+    x = torch.randn(2, 64, 32)
+    for adapters in (0, 1, 4):
+        torch.manual_seed(0)
+        host = nn.ModuleDict({"layer": nn.Linear(32, 32)}).requires_grad_(False)
+        if adapters:
+            attach(host, [random_adapter(host, seed) for seed in range(adapters)])
+        calls[str(adapters)] = lambda module=host["layer"]: module(x)
+    return calls
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few runs: only shows that it works")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print("| launches per adapted layer, float16 | bare | 1 adapter | 4 adapters |\n| --- | ---: | ---: | ---: |")
+    for layer in LAYERS:
+        print(f"| {layer} | 1 | {len(count(layer, 1))} | {len(count(layer, 4))} |")
+    times = interleaved(layer_calls(), *((3, 20) if options.quick else (40, 300)))
+    bare = times["0"]
+    print("\n| core, tiny Linear, float32 | bare | 1 adapter | 4 adapters |\n| --- | ---: | ---: | ---: |")
+    print(f"| µs | {bare * 1e6:.1f} | {times['1'] * 1e6:.1f} | {times['4'] * 1e6:.1f} |")
+    print(f"| ratio | 1 | {times['1'] / bare:.2f} | {times['4'] / bare:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Parameters of several adapters in one storage, so that one product reads them all and there is no second copy of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors of one shape as one, (J, ...), of which they are views; they are made so where each has a storage of its own.
+
+    Returns:
+        None where they cannot be: trained, on different devices, of different dtypes, or parts of another stack.
+    """
+    first = tensors[0]
+    size = first.numel() * first.element_size()
+    if all(t.data_ptr() == first.data_ptr() + j * size and t.is_contiguous() for j, t in enumerate(tensors)):
+        if first.untyped_storage().nbytes() < first.storage_offset() * first.element_size() + len(tensors) * size:
+            return None  # neighbors by chance, in storages of their own
+        return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+    for tensor in tensors:
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
+        same = tensor.dtype == first.dtype and tensor.device == first.device and tensor.shape == first.shape
+        if tensor.requires_grad or not whole or not same or not isinstance(tensor, torch.nn.Parameter):
+            return None
+    if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
+        return None  # one adapter twice
+    with torch.inference_mode(False), torch.no_grad():
+        stack = torch.stack([tensor.detach() for tensor in tensors])
+        for tensor, part in zip(tensors, stack, strict=True):
+            tensor.data = part
+    return stack

@@ -1,0 +1,124 @@
+"""What a training is asked for, by a config file or by a node: one value that both of them build, with one set of defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..adapter import Adapter
+from ..config import LayerConfig
+from ..layers import LayerShape
+from ..methods import configure, kronecker
+from .settings import TrainSettings, about, check_choice
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class AdapterRequest:
+    """The adapter's size. The defaults are the paper's for fine-tuning; to distil it adapts convolutions too.
+
+    Raises:
+        ValueError: a value out of its range; names it.
+    """
+
+    method: str = field(
+        default="styleinject",
+        metadata=about(
+            '"styleinject"; "dma-only" (no AdaIN); "sta-only" (one style); "lora" (one style, no router, no AdaIN);\n'
+            '"kronecker" (DiffuseKronA: rank, styles, alpha and all below factors mean nothing to it).'
+        ),
+    )
+    rank: int = field(default=32, metadata=about("r."))
+    styles: int = field(default=16, metadata=about("n, parallel down-projections; 1 for lora and sta-only."))
+    alpha: float = field(default=0.0, metadata=about("the low-rank part is scaled by alpha / rank; 0 means alpha = rank."))
+    targets: tuple[str, ...] = field(
+        default=("to_q", "to_v"),
+        metadata=about(
+            'a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; for kronecker the paper has\n'
+            '["to_q", "to_k", "to_v", "to_out.0"].'
+        ),
+    )
+    factors: tuple[int, ...] = field(
+        default=kronecker.FACTORS,
+        metadata=about(
+            "of kronecker: the sizes of A, (a1, a2); fewer numbers the nearer their product is to the root of the layer's."
+        ),
+    )
+    router_pool: str = field(default="mean", metadata=about('"mean", "sum" or "token".'))
+    sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
+
+    def __post_init__(self) -> None:
+        self.config()  # its own checks
+
+    def config(self) -> LayerConfig:
+        """The adapter's config."""
+        return configure(self)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a model draws the images that it is then trained on, or shown by.
+
+    Args:
+        steps: of sampling.
+        guidance: classifier-free guidance.
+    """
+
+    steps: int = 20
+    guidance: float = 5.0
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """A training run, but for its model, data and objective.
+
+    Args:
+        name: the adapter's.
+        held_out: so many of the images are never trained on, only measured.
+        dtype: what adapter files are stored in, one of DTYPES.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    name: str
+    adapter: AdapterRequest = field(default_factory=AdapterRequest)
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    held_out: int = 0
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def new_adapter(self, host: nn.Module | Mapping[str, LayerShape]) -> Adapter:
+        """An untrained adapter, the same for the same seed; the program's own random numbers go on as if there had been none.
+
+        Raises:
+            SelectorError, UnsupportedLayerError: targets that match nothing, or no layer that can be adapted.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            return Adapter.create(host, self.adapter.config(), self.name)
+
+    def split(self, count: int, field: str = "held_out") -> tuple[list[int], list[int]]:
+        """Which of `count` images are trained on and which are held out, each in order; the same for the same seed.
+
+        Args:
+            field: what the user calls the number of images held out, for the error.
+
+        Raises:
+            ValueError: none would be left to train on.
+        """
+        if self.held_out >= count:
+            raise ValueError(f"{field}: {self.held_out} of {count} images leave none to train on")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed)).tolist()
+        return sorted(order[self.held_out :]), sorted(order[: self.held_out])
