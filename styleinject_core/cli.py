@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=None, help="training steps (default 140, under two minutes on two cores)")
     demo.add_argument("--no-train", action="store_true", help="use the adapter that ships with the demo")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--reference", nargs="?", type=Path, const=True, metavar="IMAGE",
+        help="instead, draw in the style of pictures, and of this one too; nothing is trained",
+    )  # fmt: skip
     demo.set_defaults(run=_demo)
 
     plot = commands.add_parser("plot", help="draw what a router did, from saved traces")
@@ -172,6 +176,11 @@ def _convert_deadiff(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if options.reference is not None:
+        from .demo import references
+
+        references.run(options.out, None if options.reference is True else options.reference, seed=options.seed)
+        return 0
     from .demo.run import run
 
     run(options.out, options.style, steps=options.steps, train=not options.no_train, seed=options.seed)

@@ -6,10 +6,9 @@ from comfy_api.latest import io
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...integration.demo_model import DemoVAE, demo_conditioning, demo_model
+from ...integration.demo_model import FIVE_STYLES, DemoVAE, demo_conditioning, demo_model, demo_text_encoder
 from ...styleinject_core.demo import data
 from ...styleinject_core.demo.autoencoder import LATENT_CHANNELS
-from ...styleinject_core.demo.model import load_text_encoder
 from ...styleinject_core.demo.text import words
 from ..schema import schema
 
@@ -27,10 +26,11 @@ class StyleInjectDemoModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "style",
-                    options=data.styles(),
+                    options=[*data.styles(), FIVE_STYLES],
                     default=data.BASE_STYLE,
                     tooltip=f"What it draws. {data.BASE_STYLE} is the model that the demo's adapters are for; the others are "
-                    "checkpoints tuned to another style, as teachers for Distill StyleInject.",
+                    f'checkpoints tuned to another style, as teachers for Distill StyleInject. "{FIVE_STYLES}" draws all of '
+                    "them, and is what the demo's DEADiff is for.",
                 )
             ],
             outputs=[
@@ -61,6 +61,13 @@ class StyleInjectDemoPrompt(io.ComfyNode):
                     tooltip='What to draw: "red apple", "cat face". Left empty it is '
                     "the negative prompt. At most eight words count.",
                 ),
+                io.Combo.Input(
+                    "model_name",
+                    options=[data.BASE_STYLE, FIVE_STYLES],
+                    default=data.BASE_STYLE,
+                    tooltip=f'Whose text encoder: "{FIVE_STYLES}" for the demo model of that name, which also knows the words '
+                    "flat, shaded, outlined, lineart and rendered; the other one for all others.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output("CONDITIONING", display_name="CONDITIONING", tooltip="For the KSampler."),
@@ -73,8 +80,8 @@ class StyleInjectDemoPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text: str) -> io.NodeOutput:
-        encoder = load_text_encoder()
+    def execute(cls, text: str, model_name: str = data.BASE_STYLE) -> io.NodeOutput:
+        encoder = demo_text_encoder(model_name)
         unknown = encoder.unknown_words(text)
         if unknown and len(unknown) == len(words(text)):
             known = ", ".join(encoder.vocabulary[:: max(1, len(encoder.vocabulary) // 12)])

@@ -112,7 +112,8 @@ class Reference:
 
         def scaled(tokens: Tokens | None) -> tuple[Tensor, Tensor]:
             if tokens is None:
-                return torch.zeros(1, count, site.width), torch.zeros(1, count, site.width)
+                nothing = torch.zeros(1).expand(1, count, site.width)
+                return nothing, nothing
             missing = (0, 0, 0, count - tokens.count)  # a shorter negative reference: null tokens for the rest
             keys, values = self.model.key_values(tokens, place)
             return pad(key_scale * keys, missing), pad(value_scale * values, missing)
@@ -175,7 +176,8 @@ class LayerRows:
 
     def nbytes(self) -> int:
         """Memory of the constants."""
-        return sum(t.nbytes for rows in (self.keys, self.values) for t in (rows.positive, rows.negative))
+        parts = [t for rows in (self.keys, self.values) for t in (rows.positive, rows.negative)]
+        return sum(part.untyped_storage().nbytes() for part in parts)
 
 
 def repeats(length: int, text_tokens: int) -> int:

@@ -354,7 +354,7 @@ def test_an_interrupt_leaves_the_model_clean(model, apply, tokens, sample) -> No
     vanilla = sample(model)
 
     def stop(*_):
-        comfy.model_management.interrupt_current_processing(True)
+        raise comfy.model_management.InterruptProcessingException
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         sample(apply(model, style=tokens()), steps=4, callback=stop)

@@ -55,7 +55,7 @@ INPUTS = {
     "StyleInjectSave": ["adapter", "filename_prefix", "dtype", "title", "author", "trigger_phrase", "description", "license"],
     "StyleInjectLossPlot": ["losses"],
     "StyleInjectDemoModel": ["style"],
-    "StyleInjectDemoPrompt": ["text"],
+    "StyleInjectDemoPrompt": ["text", "model_name"],
     "StyleInjectDemoDecode": ["samples", "upscale"],
     "StyleInjectDemoDataset": ["style", "things", "count", "prompt"],
 }  # fmt: skip
