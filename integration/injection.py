@@ -6,15 +6,12 @@ model, so a model can be freed while a MODEL that once used it lives on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
-import comfy.lora
 import comfy.model_management
 import comfy.ops
-import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +20,9 @@ from ..styleinject_core.functional.host import REPLACED
 from ..styleinject_core.hosts.architectures import describe
 from ..styleinject_core.override import HostProgram
 from ..styleinject_core.router.control import Rule, Steering
+from .places import diffusion_model, find_places
 
 KEY = "styleinject"
-_COMPILED = "_orig_mod"  # where torch.compile keeps the module it wraps
 _PLAIN_LAYERS = (
     nn.Linear,
     nn.Conv2d,
@@ -70,6 +67,15 @@ class ComfyProgram(HostProgram):
             return False
         return _plain(module.weight, x) and (module.bias is None or _plain(module.bias, x))
 
+    def frozen_weight(self, module: nn.Module, x: Tensor) -> Tensor:
+        """W0 with what low-VRAM LoRAs add to it on the way."""
+        weight = super().frozen_weight(module, x)
+        functions = module.__dict__.get("weight_function") or ()
+        lowvram = module.__dict__.get("weight_lowvram_function")
+        for function in (*functions, *(() if lowvram is None else (lowvram,))):
+            weight = function(weight)
+        return weight
+
     def samples(self, x: Tensor, layer: str, images: int) -> int:
         """HyperTile splits images over rows in self-attention. More rows in cross-attention are prompts of regions."""
         return images if images and ".attn1." in layer else x.shape[0]
@@ -87,6 +93,7 @@ class Injection:
         applied: the adapter with its strengths; its parameters are the ones ComfyUI loads and offloads.
         start_percent, end_percent: the part of the sampling schedule, 0 to 1; by noise level, as ControlNet has it.
         control: what steers its router.
+        patched: whether it is in the model's weights already (`weight_patches`): then calls have nothing to do.
 
     Raises:
         ValueError: percents outside of 0 to 1, or a start after the end; a control that does not fit the adapter.
@@ -96,6 +103,7 @@ class Injection:
     start_percent: float = 0.0
     end_percent: float = 1.0
     control: tuple[Rule, ...] = ()
+    patched: bool = False
     steering: Steering | None = field(init=False, default=None, repr=False)
     _attached: WeakKeyDictionary[nn.Module, Attachment] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
     _bounds: SigmaBounds = field(init=False, default_factory=lambda: SigmaBounds(), repr=False)
@@ -107,7 +115,7 @@ class Injection:
 
     def active(self, model: nn.Module, timestep: Tensor) -> bool:
         """Whether the adapter takes part at this noise level: percent_to_sigma(end) <= sigma <= percent_to_sigma(start)."""
-        if self.applied.strength == 0 or (self.applied.dma == 0 and self.applied.sta == 0):
+        if self.patched or self.applied.strength == 0 or (self.applied.dma == 0 and self.applied.sta == 0):
             return False
         return self._within(model, timestep, self.start_percent, self.end_percent)
 
@@ -128,10 +136,10 @@ class Injection:
             AdapterMismatchError: it does not fit; says what the adapter was made for and what the model is.
             SelectorError: the layer selector or a layer weight matches nothing.
         """
-        host = uncompiled(model)
+        host = diffusion_model(model)
         if host not in self._attached:
             adapter = self.applied.adapter
-            names = layer_names(model, host, adapter.names)
+            names = {name: found.place for name, found in find_places(model, adapter).items()}
             try:
                 self._attached[host] = Attachment(host, [self.applied], names, ComfyProgram())
             except AdapterMismatchError as error:
@@ -176,11 +184,6 @@ class SigmaBounds:
         return lowest <= _float32(timestep.flatten()[0]) <= highest
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The diffusion model of a comfy.model_base.BaseModel, beneath torch.compile."""
-    return getattr(model.diffusion_model, _COMPILED, model.diffusion_model)
-
-
 def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[Injection]:
     """The adapters of that name ("all": every one).
 
@@ -195,42 +198,6 @@ def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[
         names = ", ".join(dict.fromkeys(i.applied.adapter.name for i in injections))
         raise ValueError(f'no adapter named "{adapter_name}" is applied to this model; there are: {names}')
     return found
-
-
-def layer_names(model: nn.Module, host: nn.Module, wanted: Iterable[str]) -> dict[str, str]:
-    """Where in `host`, the model's diffusion model, the layers named in `wanted` are: adapter name -> module name.
-
-    U-Nets by ComfyUI's table of diffusers names; other models by the names that ComfyUI accepts from LoRA files.
-    Layers that are not in the model, or only a slice of one that is, are left out.
-    """
-    modules = {name.replace(f"{_COMPILED}.", ""): name for name, _ in host.named_modules()}
-    known = _unet_names(model.model_config.unet_config)
-    if not known:
-        known = _lora_names(model)
-    names = {}
-    for name in wanted:
-        for spelling in (known.get(name), known.get(f"transformer.{name}"), name, name.removeprefix("diffusion_model.")):
-            if spelling in modules:
-                names[name] = modules[spelling]
-                break
-    return names
-
-
-def _unet_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
-    table = comfy.utils.unet_to_diffusers(unet_config)
-    return {
-        key.removesuffix(".weight"): value.removesuffix(".weight") for key, value in table.items() if key.endswith(".weight")
-    }
-
-
-def _lora_names(model: nn.Module) -> dict[str, str]:
-    """LoRA key -> module name, for whole layers: slices of fused layers come as tuples."""
-    table = comfy.lora.model_lora_keys_unet(model, {})
-    return {
-        key: value.removeprefix("diffusion_model.").removesuffix(".weight")
-        for key, value in table.items()
-        if isinstance(value, str)
-    }
 
 
 def model_title(model: nn.Module) -> str:

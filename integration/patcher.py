@@ -7,9 +7,11 @@ model, so that ComfyUI loads, counts, and offloads them like its own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.model_management
 import comfy.model_patcher
@@ -23,10 +25,12 @@ from ..styleinject_core.adapter import a
 from ..styleinject_core.router.control import Rule
 from .injection import KEY, Injection, select_adapters
 from .monitor import Monitor
+from .places import find_places, fitted
 from .reference import AppliedReference
 from .sampling import ApplyModelWrapper, SampleWrapper, calc_cond_batch_wrapper
+from .weight_patches import add_patches, remove_patches
 
-_CACHE = "_comfyui_patchers"
+_CACHE, _FITTED = "_comfyui_patchers", "_comfyui_fitted"
 
 
 def apply_adapter(
@@ -52,17 +56,57 @@ def apply_adapter(
             Injection).
         AdapterMismatchError, SelectorError: the adapter does not fit the model, or a selector matches nothing.
     """
-    weights = managed_weights(adapter, model)
-    applied = Applied(weights.model, strength, dma, sta, layers, layer_weights)
-    injection = Injection(applied, start_percent, end_percent, tuple(control))
-    report = injection.report(model.model)  # what does not fit is said now, not in mid-sampling
-    if report.unmatched:
-        logging.warning("StyleInject: %s", report)
-    clone = _with_injections(model, (*injections_of(model), injection))
-    held = clone.get_additional_models_with_key(KEY)
-    if all(other.model is not weights.model for other in held):
-        clone.set_additional_models(KEY, [*held, weights])
+    with without_injections(model):
+        adapter = _fitted(adapter, model)
+        # what holds for the whole run and for every image is ComfyUI's to patch into the weights
+        patched = (
+            not control and (start_percent, end_percent) == (0, 1) and all(layer.fixed for layer in adapter.layers.values())
+        )
+        weights = None if patched else managed_weights(adapter, model)
+        applied = Applied(adapter if weights is None else weights.model, strength, dma, sta, layers, layer_weights)
+        injection = Injection(applied, start_percent, end_percent, tuple(control), patched)
+        report = injection.report(model.model)  # what does not fit is said now, not in mid-sampling
+        if report.share < 1 or report.biases:
+            logging.warning("StyleInject: %s", report)
+        clone = _with_injections(model, (*injections_of(model), injection))
+        if patched:
+            add_patches(clone, injection.attachment(model.model), injection)
+    if weights is not None:
+        held = clone.get_additional_models_with_key(KEY)
+        if all(other.model is not weights.model for other in held):
+            clone.set_additional_models(KEY, [*held, weights])
     return clone, injection
+
+
+@contextmanager
+def without_injections(model: ModelPatcher) -> Iterator[None]:
+    """The model as it is by itself for the length of a with block: AnimateDiff and others leave their modules in a model that
+    is loaded, also between runs and in the model of other MODELs, and with them layers have other names."""
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+    patchers = [p for p in (model, *loaded) if p is not None and getattr(p, "model", None) is model.model]
+    with ExitStack() as stack:
+        for patcher in {id(p): p for p in patchers}.values():
+            stack.enter_context(patcher.use_ejected())
+        yield
+
+
+def _fitted(adapter: Adapter, model: ModelPatcher) -> Adapter:
+    """The adapter as this model's layers want it; one is kept with the adapter for each model it is applied to."""
+    kept: WeakKeyDictionary[nn.Module, Adapter] = adapter.__dict__.setdefault(_FITTED, _Fitted())
+    host = model.model
+    if host not in kept:
+        made = fitted(host, adapter, find_places(host, adapter))
+        if made is adapter:
+            return adapter
+        kept[host] = made
+    return kept[host]
+
+
+class _Fitted(WeakKeyDictionary):
+    """Model -> adapter; a copy of the adapter it belongs to starts without any."""
+
+    def __deepcopy__(self, memo: dict) -> _Fitted:
+        return _Fitted()
 
 
 def injections_of(model: ModelPatcher) -> tuple[Injection, ...]:
@@ -76,7 +120,8 @@ def apply_reference(model: ModelPatcher, applied: AppliedReference) -> ModelPatc
     Raises:
         ReferenceMismatchError: DEADiff does not fit the model.
     """
-    applied.attachment(model.model)  # what does not fit is said now, not in mid-sampling
+    with without_injections(model):
+        applied.attachment(model.model)  # what does not fit is said now, not in mid-sampling
     return _with_injections(model, injections_of(model), references=(*references_of(model), applied))
 
 
@@ -93,8 +138,15 @@ def set_strength(model: ModelPatcher, adapter_name: str, strength: float) -> Mod
     """
     present = injections_of(model)
     chosen = select_adapters(present, adapter_name)
-    rescaled = (replace(i, applied=replace(i.applied, strength=strength)) if i in chosen else i for i in present)
-    return _with_injections(model, tuple(rescaled))
+    rescaled = [replace(i, applied=replace(i.applied, strength=strength)) if i in chosen else i for i in present]
+    clone = _with_injections(model, tuple(rescaled))
+    patched = [(old, new) for old, new in zip(present, rescaled, strict=True) if old is not new and old.patched]
+    if patched:
+        remove_patches(clone, [old for old, _ in patched])
+        with without_injections(model):
+            for _, new in patched:
+                add_patches(clone, new.attachment(model.model), new)
+    return clone
 
 
 def managed_weights(adapter: Adapter, model: ModelPatcher) -> ModelPatcher:

@@ -23,7 +23,8 @@ from ..styleinject_core.deadiff import Reference, ReferenceAttachment, Reference
 from ..styleinject_core.deadiff.config import Site
 from ..styleinject_core.deadiff.rows import NEGATIVE, check_mask, mask_bias, masked_blend
 from ..styleinject_core.hosts.architectures import title_of
-from .injection import SigmaBounds, check_percents, layer_names, model_title, uncompiled
+from .injection import SigmaBounds, check_percents, model_title
+from .places import diffusion_model, unet_modules
 
 POSITIVE = "positive"
 Attend = Callable[[Tensor, Tensor, Tensor, Mapping[str, Any]], Tensor]  # an attn2 replace patch
@@ -77,10 +78,10 @@ class AppliedReference:
         Raises:
             ReferenceMismatchError: it does not fit; says what DEADiff was made for and what the model is.
         """
-        host = uncompiled(model)
+        host = diffusion_model(model)
         if host not in self._attached:
             try:
-                self._attached[host] = ReferenceAttachment(host, self.reference, self._names(model, host))
+                self._attached[host] = ReferenceAttachment(host, self.reference, self._names(model))
             except ReferenceMismatchError as error:
                 made_for = title_of(self.reference.model.config.base)
                 raise ReferenceMismatchError(
@@ -88,13 +89,13 @@ class AppliedReference:
                 ) from None
         return self._attached[host]
 
-    def _names(self, model: nn.Module, host: nn.Module) -> dict[str, str]:
+    def _names(self, model: nn.Module) -> dict[str, str]:
         wanted = [f"{site.name}.{part}" for site in self.reference.model.config.sites for part in ("to_k", "to_v")]
-        return layer_names(model, host, wanted)
+        return unet_modules(model, wanted)
 
     def blocks(self, model: nn.Module) -> dict[tuple[str, int, int], Site]:
         """ComfyUI's key of the transformer block that each site is in: ("input", 1, 0)."""
-        names = self._names(model, uncompiled(model))
+        names = self._names(model)
         return {block_key(names[f"{site.name}.to_k"]): site for site in self.reference.model.config.sites}
 
     def call(self, call: ModelCall) -> ModelCall:

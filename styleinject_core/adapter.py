@@ -26,7 +26,9 @@ class Adapter(nn.Module):
         config: the adapter's config; layers that differ from it carry their own.
         metadata: what the file's header says beyond the config (ModelSpec fields and others), strings.
         name: what to call it in reports, the file's name as a rule.
-        skipped: names in the file that are no U-Net layers (a LoRA's text encoder part), for the report.
+        skipped: names in the file that are other models' (a LoRA's text encoder part), for the report.
+        keys: module name -> how the file spells it, where it came from a file: hosts look it up as it stands there first.
+        unused: what in the file is for this model and cannot be used -> why.
     """
 
     def __init__(
@@ -36,11 +38,15 @@ class Adapter(nn.Module):
         metadata: Mapping[str, str] | None = None,
         name: str = "adapter",
         skipped: tuple[str, ...] = (),
+        *,
+        keys: Mapping[str, str] | None = None,
+        unused: Mapping[str, str] | None = None,
     ):
         super().__init__()
         if not layers:
             raise ValueError(f"{name}: an adapter needs at least one layer")
         self.config, self.metadata, self.name, self.skipped = config, dict(metadata or {}), name, skipped
+        self.keys, self.unused = dict(keys or {}), dict(unused or {})
         self.names = tuple(layers)
         self._layers: Any = nn.ModuleList(layers.values())  # module names contain dots, which a ModuleDict refuses
 
@@ -76,7 +82,7 @@ class Adapter(nn.Module):
         if twice := {name for name in given if name and given.count(name) > 1}:
             raise ValueError(f"{self.name}: two styles cannot both be named {sorted(twice)[0]!r}")
         metadata = {**self.metadata, STYLE_NAMES: json.dumps(given, ensure_ascii=False)}
-        return Adapter(self.layers, self.config, metadata, self.name, self.skipped)
+        return self._like(self.layers, metadata)
 
     def parameter_count(self) -> int:
         """Trainable numbers in all layers."""
@@ -111,8 +117,14 @@ class Adapter(nn.Module):
 
     def with_layers(self, change: Callable[[AdapterLayer], AdapterLayer]) -> Adapter:
         """The same adapter with other layers in the place of its own."""
-        layers = {layer_name: change(layer) for layer_name, layer in self.layers.items()}
-        return Adapter(layers, self.config, self.metadata, self.name, self.skipped)
+        return self._like({layer_name: change(layer) for layer_name, layer in self.layers.items()}, self.metadata)
+
+    def with_changed(self, layers: Mapping[str, AdapterLayer]) -> Adapter:
+        """The same adapter with some layers in the place of its own, by name."""
+        return self._like({**self.layers, **layers}, self.metadata)
+
+    def _like(self, layers: Mapping[str, AdapterLayer], metadata: Mapping[str, str]) -> Adapter:
+        return Adapter(layers, self.config, metadata, self.name, self.skipped, keys=self.keys, unused=self.unused)
 
     @property
     def routed(self) -> dict[str, AdapterLayer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ref
 
@@ -14,6 +14,7 @@ from torch import nn
 from .adapter import Adapter
 from .call import CurrentCall, ModelCall
 from .layers import LayerShape, UnsupportedLayerError
+from .methods import AdapterLayer
 from .override import HostProgram, Override, Rows, Site
 from .selector import parse_weights, select
 
@@ -58,20 +59,45 @@ class Applied:
 
 @dataclass(frozen=True)
 class MatchReport:
-    """Which layers of one adapter found a module of the host; names in the adapter's spelling."""
+    """Which layers of one adapter found a module of the host; names in the adapter's spelling.
+
+    Args:
+        skipped, unused: see `Adapter`.
+        biases: layers whose bias was to change, and is not there.
+    """
 
     adapter: str
     matched: tuple[str, ...]
     unmatched: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    unused: Mapping[str, str] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Layers in the file that are for such a model."""
+        return len(self.matched) + len(self.unmatched) + len(self.unused)
+
+    @property
+    def share(self) -> float:
+        """How much of the file is in use, 0 to 1."""
+        return len(self.matched) / max(self.total, 1)
 
     def __str__(self) -> str:
-        lines = [f"{self.adapter}: {len(self.matched)} of {len(self.matched) + len(self.unmatched)} layers matched"]
-        for label, names in (("not in this model", self.unmatched), ("in the file, but no layer of a U-Net", self.skipped)):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                lines.append(f"  {label} ({len(names)}): {', '.join(names[:3])}{more}")
+        partial = f" ({self.share:.0%})" if self.share < 1 else ""
+        lines = [f"{self.adapter}: {len(self.matched)} of {self.total} layers matched{partial}"]
+        reasons: dict[str, list[str]] = {"not in this model": list(self.unmatched)}
+        for key, reason in self.unused.items():
+            reasons.setdefault(reason, []).append(key)
+        reasons["changes of biases that these layers of the model do not have"] = list(self.biases)
+        reasons["for another model (a text encoder, a VAE)"] = list(self.skipped)
+        lines += [f"  {label} ({len(names)}): {_first(names)}" for label, names in reasons.items() if names]
         return "\n".join(lines)
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(name if len(name) <= 200 else f"{name[:100]}..." for name in names[:count]) + more
 
 
 @dataclass(frozen=True)
@@ -84,6 +110,59 @@ class Place:
     @classmethod
     def of(cls, place: str | Place) -> Place:
         return cls(place) if isinstance(place, str) else place
+
+
+class _Matching:
+    """One adapter's layers, looked for in a host one by one."""
+
+    def __init__(self, item: Applied, modules: Mapping[str, nn.Module], names: Mapping[str, str | Place], program: HostProgram):
+        self.item, self.modules, self.names, self.program = item, modules, names, program
+        self.layers, self.selected, self.current = item.adapter.layers, item.layer_scales(), CurrentCall()
+        self.sites: list[Site] = []
+        self.places: list[tuple[nn.Module, LayerShape, Site]] = []
+        self.unmatched: list[str] = []
+        self.biases: list[str] = []
+        self._taken: dict[Place, str] = {}
+
+    def match(self, name: str) -> None:
+        """Find one layer's place.
+
+        Raises:
+            AdapterMismatchError: a layer of other sizes, or one that another name of the adapter means too.
+        """
+        place, layer = Place.of(self.names.get(name, name)), self.layers[name]
+        module = self.modules.get(place.module)
+        if module is None:
+            self.unmatched.append(name)
+            return
+        if (other := self._taken.setdefault(place, name)) != name:
+            raise AdapterMismatchError(
+                f"{self.item.adapter.name}: {other} and {name} are one layer of the model, {place.module}"
+            )
+        whole = _host_shape(name, module, layer.fixed and place.rows is None)
+        fitting = self._fitted(name, layer, whole if place.rows is None else replace(whole, out_features=place.rows.size))
+        if fitting is not None and fitting.shift() is not None and getattr(module, "bias", None) is None:
+            self.biases.append(name)
+            fitting = fitting.without_bias()
+        if fitting is not None:
+            site = Site(name, fitting, self.program, self.current, place.rows)
+            self.sites.append(site)
+            self.places.append((module, whole, site))
+
+    def _fitted(self, name: str, layer: AdapterLayer, shape: LayerShape) -> AdapterLayer | None:
+        """The layer for a host layer of that shape; None where it does not fit and is not selected."""
+        fitting = layer.on(shape)
+        if fitting is None and name in self.selected:
+            raise AdapterMismatchError(
+                f"{self.item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}; "
+                f'a layer selector can leave it out: "!{name}"'
+            )
+        return fitting
+
+    def report(self) -> MatchReport:
+        """What was found."""
+        adapter, matched = self.item.adapter, tuple(site.name for site in self.sites)
+        return MatchReport(adapter.name, matched, tuple(self.unmatched), adapter.skipped, adapter.unused, tuple(self.biases))
 
 
 class Attachment:
@@ -117,33 +196,18 @@ class Attachment:
         modules = dict(host.named_modules())
         overrides: dict[nn.Module, Override] = {}
         for item in self.applied:
-            sites, unmatched, selected, current = [], [], item.layer_scales(), CurrentCall()
-            for name, layer in item.adapter.layers.items():
-                place = Place.of((names or {}).get(name, name))
-                module = modules.get(place.module)
-                if module is None:
-                    unmatched.append(name)
-                    continue
-                whole = _host_shape(name, module)
-                shape = whole if place.rows is None else replace(whole, out_features=place.rows.size)
-                if shape != layer.shape:
-                    if name not in selected:
-                        continue
-                    raise AdapterMismatchError(
-                        f"{item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}; "
-                        f'a layer selector can leave it out: "!{name}"'
-                    )
-                site = Site(name, layer, self.program, current, place.rows)
-                sites.append(site)
-                self._places.append((overrides.setdefault(module, Override(module, whole)), site))
-            self.sites.append(sites)
-            matched = tuple(site.name for site in sites)
-            self.reports.append(MatchReport(item.adapter.name, matched, tuple(unmatched), item.adapter.skipped))
-            if not sites:
+            found = _Matching(item, modules, names or {}, self.program)
+            for name in item.adapter.names:
+                found.match(name)
+            self.sites.append(found.sites)
+            self._places.extend((overrides.setdefault(m, Override(m, whole)), site) for m, whole, site in found.places)
+            self.reports.append(found.report())
+            if not found.sites:
                 raise AdapterMismatchError(
-                    f"{item.adapter.name}: none of its {len(unmatched)} layers is in the model; "
-                    f"the first it looked for: {', '.join(unmatched[:3])}"
+                    f"{item.adapter.name}: none of its {len(found.unmatched)} layers is in the model; "
+                    f"the first it looked for: {_first(found.unmatched)}"
                 )
+            _check_share(self.reports[-1], found.selected)
         for index in range(len(self.applied)):
             self._refresh(index)
 
@@ -181,6 +245,11 @@ class Attachment:
                     sta=item.sta if sta is None else sta,
                 )
                 self._refresh(index)
+
+    @property
+    def places(self) -> Iterator[tuple[nn.Module, Site]]:
+        """Every layer's module and site."""
+        return ((override.module, site) for override, site in self._places)
 
     @contextmanager
     def in_call(self, call: ModelCall) -> Iterator[None]:
@@ -261,11 +330,25 @@ def attach(
     return attachment
 
 
-def _host_shape(name: str, module: nn.Module) -> LayerShape:
+def _check_share(report: MatchReport, selected: Mapping[str, float]) -> None:
+    """Refuse an adapter of whose selected layers less than half are in the model: what is left of it means nothing."""
+    missing = [name for name in report.unmatched if name in selected]
+    found = [name for name in report.matched if name in selected]
+    if len(found) >= len(missing) + len(report.unused):
+        return
+    lines = str(replace(report, matched=tuple(found), unmatched=tuple(missing))).split("\n")
+    raise AdapterMismatchError(
+        f"{lines[0].strip()}, which is less than half: it is not applied. " + "; ".join(line.strip() for line in lines[1:])
+    )
+
+
+def _host_shape(name: str, module: nn.Module, any_kind: bool = False) -> LayerShape:
     try:
         shape = LayerShape.of(module)
     except UnsupportedLayerError as error:
         raise AdapterMismatchError(f"{name}: {error}") from None
+    if shape is None and any_kind:
+        shape = LayerShape.of_other(module)
     if shape is None:
         raise AdapterMismatchError(f"{name}: the model has a {type(module).__name__} there, not a Linear or a Conv2d")
     return shape

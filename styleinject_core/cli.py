@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--method", choices=METHODS, default=METHODS[0], help="of the map")
     plot.set_defaults(run=_plot)
 
-    deadiff = commands.add_parser("deadiff", help="style from a reference image: convert the authors' checkpoint")
+    deadiff = commands.add_parser("deadiff", help="style from a reference image: convert the authors' checkpoint, or train")
     actions = deadiff.add_subparsers(dest="action", required=True, metavar="ACTION")
     convert = actions.add_parser("convert", help="make a small .safetensors file of deadiff_v1.ckpt, for models/deadiff")
     convert.add_argument("checkpoint", type=Path, metavar="FILE.ckpt")
@@ -113,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--with-vision", action="store_true", help="take CLIP ViT-L/14 along, 0.58 GB more")
     convert.add_argument("--force", action="store_true", help="replace an existing file")
     convert.set_defaults(run=_convert_deadiff)
+    learn = actions.add_parser("train", help="train one, from pictures sorted by style and named after what they show")
+    learn.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml", help="its folder is where paths start")
+    learn.add_argument("--template", action="store_true", help="print a config with every field, its default and meaning")
+    learn.add_argument("--dry-run", action="store_true", help="print what it would train; write nothing")
+    learn.set_defaults(run=_train_deadiff)
 
     for name, help_text in (
         ("train", "fine-tune an adapter on images and captions"),
@@ -172,6 +177,18 @@ def _convert_deadiff(options: argparse.Namespace) -> int:
     print(f"{options.output}: {done.tensors} tensors, {done.parameters:,} parameters, {done.size / 1e6:,.0f} MB as float16")
     print(f"  {done.unused} tensors of {options.checkpoint.name} were left out (Stable Diffusion and what nobody uses)")
     print("\n".join(f"  {line}" for line in (*done.notes, LICENSE)))
+    return 0
+
+
+def _train_deadiff(options: argparse.Namespace) -> int:
+    from .commands import config, reference
+
+    if options.template:
+        print(config.template(reference.ReferenceConfig), end="")
+        return 0
+    if options.config is None:
+        raise ValueError("expected a config file; write one with: styleinject deadiff train --template > my.toml")
+    reference.run(options.config, options.dry_run)
     return 0
 
 

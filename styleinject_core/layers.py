@@ -14,12 +14,14 @@ class UnsupportedLayerError(ValueError):
 class LayerShape:
     """The host layer as an adapter sees it. `kernel` is None for a Linear: the one place that tells the two apart.
 
-    Stride, padding and dilation belong to the host and are read from it at each forward.
+    Stride, padding and dilation belong to the host and are read from it at each forward. What is neither Linear nor Conv2d
+    (a norm, an embedding, a Conv3d) has the shape of its weight in `other`: only fixed changes can be put on such a layer.
     """
 
     in_features: int
     out_features: int
     kernel: tuple[int, int] | None = None
+    other: tuple[int, ...] = ()
 
     @property
     def is_conv(self) -> bool:
@@ -28,9 +30,11 @@ class LayerShape:
     @property
     def weight(self) -> tuple[int, ...]:
         """The shape of W0, (d, k) or (d, k, kh, kw)."""
-        return (self.out_features, self.in_features, *(self.kernel or ()))
+        return self.other or (self.out_features, self.in_features, *(self.kernel or ()))
 
     def __str__(self) -> str:
+        if self.other:
+            return f"weight of {' x '.join(map(str, self.other))}"
         kind = f"Conv2d {self.kernel[0]}x{self.kernel[1]}" if self.kernel else "Linear"
         return f"{kind} {self.in_features}->{self.out_features}"
 
@@ -51,3 +55,12 @@ class LayerShape:
         if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
             return cls(module.in_features, module.out_features)
         return None
+
+    @classmethod
+    def of_other(cls, module: Any) -> LayerShape | None:
+        """The shape of a module that is neither, but has a weight; None where it has none that can be changed."""
+        weight = getattr(module, "weight", None)
+        shape = tuple(getattr(weight, "shape", ()))
+        if not shape or getattr(module, "groups", 1) != 1:
+            return None
+        return cls(shape[1] if len(shape) > 1 else shape[0], shape[0], other=shape)

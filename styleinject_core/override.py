@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,11 @@ class HostProgram:
         if REPLACED in module.__dict__:
             return False
         return module.weight.dtype == x.dtype and module.weight.device == x.device
+
+    def frozen_weight(self, module: nn.Module, x: Tensor) -> Tensor:
+        """W0 as a plain tensor on the device and in the dtype of x, for changes that depend on it; it may cost."""
+        weight: Any = module.weight
+        return (weight.dequantize() if weight.is_quantized else weight).detach().to(x.device, x.dtype)
 
     def samples(self, x: Tensor, layer: str, images: int) -> int:
         """How many images the first dimension of a Linear's input x holds.
@@ -152,6 +158,9 @@ class Override:
         sites = [site for site in self.sites if site.dma != 0 or site.sta != 0]
         if not sites:
             return original(x, *args, **kwargs)
+        if self.shape.other:
+            with _changed(self.module, sites):
+                return original(x, *args, **kwargs)
         first = sites[0]
         tokens = x if self.shape.is_conv else as_tokens(x, first.program.samples(x, first.name, first.current.call.images))
 
@@ -163,7 +172,9 @@ class Override:
 
         readable = self._former is None and first.program.readable(self.module, x)
         weight, bias = (self.module.weight, self.module.bias) if readable else (None, None)
-        host = HostLayer(self.shape, frozen, weight, bias, self.module)
+        host = HostLayer(
+            self.shape, frozen, weight, bias, self.module, read=lambda: first.program.frozen_weight(self.module, x)
+        )
         if all(site.rows is None for site in sites):
             out = _adapted(tokens, host, sites)
         else:
@@ -173,10 +184,24 @@ class Override:
 
 def _sliced(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
     """A fused layer: first what adapts it whole, then, on the channels of each slice, what adapts that slice."""
-    dim = 1 if host.shape.is_conv else -1
     whole = [site for site in sites if site.rows is None]
     h = _adapted(x, host, whole) if whole else host(x)
-    places = sorted({site.rows for site in sites if site.rows is not None}, key=lambda rows: rows.start)
+    places = sorted({site.rows for site in sites if site.rows is not None}, key=lambda rows: (rows.start, rows.size))
+    while places:  # slices that overlap, one after the other
+        apart: list[Rows] = []
+        later: list[Rows] = []
+        end = 0
+        for rows in places:
+            (apart if rows.start >= end else later).append(rows)
+            end = apart[-1].start + apart[-1].size
+        h = _in_slices(x, h, host, apart, sites)
+        places = later
+    return h
+
+
+def _in_slices(x: Tensor, h: Tensor, host: HostLayer, places: Sequence[Rows], sites: Sequence[Site]) -> Tensor:
+    """h with the channels of some slices adapted; the slices are in order and do not overlap."""
+    dim = 1 if host.shape.is_conv else -1
     pieces, end = [], 0
     for rows in places:
         pieces.append(h.narrow(dim, end, rows.start - end))
@@ -185,6 +210,24 @@ def _sliced(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
         pieces.append(_adapted(x, part, [site for site in sites if site.rows == rows]))
     pieces.append(h.narrow(dim, end, h.shape[dim] - end))
     return torch.cat(pieces, dim)
+
+
+@contextmanager
+def _changed(module: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Other parameters for the length of a with block: how a fixed change gets onto what is neither Linear nor Conv2d."""
+    own = module._parameters
+    kept: dict[str, Any] = {name: own[name] for name in ("weight", "bias") if own.get(name) is not None}
+    try:
+        for name, parameter in kept.items():
+            changed = parameter.detach().float()
+            for site in sites:
+                change = site.layer.change(parameter.detach()) if name == "weight" else site.layer.shift()
+                if change is not None:
+                    changed = changed + site.dma * change.to(changed.device)
+            module._parameters[name] = changed.to(parameter.dtype)  # type: ignore[assignment]
+        yield
+    finally:
+        module._parameters.update(kept)
 
 
 def _adapted(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:

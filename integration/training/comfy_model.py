@@ -26,8 +26,9 @@ from ...styleinject_core.router.control import Rule
 from ...styleinject_core.train.data.batches import Conditioning, tensors_hash
 from ...styleinject_core.train.models.noise import logit_normal, prediction_of
 from ...styleinject_core.train.models.training_model import TrainingModel
-from ..injection import ComfyProgram, layer_names, model_title
+from ..injection import ComfyProgram, model_title
 from ..patcher import ModelPatcher, compute_dtype, injections_of, references_of
+from ..places import find_places
 
 _SCALED, _PLAIN = comfy.model_sampling.EPS.calculate_input, comfy.model_sampling.CONST.calculate_input
 _PREDICTIONS = {  # how a model's input is scaled, and how its output is read -> what it predicts
@@ -157,7 +158,7 @@ class ComfyTrainingModel(TrainingModel):
         return model_title(self.patcher.model)
 
     def attachment(self, adapter: Adapter) -> Attachment:
-        names = layer_names(self.patcher.model, self.denoiser, adapter.names)
+        names = {name: found.place for name, found in find_places(self.patcher.model, adapter).items()}
         return Attachment(self.denoiser, [Applied(adapter)], names, self._program)
 
     def in_place_blocks(self) -> set[str]:
@@ -168,6 +169,8 @@ class ComfyTrainingModel(TrainingModel):
         blocks again, outside of the call that they are there for otherwise."""
         stack = ExitStack()
         for injection in injections_of(self.patcher):
+            if injection.patched:
+                continue
             stack.enter_context(injection.attachment(self.patcher.model))
         for reference in references_of(self.patcher):
             if reference.reference.active:

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     model = five_style_training(args.base)
     deadiff = prepared(model, folder.path, config, args.seed, aligned=shares.content > 0)
     settings = TrainSettings(
-        args.steps, 32, learning_rate=1e-3, schedule="cosine", warmup=50, seed=args.seed, checkpoint_every=100,
+        args.steps, args.batch, learning_rate=1e-3, schedule="cosine", warmup=50, seed=args.seed, checkpoint_every=100,
         caption_dropout=0.0, weight_decay=1e-2,
     )  # fmt: skip
     task = ReferenceTask(model, paired_images(model, held_out=False, words=style_words()), settings, shares)
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--name", default="whole", help="WORK/NAME is the run's folder")
     parser.add_argument("--variant", choices=VARIANTS, default="whole")
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", type=Path, default=BASE_FILE)
     parser.add_argument(

@@ -1,6 +1,8 @@
 """Adapter files and the spellings of module names."""
 
 from .atomic import WriteError
-from .format import AdapterFileError, load_adapter, save_adapter
+from .errors import AdapterFileError
+from .format import save_adapter
+from .reader import load_adapter
 
 __all__ = ["AdapterFileError", "WriteError", "load_adapter", "save_adapter"]

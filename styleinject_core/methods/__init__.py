@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import LayerConfig
-from . import kronecker, lora, styleinject
+from . import difference, kronecker, loha, lokr, lora, low_rank, styleinject
 from .method import AdapterLayer, AdapterSettings, Method
 
-METHODS = {method.name: method for method in (styleinject.METHOD, lora.METHOD, kronecker.METHOD)}
+_READ_ONLY = (low_rank.METHOD, loha.METHOD, lokr.METHOD, difference.METHOD)  # what other programs' files hold
+METHODS = {method.name: method for method in (styleinject.METHOD, lora.METHOD, kronecker.METHOD, *_READ_ONLY)}
 
 
 def choices() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ factors of LyCORIS' LoKr. The authors' released program computes the same with i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,6 +87,14 @@ class KroneckerLayer(AdapterLayer):
     def delta(self) -> Tensor:
         return _product(self.A.float(), self.B.float(), self.config.permuted)
 
+    def fitted(self, shape: LayerShape) -> KroneckerLayer | None:
+        """A convolution's factors that are stored as matrices, or the other way round."""
+        (a1, a2), b1, (inputs, *kernel) = self.A.shape, self.B.shape[0], shape.weight[1:] or (0,)
+        if shape.other or a1 * b1 != shape.out_features or inputs % a2 or a2 * self.B[0].numel() != math.prod(shape.weight[1:]):
+            return None
+        B = self.B.detach().reshape(b1, inputs // a2, *kernel)
+        return KroneckerLayer(shape, self.config, {"A": self.A.detach(), "B": B})
+
     def weights(
         self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
     ) -> KroneckerWeights:
@@ -111,7 +120,7 @@ class KroneckerWeights:
 
     @classmethod
     def prepare(cls, several: Sequence[KroneckerWeights]) -> Sequence[Prepared]:
-        return [_Kronecker(w.A * w.dma, w.B, w.permuted) for w in several]
+        return [KroneckerChange(w.A * w.dma, w.B, w.permuted) for w in several]
 
     def increment(self, x: Tensor, h: Tensor, host: HostLayer, hear: Hear | None) -> Tensor:
         """ΔW x with ΔW as the definition has it, entry by entry."""
@@ -125,7 +134,7 @@ class KroneckerWeights:
 
 
 @dataclass(frozen=True, eq=False)
-class _Kronecker:
+class KroneckerChange:
     """A ⊗ B as a change of a layer, and the whole update of it."""
 
     A: Tensor

@@ -35,6 +35,7 @@ class AdapterLayer(nn.Module):
 
     PARTS: ClassVar[tuple[str, ...]]
     PRECISE: ClassVar[frozenset[str]] = frozenset()  # those that are computed with in at least float32
+    alternative: ClassVar[AdapterLayer | None] = None  # of a layer: what a file's tensors may be as well
 
     def __init__(self, shape: LayerShape, config: LayerConfig, parts: Mapping[str, Tensor | None] | None = None):
         super().__init__()
@@ -68,6 +69,32 @@ class AdapterLayer(nn.Module):
     def delta(self) -> Tensor:
         """ΔW of a layer whose change is `fixed`, in W0's shape and at least float32, at strength 1."""
         raise NotImplementedError
+
+    def change(self, weight: Tensor) -> Tensor:
+        """ΔW on a layer whose W0 is `weight`: `delta`, but for a method whose change depends on W0."""
+        return self.delta()
+
+    def shift(self) -> Tensor | None:
+        """What a `fixed` change adds to the layer's bias, (d,) in float32; None where there is nothing."""
+        return None
+
+    def without_bias(self) -> AdapterLayer | None:
+        """The same without `shift`, for a layer that has no bias; None where nothing is left."""
+        return self
+
+    def fitted(self, shape: LayerShape) -> AdapterLayer | None:
+        """This layer for a host layer of another shape, where its numbers are the same in that shape; None where not."""
+        return None
+
+    def or_else(self, alternative: AdapterLayer) -> None:
+        """Say what the layer is where the host's is not of its shape: files of two methods may look the same."""
+        self.__dict__["alternative"] = alternative  # not as a part of this module
+
+    def on(self, shape: LayerShape) -> AdapterLayer | None:
+        """This layer for a host layer of that shape, whatever it takes; None where it does not fit."""
+        if self.shape == shape:
+            return self
+        return self.fitted(shape) or (None if self.alternative is None else self.alternative.on(shape))
 
     @property
     def fixed(self) -> bool:

@@ -68,6 +68,14 @@ class StyleInjectLayer(AdapterLayer):
     def fixed(self) -> bool:
         return self.router_weight is None and self.hyper_weight is None
 
+    def fitted(self, shape: LayerShape) -> StyleInjectLayer | None:
+        """A LoRA whose convolution is stored as a matrix, or the other way round."""
+        rows, inputs = self.B.shape[0], self.A[0, 0].numel()
+        if not self.fixed or shape.other or (rows, inputs) != (shape.out_features, math.prod(shape.weight[1:])):
+            return None
+        A = self.A.detach().reshape(*self.A.shape[:2], *shape.weight[1:])
+        return StyleInjectLayer(shape, self.config, {"A": A, "B": self.B.detach()})
+
     @property
     def styles(self) -> int:
         return 0 if self.router_weight is None else self.config.n_styles

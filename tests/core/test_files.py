@@ -224,9 +224,9 @@ BAD_FILES = {
     "lora without up": (lambda p: save_file({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 3)}, p), "up matrix is missing"),
     "lora ranks": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 4)}, p), "ranks contradict"),
     "text encoder only": (lambda p: save_file({"lora_te_x.lora_down.weight": torch.ones(2, 3)}, p), "none for a U-Net layer"),
-    "peft's dora": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2), "a.lora_magnitude_vector.weight": torch.ones(1)}, p), "lora_magnitude_vector.weight: only plain LoRA"),
-    "lora with biases": (lambda p: save_file({"a.lora_A.default.weight": torch.ones(2, 3), "a.lora_B.default.weight": torch.ones(3, 2), "a.lora_B.default.bias": torch.ones(2)}, p), "a.lora_B.default.bias: only plain LoRA"),
-    "dora": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2), "a.dora_scale": torch.ones(1)}, p), "a.dora_scale: only plain LoRA"),
+    "peft's dora": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2), "a.lora_magnitude_vector.weight": torch.ones(1)}, p), r"a: magnitudes have shape \(1,\) beside Linear 3->3"),
+    "lora with biases": (lambda p: save_file({"a.lora_A.default.weight": torch.ones(2, 3), "a.lora_B.default.weight": torch.ones(3, 2), "a.lora_B.default.bias": torch.ones(2)}, p), r"a: the change of the bias has shape \(2,\) beside Linear 3->3"),
+    "dora": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2), "a.dora_scale": torch.ones(1)}, p), r"a: dora_scale has shape \(1,\) beside Linear 3->3"),
 }  # fmt: skip
 
 

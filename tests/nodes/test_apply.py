@@ -51,7 +51,8 @@ def test_strength_zero_is_the_base_model_bit_for_bit(model, adapter, apply, samp
 def test_result_is_that_of_the_core(pack, model, adapter, apply, sample) -> None:
     core = pack.submodule("styleinject_core")
     host = model.model.diffusion_model
-    names = pack.submodule("integration.injection").layer_names(model.model, host, adapter.names)
+    found = pack.submodule("integration.places").find_places(model.model, adapter)
+    names = {name: where.place for name, where in found.items()}
     settings = {"strength": 0.7, "dma": 1.2, "sta": 0.5, "layers": "!mid", "layer_weights": "up = 0.5"}
     with core.attach(host, core.Applied(adapter, **settings), names=names):
         expected = sample(model)

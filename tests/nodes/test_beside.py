@@ -198,11 +198,14 @@ def test_torch_compile(model, adapter, apply, sample, order) -> None:
 
 
 def test_layers_inside_of_compiled_blocks_are_found(pack, model, adapter) -> None:
-    layer_names = pack.submodule("integration.injection").layer_names
+    def layer_names() -> dict[str, str]:
+        found = pack.submodule("integration.places").find_places(model.model, adapter)
+        return {name: where.place.module for name, where in found.items()}
+
     host = model.model.diffusion_model
-    plain = layer_names(model.model, host, adapter.names)
+    plain = layer_names()
     host.middle_block[1].transformer_blocks[0] = torch.compile(host.middle_block[1].transformer_blocks[0])
-    compiled = layer_names(model.model, host, adapter.names)
+    compiled = layer_names()
     assert plain.keys() == compiled.keys() == set(adapter.names)
     assert any("_orig_mod" in name for name in compiled.values())
     assert {name: value.replace("_orig_mod.", "") for name, value in compiled.items()} == plain

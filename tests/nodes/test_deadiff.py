@@ -59,12 +59,12 @@ def paper(pack, deadiff):
     Nothing of it is this pack's but the layer names: ComfyUI gives q, k and v of the text alone, cond_or_uncond says
     which rows are negative (1).
     """
-    names_of = pack.submodule("integration.injection").layer_names
+    names_of = pack.submodule("integration.places").unet_modules
 
     def patched(model, style=None, content=None, weights=(1.0, 1.0), negative=None, repeats=None):
         clone = model.clone()
         sites = deadiff.model.config.sites
-        names = names_of(model.model, model.model.diffusion_model, [f"{site.name}.to_k" for site in sites])
+        names = names_of(model.model, [f"{site.name}.to_k" for site in sites])
         for place, site in enumerate(sites):
             side, number, *_ = names[f"{site.name}.to_k"].split(".")
             key = ("middle", 0) if side == "middle_block" else (side.split("_")[0], int(number))
