@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         args.steps, args.batch, learning_rate=1e-3, schedule="cosine", warmup=50, seed=args.seed, checkpoint_every=100,
         caption_dropout=0.0, weight_decay=1e-2,
     )  # fmt: skip
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way out leaves a checkpoint
     task = ReferenceTask(model, paired_images(model, held_out=False, words=style_words()), settings, shares)
     train(deadiff, task, settings, run=folder, observer=Lines())  # type: ignore[arg-type]
     save_deadiff(deadiff, folder.path / "last.safetensors", folder.metadata)
