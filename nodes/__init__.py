@@ -25,6 +25,7 @@ from .router.record import StyleInjectLoadRouterTrace, StyleInjectRouterMonitor,
 from .router.styles import StyleInjectNameStyles, StyleInjectStyleGrid, StyleInjectStyleSheet
 from .train.options import StyleInjectTrainOptions
 from .train.output import StyleInjectLossPlot, StyleInjectSave
+from .train.pictures import StyleInjectPictures, StyleInjectPrompts
 from .train.trainers import StyleInjectDistill, StyleInjectDreamBooth, StyleInjectTrain
 
 NODES: list[type[io.ComfyNode]] = [
@@ -54,6 +55,8 @@ NODES: list[type[io.ComfyNode]] = [
     StyleInjectApplyDeadiff,
     StyleInjectSaveStyleCard,
     StyleInjectLoadStyleCard,
+    StyleInjectPictures,
+    StyleInjectPrompts,
     StyleInjectTrain,
     StyleInjectDreamBooth,
     StyleInjectDistill,

@@ -32,6 +32,7 @@ class StyleInjectApplyDeadiff(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectApplyDeadiff",
+            section="reference",
             display_name="Apply DEADiff",
             description="Draws in the style, or with the content, of a reference image. Chain several for several references.",
             search_aliases=["reference image", "style transfer", "ip-adapter", "apply style"],
@@ -109,6 +110,7 @@ class StyleInjectReference(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectReference",
+            section="reference",
             display_name="Style from Image (DEADiff)",
             description="Makes a model draw in the style of one image, in one node. Apply DEADiff has more settings.",
             search_aliases=["reference image", "style transfer", "ip-adapter", "make it look like"],

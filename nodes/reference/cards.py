@@ -24,6 +24,7 @@ class StyleInjectSaveStyleCard(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectSaveStyleCard",
+            section="reference",
             display_name="Save Style Card",
             description="Keeps tokens as a small file, with a thumbnail of their reference: a style to use again or to share.",
             search_aliases=["save embeds", "save style", "reference image"],
@@ -61,6 +62,7 @@ class StyleInjectLoadStyleCard(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectLoadStyleCard",
+            section="reference",
             display_name="Load Style Card",
             description="Loads tokens that Save Style Card has kept. Neither the reference nor a vision encoder is needed.",
             search_aliases=["load embeds", "load style", "reference image"],

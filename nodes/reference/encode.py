@@ -25,7 +25,7 @@ def deadiff_name_input() -> io.Combo.Input:
         "deadiff_name",
         options=DEADIFF_FILES.names(),
         tooltip="A DEADiff file (.safetensors) from models/deadiff. Make one of the authors' deadiff_v1.ckpt with the command "
-        "styleinject deadiff convert. The emoji one belongs to the demo model. Press R after adding files.",
+        'styleinject deadiff convert. The one under "demo/" is for StyleInject Demo Model alone. Press R after adding files.',
     )
 
 
@@ -45,6 +45,7 @@ class StyleInjectLoadDeadiff(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectLoadDeadiff",
+            section="reference",
             display_name="Load DEADiff",
             description="Loads a DEADiff file, which turns a reference image into style or content for Stable Diffusion 1.x.",
             search_aliases=["reference image", "style transfer", "ip-adapter", "load style"],
@@ -91,6 +92,7 @@ class StyleInjectEncodeReference(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectEncodeReference",
+            section="reference",
             display_name="Encode Reference",
             description="Looks at a reference image and takes its style, its content, or both, as tokens for Apply DEADiff.",
             search_aliases=["reference image", "style transfer", "ip-adapter", "image prompt"],
@@ -159,6 +161,7 @@ class StyleInjectMixTokens(io.ComfyNode):
         tokens = [TokensType.Input(f"tokens_{slot}", optional=slot > "b", tooltip="Tokens of one stream.") for slot in _SLOTS]
         return schema(
             "StyleInjectMixTokens",
+            section="reference",
             display_name="Mix Tokens",
             description="One reference out of several: between them, by weights that sum to 1, or all of them side by side.",
             search_aliases=["style mixing", "blend references", "several references"],

@@ -14,12 +14,12 @@ CORE = ROOT / "styleinject_core"
 FLOORS = ["styleinject_core", "integration", "nodes"]
 # Within a package, its parts likewise: modules, or sub-packages.
 ORDER = {
-    "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
+    "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "site", "plan", "override", "attach", "files",
                          "hosts", "summary", "colors", "router", "deadiff", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
     "integration": ["paths", "live", "places", "injection", "monitor", "reference", "sampling", "weight_patches", "patcher",
                     "reference_encoder", "demo_model", "training"],
-    "integration/training": ["graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
+    "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
     "nodes": ["schema", "adapter", "reference", "router", "train", "demo"],
 }  # fmt: skip
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
