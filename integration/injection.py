@@ -6,7 +6,7 @@ model, so a model can be freed while a MODEL that once used it lives on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..styleinject_core import AdapterMismatchError, Applied, Attachment, MatchReport
 from ..styleinject_core.functional.host import REPLACED
 from ..styleinject_core.hosts.architectures import describe
+from ..styleinject_core.layer_names import parse
 from ..styleinject_core.router.control import Rule, Steering
 from ..styleinject_core.site import HostProgram
 from .places import diffusion_model, find_places
@@ -44,7 +45,15 @@ _TITLES = {
 
 
 class ComfyProgram(HostProgram):
-    """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch."""
+    """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch.
+
+    Args:
+        layers: the adapter's, by name.
+    """
+
+    def __init__(self, layers: Iterable[str] = ()):
+        # HyperTile splits images over rows in a U-Net's self-attention. More rows in cross-attention are regions' prompts.
+        self._tiled = frozenset(n for n in layers if (name := parse(n)).side and name.attention == "self")
 
     def cast(self, parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         if parameter.dtype == dtype and parameter.device == x.device:
@@ -79,8 +88,8 @@ class ComfyProgram(HostProgram):
         return weight
 
     def samples(self, x: Tensor, layer: str, images: int) -> int:
-        """HyperTile splits images over rows in self-attention. More rows in cross-attention are prompts of regions."""
-        return images if images and ".attn1." in layer else x.shape[0]
+        """Where HyperTile may have split images over rows, as many as the call has."""
+        return images if images and layer in self._tiled else x.shape[0]
 
 
 def _plain(parameter: Tensor | None, x: Tensor) -> bool:
@@ -143,7 +152,7 @@ class Injection:
             adapter = self.applied.adapter
             names = {name: found.place for name, found in find_places(model, adapter).items()}
             try:
-                self._attached[host] = Attachment(host, [self.applied], names, ComfyProgram())
+                self._attached[host] = Attachment(host, [self.applied], names, ComfyProgram(adapter.names))
             except AdapterMismatchError as error:
                 raise AdapterMismatchError(
                     f'adapter "{adapter.name}" was made for {describe(adapter)}, this model is {model_title(model)}. {error}'

@@ -12,6 +12,7 @@ from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, s
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.hosts.architectures import describe
 from ...styleinject_core.router.control import Rule
+from ...styleinject_core.selector import unmatched_weights
 from ..schema import (
     AdapterType,
     LayerWeightsType,
@@ -71,8 +72,9 @@ class StyleInjectApply(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="all",
-                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, down, mid, up, up.1, '
-                    'to_q. Comma for either, & for both, ! for not: "up & cross, mid".',
+                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, image, down, mid, up, '
+                    "up.1, first, block.0-9, to_q. Comma for either, & for both, ! for not: "
+                    '"up & cross, mid".',
                 ),
                 LayerWeightsType.Input(
                     "layer_weights",
@@ -214,6 +216,8 @@ def report(model: ModelPatcher, injection: Injection) -> str:
         f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
         f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
     ]
+    if idle := unmatched_weights(applied.adapter.shapes, applied.layer_weights):
+        lines.append(f"  layer weights for groups that it has no layers of: {'; '.join(idle)}")
     if injection.control:
         lines.append(f"  router steered by {len(injection.control)} control(s)")
     names = [other.applied.adapter.name for other in injections_of(model)[:-1]]

@@ -50,7 +50,7 @@ class StyleInjectTrain(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
                 io.Latent.Input("latents", tooltip=f"The images, encoded by the model's VAE. {_SEVERAL}"),
                 io.Conditioning.Input("conditioning", tooltip="A prompt for each image, in the same order, or one for all."),
-                *_settings("my_style", "to_q, to_v", steps=1000),
+                *_settings("my_style", "default", steps=1000),
                 _empty_input(),
                 _options_input(),
                 _trigger_input(),
@@ -88,7 +88,7 @@ class StyleInjectDreamBooth(io.ComfyNode):
                 io.Conditioning.Input(
                     "class_conditioning", tooltip='Its class, as in "a dog"; one for all class images, or one for each.'
                 ),
-                *_settings("my_subject", "to_q, to_v", steps=400),
+                *_settings("my_subject", "default", steps=400),
                 io.Int.Input(
                     "class_images",
                     default=100,
@@ -159,7 +159,7 @@ class StyleInjectDistill(io.ComfyNode):
                     tooltip="Prompts, as the student's text encoder encodes them: one for each image, or any "
                     "where the teacher draws the images.",
                 ),
-                *_settings("my_distilled_style", "to_q, to_v, conv", steps=1000),
+                *_settings("my_distilled_style", "default, conv", steps=1000),
                 io.Float.Input(
                     "output_weight",
                     default=1.0,
@@ -297,8 +297,8 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
         io.String.Input(
             "layers",
             default=layers,
-            tooltip="Which layers learn, separated by commas: to_q, to_v, attention, conv, or single ones. More layers "
-            "learn more, and make a larger file.",
+            tooltip="Which layers learn, separated by commas: default (the paper's: queries and values of attention), "
+            "attention, conv, or single ones such as to_k. More layers learn more, and make a larger file.",
         ),
     ]
 

@@ -26,10 +26,7 @@ def can_fold(host: HostLayer, prepared: Sequence[Prepared]) -> bool:
         return False
     if host.shape.is_conv and isinstance(host.module.padding, str):
         return False
-    for one in prepared:
-        if not one.folds:
-            return False
-    return True
+    return all([one.folds for one in prepared])  # noqa: C419 a list is quicker than a generator
 
 
 def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
