@@ -119,17 +119,10 @@ class Injection:
     node_id: str = ""
     steering: Steering | None = field(init=False, default=None, repr=False)
     _attached: WeakKeyDictionary[nn.Module, Attachment] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
-    _bounds: WeakKeyDictionary[nn.Module, dict] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
+    _bounds: SigmaBounds = field(init=False, default_factory=lambda: SigmaBounds(), repr=False)
 
     def __post_init__(self) -> None:
-        for label in ("start_percent", "end_percent"):
-            value = getattr(self, label)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{self.applied.adapter.name}: {label} is {value}, expected 0 to 1")
-        if self.start_percent > self.end_percent:
-            raise ValueError(
-                f"{self.applied.adapter.name}: start_percent {self.start_percent} is after end_percent {self.end_percent}"
-            )
+        check_percents(self.applied.adapter.name, self.start_percent, self.end_percent)
         if self.control:
             object.__setattr__(self, "steering", Steering(self.control, self.applied.adapter))
 
@@ -147,14 +140,7 @@ class Injection:
         return [self._within(model, timestep, rule.start_percent, rule.end_percent) for rule in self.control]
 
     def _within(self, model: nn.Module, timestep: Tensor, start: float, end: float) -> bool:
-        if start == 0 and end == 1:
-            return True  # without reading the timestep, which would wait for the device
-        sampling = model.model_sampling
-        bounds = self._bounds.setdefault(sampling, {})
-        if (start, end) not in bounds:
-            bounds[start, end] = tuple(_float32(sampling.percent_to_sigma(percent)) for percent in (end, start))
-        lowest, highest = bounds[start, end]
-        return lowest <= _float32(timestep.flatten()[0]) <= highest
+        return self._bounds.within(model, timestep, start, end)
 
     def attachment(self, model: nn.Module) -> Attachment:
         """The adapter matched to the layers of one model, made once per model.
@@ -185,6 +171,33 @@ class Injection:
     def report(self, model: nn.Module) -> MatchReport:
         """Which of the adapter's layers found their place in this model."""
         return self.attachment(model).reports[0]
+
+
+def check_percents(name: str, start: float, end: float) -> None:
+    """Whether two numbers are a part of sampling. Raises ValueError: out of 0 to 1, or the wrong way around."""
+    for label, value in (("start_percent", start), ("end_percent", end)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: {label} is {value}, expected 0 to 1")
+    if start > end:
+        raise ValueError(f"{name}: start_percent {start} is after end_percent {end}")
+
+
+class SigmaBounds:
+    """Which noise levels a part of sampling is, by ComfyUI's convention; worked out once per model."""
+
+    def __init__(self) -> None:
+        self._bounds: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+
+    def within(self, model: nn.Module, timestep: Tensor, start: float, end: float) -> bool:
+        """percent_to_sigma(end) <= sigma <= percent_to_sigma(start), in float32."""
+        if start == 0 and end == 1:
+            return True  # without reading the timestep, which would wait for the device
+        sampling = model.model_sampling
+        bounds = self._bounds.setdefault(sampling, {})
+        if (start, end) not in bounds:
+            bounds[start, end] = tuple(_float32(sampling.percent_to_sigma(percent)) for percent in (end, start))
+        lowest, highest = bounds[start, end]
+        return lowest <= _float32(timestep.flatten()[0]) <= highest
 
 
 def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[Injection]:

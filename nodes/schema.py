@@ -18,6 +18,8 @@ TraceType = io.Custom("STYLEINJECT_TRACE")  # an integration.monitor.Monitor, or
 RouterControlType = io.Custom("STYLEINJECT_ROUTER_CONTROL")  # a sequence of the core's Rule
 LayerWeightsType = io.Custom("STYLEINJECT_LAYER_WEIGHTS")  # text in the core's layer weight language
 OptionsType = io.Custom("STYLEINJECT_TRAIN_OPTIONS")  # a TrainOptions of integration.training.options
+DeadiffType = io.Custom("STYLEINJECT_DEADIFF")  # an integration.reference_encoder.LoadedDeadiff
+TokensType = io.Custom("STYLEINJECT_TOKENS")  # the core's deadiff.Tokens
 LossType = io.Custom("STYLEINJECT_LOSS")  # a LossHistory of integration.training.named_runs
 
 

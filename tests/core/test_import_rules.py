@@ -18,17 +18,18 @@ ORDER = {
                          "call", "site", "plan", "override", "attach", "files", "hosts", "summary", "colors", "router", "deadiff", "train", "demo",
                          "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "demo_model", "training"],
+    "integration": ["paths", "live", "places", "injection", "monitor", "reference", "sampling", "weight_patches", "patcher",
+                    "reference_encoder", "demo_model", "training"],
     "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
-    "nodes": ["schema", "adapter", "router", "train", "demo"],
+    "nodes": ["schema", "adapter", "reference", "router", "train", "demo"],
 }  # fmt: skip
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 OPTIONAL = {  # packages that need not be there, and the files of the core that import them, inside a function
     "diffusers": {"demo/model.py", "train/models/pipeline.py"},
     "matplotlib": {"demo/pictures.py", "train/run/watch.py", "router/canvas.py"},
     "tqdm": {"demo/run.py", "train/run/watch.py", "commands/build.py"},
-    "PIL": {"deadiff/cards.py", "demo/data.py", "commands/run.py", "train/data/images.py"},
-    "numpy": {"deadiff/cards.py", "demo/data.py", "train/data/images.py"},
+    "PIL": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "commands/run.py", "train/data/images.py"},
+    "numpy": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "train/data/images.py"},
     "peft": set(),
     "accelerate": {"train/parallel.py"},
     "sklearn": {"router/embedding.py"},
