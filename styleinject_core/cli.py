@@ -188,7 +188,7 @@ def _demo(options: argparse.Namespace) -> int:
 
         references.run(options.out, None if options.reference is True else options.reference, seed=options.seed)
         return 0
-    from .demo.run import run
+    from .demo.show import run
 
     run(options.out, options.style, steps=options.steps, train=not options.no_train, seed=options.seed)
     return 0
@@ -218,12 +218,13 @@ _LESS_MEMORY = (
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .commands import config
-    from .commands.run import run
+    from .commands.config_files import DistilConfig, DreamBoothConfig, TrainConfig, template
+    from .commands.training import run
 
-    kind = {"train": config.TrainConfig, "dreambooth": config.DreamBoothConfig, "distill": config.DistilConfig}[options.command]
+    kinds = {"train": TrainConfig, "dreambooth": DreamBoothConfig, "distill": DistilConfig}
+    kind = kinds[options.command]
     if options.template:
-        print(config.template(kind), end="")
+        print(template(kind), end="")
         return 0
     if options.config is None:
         raise ValueError(f"expected a config file; write one with: styleinject {options.command} --template > my.toml")
