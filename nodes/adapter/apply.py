@@ -12,11 +12,19 @@ from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, s
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.hosts.architectures import describe
 from ...styleinject_core.router.control import Rule
+from ...styleinject_core.selector import unmatched_weights
 from ..schema import (
     AdapterType,
     LayerWeightsType,
     RouterControlType,
     adapter_name_input,
+<<<<<<< HEAD
+    executing_node,
+    percent_inputs,
+    schema,
+    strength_input,
+)
+=======
     schema,
     strength_input,
     trigger_of,
@@ -24,6 +32,7 @@ from ..schema import (
 )
 
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+>>>>>>> main
 
 
 class StyleInjectApply(io.ComfyNode):
@@ -54,25 +63,17 @@ class StyleInjectApply(io.ComfyNode):
                     "sta_strength",
                     "tone",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    tooltip="When in sampling the adapter begins: 0 is the first "
-                    "step. A later start keeps the composition of the model.",
-                    **_PERCENT,
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    tooltip="When in sampling the adapter ends: 1 is the last step. An "
-                    "earlier end leaves fine detail to the model.",
-                    **_PERCENT,
+                *percent_inputs(
+                    "the adapter",
+                    "A later start keeps the composition of the model. ",
+                    "An earlier end leaves fine detail to the model. ",
                 ),
                 io.String.Input(
                     "layers",
                     default="all",
-                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, down, mid, up, up.1, '
-                    'to_q. Comma for either, & for both, ! for not: "up & cross, mid".',
+                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, image, down, mid, up, '
+                    "up.1, first, block.0-9, to_q. Comma for either, & for both, ! for not: "
+                    '"up & cross, mid".',
                 ),
                 LayerWeightsType.Input(
                     "layer_weights",
@@ -92,6 +93,7 @@ class StyleInjectApply(io.ComfyNode):
                     "report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -119,6 +121,7 @@ class StyleInjectApply(io.ComfyNode):
             start_percent=start_percent,
             end_percent=end_percent,
             control=control or (),
+            node_id=executing_node(cls),
         )
         return io.NodeOutput(patched, report(patched, injection), ui=shown(patched, injection))
 
@@ -138,10 +141,15 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 adapter_name_input(),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
             ],
+<<<<<<< HEAD
+            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter.")],
+            hidden=[io.Hidden.unique_id],
+=======
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
                 trigger_output(),
             ],
+>>>>>>> main
         )
 
     @classmethod
@@ -155,8 +163,13 @@ class StyleInjectLoadAndApply(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = load_adapter(paths.adapter_path(adapter_name))
+<<<<<<< HEAD
+        patched, injection = apply_adapter(model, adapter, strength=strength, node_id=executing_node(cls))
+        return io.NodeOutput(patched, ui=shown(patched, injection))
+=======
         patched, injection = apply_adapter(model, adapter, strength=strength)
         return io.NodeOutput(patched, trigger_of(adapter), ui=shown(patched, injection))
+>>>>>>> main
 
 
 class StyleInjectStrength(io.ComfyNode):
@@ -214,6 +227,8 @@ def report(model: ModelPatcher, injection: Injection) -> str:
         f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
         f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
     ]
+    if idle := unmatched_weights(applied.adapter.shapes, applied.layer_weights):
+        lines.append(f"  layer weights for groups that it has no layers of: {'; '.join(idle)}")
     if injection.control:
         lines.append(f"  router steered by {len(injection.control)} control(s)")
     names = [other.applied.adapter.name for other in injections_of(model)[:-1]]

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ...integration.monitor import Monitor, traces_of
 from ...integration.patcher import ModelPatcher, monitored
 from ...styleinject_core.router.trace import RouterTrace, load_trace, save_trace
-from ..schema import TraceType, after_input, schema, trace_input
+from ..schema import TraceType, after_input, executing_node, schema, trace_input
 
 TRACES = "styleinject_traces"  # the folder in ComfyUI's output folder
 _SUFFIX = ".safetensors"
@@ -47,8 +47,7 @@ class StyleInjectRouterMonitor(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id if cls.hidden else None
-        monitor = Monitor(str(node_id or ""), adapter_name)
+        monitor = Monitor(executing_node(cls), adapter_name)
         return io.NodeOutput(monitored(model, monitor), monitor)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 ADAPTERS = ASSETS / "adapters"
+DEADIFFS = ASSETS / "deadiff"
 BASE_STYLE = "openmoji"
 LICENSES = {
     "twemoji": "CC-BY-4.0",

@@ -143,7 +143,7 @@ def run_plan(
     """What decides which adapter comes out of a run; a state is resumed by a run of the same plan only."""
     return {
         "settings": settings.result_fields(),
-        "adapter": {**adapter.config.to_dict(), "layer_names": len(adapter.names)},
+        "adapter": {"method": adapter.config.method, **adapter.config.to_dict(), "layer_names": len(adapter.names)},
         "processes": processes.world,
         **task.plan(),
     }
