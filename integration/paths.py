@@ -53,10 +53,12 @@ def adapter_path(name: str) -> Path:
         ValueError: a name that leaves its folder.
         FileNotFoundError: no such file; names the folders looked in and what is there.
     """
-    wanted = str(name).replace("\\", "/")
-    if ".." in wanted.split("/") or os.path.isabs(wanted) or ":" in wanted:
-        raise ValueError(f"adapter name {name!r}: expected a file inside {_folders()}, not a path that leads out of it")
     files = _files()
+    wanted = str(name)
+    if wanted not in files:  # what is listed is inside, whatever its name; else it may be a workflow from Windows
+        wanted = wanted.replace("\\", "/")
+        if ".." in wanted.split("/") or os.path.isabs(wanted) or ":" in wanted:
+            raise ValueError(f"adapter name {name!r}: expected a file inside {_folders()}, not a path that leads out of it")
     if wanted not in files:
         raise FileNotFoundError(f"adapter {name!r} not found in {_folders()}; {_choices(list(files))}")
     folder, native = files[wanted]

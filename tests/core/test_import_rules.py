@@ -17,7 +17,7 @@ ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
                          "hosts", "summary", "colors", "router", "deadiff", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "demo_model", "training"],
+    "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "text_encoder", "demo_model", "training"],
     "integration/training": ["graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
     "nodes": ["schema", "adapter", "router", "train", "demo"],
 }  # fmt: skip
