@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..styleinject_core import AdapterMismatchError, Applied, Attachment, MatchReport
 from ..styleinject_core.functional.host import REPLACED
 from ..styleinject_core.hosts.architectures import describe
-from ..styleinject_core.override import HostProgram
 from ..styleinject_core.router.control import Rule, Steering
+from ..styleinject_core.site import HostProgram
 from .places import diffusion_model, find_places
 
 KEY = "styleinject"
@@ -48,9 +48,11 @@ _TITLES = {
 class ComfyProgram(HostProgram):
     """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch."""
 
-    def cast(self, parameter: Tensor, x: Tensor) -> Tensor:
+    def cast(self, parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if parameter.dtype == dtype and parameter.device == x.device:
+            return parameter
         non_blocking = comfy.model_management.device_supports_non_blocking(x.device)
-        return comfy.model_management.cast_to(parameter, x.dtype, x.device, non_blocking=non_blocking)
+        return comfy.model_management.cast_to(parameter, dtype, x.device, non_blocking=non_blocking)
 
     def readable(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the layer is one of ComfyUI's plain ones and computes with module.weight as it lies there.

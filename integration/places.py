@@ -19,7 +19,7 @@ from ..styleinject_core import Adapter
 from ..styleinject_core.attach import Place
 from ..styleinject_core.layers import LayerShape
 from ..styleinject_core.methods.difference import difference_of
-from ..styleinject_core.override import Rows
+from ..styleinject_core.site import Rows
 
 COMPILED = "_orig_mod"  # where torch.compile keeps the module it wraps
 _MODEL = "diffusion_model."

@@ -88,8 +88,8 @@ class TrainingProgram(ComfyProgram):
     blocks of an earlier one again.
     """
 
-    def cast(self, parameter: Tensor, x: Tensor) -> Tensor:
-        return parameter.to(x.device, x.dtype)
+    def cast(self, parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return parameter.to(x.device, dtype)
 
 
 class ComfyTrainingModel(TrainingModel):

@@ -19,7 +19,7 @@ from ..attach import Attachment
 from ..call import EVERYWHERE, Listener
 from ..functional.host import HostLayer
 from ..methods.styleinject import StyleInjectWeights
-from ..override import Site
+from ..site import Site
 from . import sizes
 from .trace import RouterTrace, TraceError
 

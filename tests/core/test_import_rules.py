@@ -14,7 +14,7 @@ CORE = ROOT / "styleinject_core"
 FLOORS = ["styleinject_core", "integration", "nodes"]
 # Within a package, its parts likewise: modules, or sub-packages.
 ORDER = {
-    "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "override", "attach", "files",
+    "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "site", "plan", "override", "attach", "files",
                          "hosts", "summary", "colors", "router", "deadiff", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
     "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "text_encoder", "demo_model", "training"],
