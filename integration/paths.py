@@ -1,5 +1,5 @@
-"""Where adapter files are: models/styleinject with the demo's own, models/loras under "loras/", and what was trained here,
-output/styleinject, under "output/"."""
+"""Where adapter files are: models/styleinject, what was trained here (output/styleinject) under "output/", models/loras under
+"loras/", and last, under "demo/", those that come with the pack for the embedded demo model."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ FOLDER = "styleinject"
 TRAINED = "styleinject"  # in the output folder
 SUFFIX = ".safetensors"
 _LORAS = "loras"
-_TRAINED_FOLDER = "styleinject_trained"  # ComfyUI's name for it
-_PREFIXES = {_LORAS: "loras/", _TRAINED_FOLDER: "output/"}
+_TRAINED_FOLDER, _DEMO_FOLDER = "styleinject_trained", "styleinject_demo"  # ComfyUI's names for them
+_PREFIXES = {_TRAINED_FOLDER: "output/", _LORAS: "loras/", _DEMO_FOLDER: "demo/"}  # in the order of the list
+NONE_CHOSEN = "choose an adapter"  # first in the list as long as there are none but the demo's, which fit no other model
 
 
 def register_folder() -> None:
     """Make models/styleinject known to ComfyUI, beside the folders that extra_model_paths.yaml may have named already, and
-    output/styleinject.
-
-    The last folder looked in is the pack's own, with the adapters of the embedded demo model.
-    """
+    output/styleinject, and the pack's own folder with the adapters of the embedded demo model."""
     default = os.path.join(folder_paths.models_dir, FOLDER)
     folder_paths.add_model_folder_path(FOLDER, default)
-    folder_paths.add_model_folder_path(FOLDER, str(DEMO_ADAPTERS))
+    folder_paths.add_model_folder_path(_DEMO_FOLDER, str(DEMO_ADAPTERS))
     folder_paths.add_model_folder_path(_TRAINED_FOLDER, str(trained_folder()))
-    for name in (FOLDER, _TRAINED_FOLDER):
+    for name in (FOLDER, _TRAINED_FOLDER, _DEMO_FOLDER):
         folders, _ = folder_paths.folder_names_and_paths[name]
         folder_paths.folder_names_and_paths[name] = (folders, {SUFFIX})  # without it every kind of file would be listed
     with contextlib.suppress(OSError):  # a read-only installation keeps its adapters elsewhere
@@ -42,23 +40,37 @@ def trained_folder() -> Path:
 
 
 def adapter_names() -> list[str]:
-    """Every adapter file by the name workflows keep: "/" between folders, "loras/" and "output/" before what is there."""
-    return list(_files())
+    """Every adapter file by the name workflows keep: "/" between folders, and a prefix for all but models/styleinject.
+
+    The first is what a new node has: an adapter of the user's own, else `NONE_CHOSEN`.
+    """
+    names = list(_files())
+    only_demo = all(name.startswith(_PREFIXES[_DEMO_FOLDER]) for name in names)
+    return [NONE_CHOSEN, *names] if only_demo else names
 
 
 def adapter_path(name: str) -> Path:
     """The file of a name from `adapter_names`, only ever one that is listed there.
 
+    Workflows of the first versions name the demo's adapters without "demo/".
+
     Raises:
-        ValueError: a name that leaves its folder.
+        ValueError: a name that leaves its folder, or none chosen.
         FileNotFoundError: no such file; names the folders looked in and what is there.
     """
+    if name == NONE_CHOSEN:
+        raise ValueError(
+            f"no adapter chosen: put one for your model, or a LoRA, into {_own_folder()} or models/loras and press R, or train "
+            "one. Those under demo/ are for StyleInject Demo Model alone"
+        )
     files = _files()
     wanted = str(name)
     if wanted not in files:  # what is listed is inside, whatever its name; else it may be a workflow from Windows
         wanted = wanted.replace("\\", "/")
         if ".." in wanted.split("/") or os.path.isabs(wanted) or ":" in wanted:
             raise ValueError(f"adapter name {name!r}: expected a file inside {_folders()}, not a path that leads out of it")
+    if wanted not in files:
+        wanted = _PREFIXES[_DEMO_FOLDER] + wanted
     if wanted not in files:
         raise FileNotFoundError(f"adapter {name!r} not found in {_folders()}; {_choices(list(files))}")
     folder, native = files[wanted]
@@ -98,6 +110,10 @@ def _files() -> dict[str, tuple[str, str]]:
 
 def _listed(folder: str) -> list[str]:
     return [name for name in folder_paths.get_filename_list(folder) if name.lower().endswith(SUFFIX)]
+
+
+def _own_folder() -> str:
+    return folder_paths.get_folder_paths(FOLDER)[0]
 
 
 def _folders() -> str:

@@ -22,6 +22,7 @@ from .router.record import StyleInjectLoadRouterTrace, StyleInjectRouterMonitor,
 from .router.styles import StyleInjectNameStyles, StyleInjectStyleGrid, StyleInjectStyleSheet
 from .train.options import StyleInjectTrainOptions
 from .train.output import StyleInjectLossPlot, StyleInjectSave
+from .train.pictures import StyleInjectPictures, StyleInjectPrompts
 from .train.trainers import StyleInjectDistill, StyleInjectDreamBooth, StyleInjectTrain
 
 NODES: list[type[io.ComfyNode]] = [
@@ -44,6 +45,8 @@ NODES: list[type[io.ComfyNode]] = [
     StyleInjectStyleGrid,
     StyleInjectStyleSheet,
     StyleInjectNameStyles,
+    StyleInjectPictures,
+    StyleInjectPrompts,
     StyleInjectTrain,
     StyleInjectDreamBooth,
     StyleInjectDistill,

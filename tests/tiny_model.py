@@ -114,9 +114,18 @@ def sample(
         latent = torch.zeros(batch, 4, height, width)
         noise = comfy.sample.prepare_noise(latent, seed)
         result = comfy.sample.sample(
-            model, noise, steps, cfg, sampler, scheduler,
+            model,
+            noise,
+            steps,
+            cfg,
+            sampler,
+            scheduler,
             conditioning(0) if positive is None else positive,
             conditioning(1) if negative is None else negative,
-            latent, denoise=denoise, callback=callback, disable_pbar=True, seed=seed,
+            latent,
+            denoise=denoise,
+            callback=callback,
+            disable_pbar=True,
+            seed=seed,
         )
         return result.cpu()

@@ -22,6 +22,8 @@ from ..schema import (
     adapter_name_input,
     schema,
     strength_input,
+    trigger_of,
+    trigger_output,
 )
 
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
@@ -37,6 +39,7 @@ class StyleInjectApply(io.ComfyNode):
             display_name="Apply StyleInject",
             description="Applies an adapter to a model. Chain several for several styles; LoRAs may come before or after.",
             search_aliases=["style adapter", "apply style", "lora"],
+            advanced=("layers",),
             inputs=[
                 io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
                 AdapterType.Input("adapter", tooltip="The adapter, from Load StyleInject Adapter."),
@@ -44,10 +47,15 @@ class StyleInjectApply(io.ComfyNode):
                     "How much of the style: 0 is the model alone, 1 the adapter as trained. Negative values and "
                     "values above 1 are allowed."
                 ),
-                strength_input("Strength of the learned details (the low-rank part), times strength.", "dma_strength"),
                 strength_input(
-                    "Strength of the learned contrast and tone (the statistics part), times strength. No effect on a LoRA.",
+                    "Strength of the learned shapes and detail (DMA, the low-rank part), times strength.",
+                    "dma_strength",
+                    "detail",
+                ),
+                strength_input(
+                    "Strength of the learned contrast and tone (STA, the statistics part), times strength. A LoRA has none.",
                     "sta_strength",
+                    "tone",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -66,9 +74,8 @@ class StyleInjectApply(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="all",
-                    tooltip='Which layers to use: "all", or groups such as attention, conv, '
-                    "self, cross, down, mid, up, up.1, to_q. Comma for either, & for both, ! for not: "
-                    '"up & cross, mid".',
+                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, down, mid, up, up.1, '
+                    'to_q. Comma for either, & for both, ! for not: "up & cross, mid".',
                 ),
                 LayerWeightsType.Input(
                     "layer_weights",
@@ -131,16 +138,20 @@ class StyleInjectLoadAndApply(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectLoadAndApply",
-            display_name="Load and Apply StyleInject",
-            description="Loads an adapter and applies it to a model, in one node. Apply StyleInject has more settings.",
-            search_aliases=["style adapter", "lora", "apply style"],
+            display_name="StyleInject",
+            description="Puts a style on a model: a file, and how much of it. Apply StyleInject has more settings.",
+            search_aliases=["load and apply styleinject", "style", "style adapter", "lora", "load lora", "apply style"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
                 adapter_name_input(),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
                 *clip_inputs(),
             ],
-            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."), clip_output()],
+            outputs=[
+                io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
+                trigger_output(),
+                clip_output(),
+            ],
         )
 
     @classmethod
@@ -158,7 +169,7 @@ class StyleInjectLoadAndApply(io.ComfyNode):
         adapter = load_adapter(paths.adapter_path(adapter_name))
         patched, injection = apply_adapter(model, adapter, strength=strength)
         clip, line = with_text_encoder(clip, adapter, clip_strength)
-        return io.NodeOutput(patched, clip, ui=shown(patched, injection, line))
+        return io.NodeOutput(patched, trigger_of(adapter), clip, ui=shown(patched, injection, line))
 
 
 class StyleInjectStrength(io.ComfyNode):
@@ -177,7 +188,7 @@ class StyleInjectStrength(io.ComfyNode):
                     "adapter_name", default="all", tooltip='The adapter\'s file name, or "all" for every adapter on the model.'
                 ),
                 strength_input(
-                    "The new strength; it replaces the one the adapter was applied with. Its dma, sta and layer strengths stay."
+                    "The new strength, in place of the one it was applied with. Detail, tone and layer strengths stay."
                 ),
             ],
             outputs=[
@@ -236,6 +247,8 @@ def shown(model: ModelPatcher, injection: Injection, line: str = "") -> dict[str
         text += f"\nnot supported: {len(matched.unused)} layers"
     if line:
         text += f"\n{line.strip()}"
+    if trigger := trigger_of(injection.applied.adapter):
+        text += f"\ntrigger: {trigger}"
     return {"styleinject_text": (text,)}
 
 
@@ -246,7 +259,7 @@ def report(model: ModelPatcher, injection: Injection, line: str = "") -> str:
     lines = [
         str(injection.report(model.model)),
         f"  made for {describe(applied.adapter)}; this model is {model_title(model.model)}",
-        f"  strength {applied.strength:g} (details {applied.dma:g}, statistics {applied.sta:g}), "
+        f"  strength {applied.strength:g} (detail {applied.dma:g}, tone {applied.sta:g}), "
         f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
         f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
     ]

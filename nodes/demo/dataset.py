@@ -19,6 +19,7 @@ class StyleInjectDemoDataset(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDemoDataset",
+            section="demo",
             display_name="StyleInject Demo Dataset",
             description="Drawings by five artists of the same 223 things, with their names, for trying the training nodes. "
             "Each style has a licence of its own: see ATTRIBUTION.md.",
@@ -28,15 +29,17 @@ class StyleInjectDemoDataset(io.ComfyNode):
                     "style",
                     options=[*data.styles(), _OTHERS],
                     default="openmoji-line",
-                    tooltip=f'Whose drawings. "{_OTHERS}" gives every drawing of a thing but the base model\'s own.',
+                    tooltip=f'Whose drawings. "{_OTHERS}" gives all drawings of each thing but the base model\'s own.',
                 ),
                 io.String.Input(
                     "things",
                     default="",
-                    tooltip='Which things, with a comma between them: "turtle, owl". Empty for the 186 that the demo trains '
+                    tooltip='Which things, separated by commas: "turtle, owl". Empty for the 186 that the demo trains '
                     "on; the other 37 are kept to see whether a style reaches what it was never shown on.",
                 ),
-                io.Int.Input("count", default=0, min=0, max=1000, tooltip="How many at most, evenly chosen; 0 for all."),
+                io.Int.Input(
+                    "count", default=0, min=0, max=1000, tooltip="How many drawings at most, spread evenly; 0 for all."
+                ),
                 io.String.Input(
                     "prompt", default="", tooltip="The prompt of every drawing; empty for the name of what it shows."
                 ),

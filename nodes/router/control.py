@@ -14,6 +14,7 @@ from ...styleinject_core.router.trace import TraceError
 from ..schema import AdapterType, RouterControlType, TraceType, after_input, schema
 
 SLIDERS = 16
+_FEW = 4  # sliders of a new mixer; with an adapter, it shows as many as that has styles (web/js/style_mixer.js)
 _HOLD = ("no", "first step", "trace")
 _PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
 _STYLES = 'One style a line, by name or number: "flat ink = {0}" or "3 = {0}"; "all = {0}" for every style'
@@ -48,9 +49,11 @@ class StyleInjectRouterControl(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterControl",
+            section="router",
             display_name="StyleInject Router Control",
             description="Steers the style router of an adapter: sharpen or even out the mix, favor, fix, limit or hold styles.",
             search_aliases=["style router", "style mixer", "temperature"],
+            advanced=("bias", "floor", "hold", "role", "layers", "start_percent", "end_percent"),
             inputs=[
                 io.Float.Input(
                     "temperature",
@@ -143,9 +146,11 @@ class StyleInjectStyleMixer(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectStyleMixer",
+            section="router",
             display_name="StyleInject Style Mixer",
             description="Mixes an adapter's styles by hand, one slider each, instead of its router. All at 0: no change.",
             search_aliases=["style router", "style weights", "sliders"],
+            advanced=(*(f"style_{k}" for k in range(_FEW + 1, SLIDERS + 1)), "role", "layers"),
             inputs=[
                 *(
                     io.Float.Input(

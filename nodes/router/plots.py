@@ -19,12 +19,14 @@ _ALL = "all"
 _SELECTOR = 'Which layers to show: "all", or groups such as attention, conv, self, cross, down, mid, up, up.1, to_q.'
 
 
-def role_input(tooltip: str = "Of which prompt. All: a panel for each there is.") -> io.Combo.Input:
+def role_input(tooltip: str = "For which prompt. all: one panel for each.") -> io.Combo.Input:
     return io.Combo.Input("role", options=[_ALL, "positive", "negative"], default=_ALL, tooltip=tooltip)
 
 
 def image_input() -> io.Int.Input:
-    return io.Int.Input("image", default=0, min=0, max=4096, tooltip="Which image of the batch, from 1. 0: the mean of all.")
+    return io.Int.Input(
+        "image", default=0, min=0, max=4096, tooltip="Which image of the batch, counted from 1. 0: the mean of all."
+    )
 
 
 def layers_input() -> io.String.Input:
@@ -42,9 +44,11 @@ class StyleInjectRouterHeatmap(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterHeatmap",
+            section="router",
             display_name="Router Heatmap",
             description="Shows the style router of a run as a heat map: which layers use which styles, and when.",
             search_aliases=["style router", "heat map", "plot"],
+            advanced=("image", "layers"),
             inputs=[
                 trace_input(),
                 io.Combo.Input(
@@ -82,9 +86,11 @@ class StyleInjectRouterTimeline(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterTimeline",
+            section="router",
             display_name="Router Timeline",
             description="Shows how the mix of styles changes from step to step: the mean, and the layers that react most.",
             search_aliases=["style router", "steps", "plot"],
+            advanced=("image", "layers"),
             inputs=[trace_input(), role_input(), image_input(), layers_input(), after_input()],
             outputs=[image_output()],
             is_output_node=True,
@@ -105,12 +111,14 @@ class StyleInjectRouterLayers(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterLayers",
+            section="router",
             display_name="Router Layers",
             description="Shows which layers react to what they see, how undecided they are, and how much they change.",
             search_aliases=["style router", "entropy", "layer statistics", "plot"],
+            advanced=("image", "layers"),
             inputs=[
                 trace_input(),
-                role_input("Of which prompt. All: the mean."),
+                role_input("For which prompt. all: the mean."),
                 image_input(),
                 layers_input(),
                 after_input(),
@@ -138,13 +146,15 @@ class StyleInjectRouterCompare(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterCompare",
+            section="router",
             display_name="Router Compare",
-            description="Shows two runs side by side, and how differently each layer routes, for two prompts say.",
+            description="Shows two runs side by side, for example of two prompts, and how differently each layer routes.",
             search_aliases=["style router", "difference", "plot"],
+            advanced=("layers",),
             inputs=[
                 trace_input("trace_a"),
                 trace_input("trace_b"),
-                role_input("Of which prompt. All: the mean."),
+                role_input("For which prompt. all: the mean."),
                 layers_input(),
                 after_input("after_a"),
                 after_input("after_b"),
@@ -177,17 +187,19 @@ class StyleInjectRouterMap(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterMap",
+            section="router",
             display_name="Router Map",
-            description="Shows every step of every image as a point; near points were routed alike in all layers.",
+            description="Shows every step of every image as a point; points close together were routed alike in all layers.",
             search_aliases=["style router", "t-SNE", "PCA", "UMAP", "plot"],
+            advanced=("layers", "seed"),
             inputs=[
                 trace_input(),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default=METHODS[0],
-                    tooltip="How the plane is found. t-SNE and UMAP keep neighbours together (UMAP needs umap-learn), "
-                    "PCA keeps distances.",
+                    tooltip="How the plane is found. PCA keeps distances; t-SNE and UMAP keep neighbors "
+                    "together (they need the packages scikit-learn and umap-learn).",
                 ),
                 io.Combo.Input(
                     "color",
@@ -195,9 +207,9 @@ class StyleInjectRouterMap(io.ComfyNode):
                     default=plots.COLOURS[0],
                     tooltip="What the colors mean: prompt (a trace's label and image), step, the style used most, or role.",
                 ),
-                role_input("Of which prompt. All: of all, in one map."),
+                role_input("For which prompt. all: all of them in one map."),
                 layers_input(),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="t-SNE and UMAP begin at random."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Where t-SNE and UMAP start; they are random."),
                 after_input(),
             ],
             outputs=[io.Image.Output("IMAGE", display_name="IMAGE", tooltip="The picture, all traces in one.")],

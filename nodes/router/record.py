@@ -25,6 +25,7 @@ class StyleInjectRouterMonitor(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterMonitor",
+            section="router",
             display_name="StyleInject Router Monitor",
             description="Records what the style router does while the model samples, and shows it live. Changes no picture.",
             search_aliases=["style router", "trace", "record", "heat map"],
@@ -58,9 +59,11 @@ class StyleInjectRouterTrace(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterTrace",
+            section="router",
             display_name="Keep Router Trace",
             description="Takes one run's trace from a monitor: to name it, to bring several together for one plot, to save it.",
             search_aliases=["style router", "save trace", "collect"],
+            advanced=("filename_prefix",),
             inputs=[
                 trace_input(),
                 io.String.Input(
@@ -71,7 +74,7 @@ class StyleInjectRouterTrace(io.ComfyNode):
                     default=False,
                     tooltip=f"Write it to {TRACES} in the output folder, for Load Router Trace and for styleinject plot.",
                 ),
-                io.String.Input("filename_prefix", default="trace", tooltip="Begin of the file's name."),
+                io.String.Input("filename_prefix", default="trace", tooltip="Start of the file name."),
                 after_input(),
                 TraceType.Input(
                     "others", optional=True, tooltip="Traces to add this one to, from another Keep or Load Router Trace."
@@ -103,6 +106,7 @@ class StyleInjectLoadRouterTrace(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectLoadRouterTrace",
+            section="router",
             display_name="Load Router Trace",
             description="Loads a trace that Keep Router Trace has saved, to look at it again or to compare.",
             search_aliases=["style router", "load trace"],

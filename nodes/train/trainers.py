@@ -29,6 +29,7 @@ from ...styleinject_core.train.request import AdapterRequest
 from ...styleinject_core.train.settings import TrainSettings
 from ..schema import AdapterType, LossType, OptionsType, schema
 
+_ADVANCED = ("method", "styles", "layers")
 _SEVERAL = "One LATENT or several, batches or lists; pictures of different sizes may be mixed."
 
 
@@ -39,10 +40,12 @@ class StyleInjectTrain(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectTrain",
+            section="train",
             display_name="Train StyleInject",
             description="Trains an adapter on images and their prompts. It is saved in output/styleinject, and ready to use in "
             "the same graph.",
             search_aliases=["train lora", "fine-tune", "train style"],
+            advanced=_ADVANCED,
             inputs=[
                 io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
                 io.Latent.Input("latents", tooltip=f"The images, encoded by the model's VAE. {_SEVERAL}"),
@@ -50,6 +53,7 @@ class StyleInjectTrain(io.ComfyNode):
                 *_settings("my_style", "to_q, to_v", steps=1000),
                 _empty_input(),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -68,10 +72,12 @@ class StyleInjectDreamBooth(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDreamBooth",
+            section="train",
             display_name="DreamBooth StyleInject",
             description="Trains an adapter on three to five images of one subject, while images of its class keep the model "
             "from forgetting what else there is.",
             search_aliases=["train subject", "train character", "dreambooth"],
+            advanced=(*_ADVANCED, "prior_weight"),
             inputs=[
                 io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
                 io.Latent.Input("latents", tooltip=f"Images of the subject, encoded by the model's VAE. {_SEVERAL}"),
@@ -103,6 +109,7 @@ class StyleInjectDreamBooth(io.ComfyNode):
                 io.Latent.Input("class_latents", optional=True, tooltip=f"Images of the class. {_SEVERAL}"),
                 _empty_input(),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -136,10 +143,12 @@ class StyleInjectDistill(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDistill",
+            section="train",
             display_name="Distill StyleInject",
             description="Trains an adapter with which one model draws as another one does: a tuned checkpoint becomes a small "
             "file for the model it was tuned from.",
             search_aliases=["distill", "extract lora", "checkpoint to adapter", "teacher student"],
+            advanced=(*_ADVANCED, "output_weight", "feature_weight"),
             inputs=[
                 io.Model.Input("model", tooltip="The student, which the adapter is for. It is not changed."),
                 io.Model.Input(
@@ -197,6 +206,7 @@ class StyleInjectDistill(io.ComfyNode):
                     tooltip="The empty prompt by the teacher's text encoder, where it is another one.",
                 ),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -287,7 +297,7 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
         io.String.Input(
             "layers",
             default=layers,
-            tooltip="Which layers learn, with a comma between them: to_q, to_v, attention, conv, or single ones. More layers "
+            tooltip="Which layers learn, separated by commas: to_q, to_v, attention, conv, or single ones. More layers "
             "learn more, and make a larger file.",
         ),
     ]
@@ -304,6 +314,16 @@ def _empty_input() -> Any:
 
 def _options_input() -> Any:
     return OptionsType.Input("options", optional=True, tooltip="From StyleInject Train Options. Not needed.")
+
+
+def _trigger_input() -> Any:
+    return io.String.Input(
+        "trigger",
+        optional=True,
+        force_input=True,
+        tooltip="The words that call what is learned, to be saved with the adapter. They do not change the training: they "
+        "are in the prompts already.",
+    )
 
 
 def _outputs() -> list[Any]:
@@ -325,9 +345,10 @@ def _job(
 ) -> Job:
     """A job from a node's inputs, which come as lists."""
     given = options[0] if options else TrainOptions()
+    trigger = str((widgets.pop("trigger", None) or [""])[0] or "").strip()
     request = given.request(**{name: value[0] for name, value in widgets.items()})
     node_id = None if node.hidden is None else node.hidden.unique_id
-    return Job(request=request, options=given, student=student, teacher=teacher, node_id=node_id)
+    return Job(request=request, options=given, student=student, teacher=teacher, node_id=node_id, trigger=trigger)
 
 
 def _output(outcome: Outcome) -> io.NodeOutput:

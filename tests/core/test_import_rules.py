@@ -18,7 +18,7 @@ ORDER = {
                          "hosts", "summary", "colors", "router", "deadiff", "train", "demo", "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
     "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "text_encoder", "demo_model", "training"],
-    "integration/training": ["graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
+    "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
     "nodes": ["schema", "adapter", "router", "train", "demo"],
 }  # fmt: skip
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}

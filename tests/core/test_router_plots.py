@@ -60,7 +60,9 @@ def test_means_over_what_is_there():
 
 
 def test_entropy_is_a_share_of_its_maximum():
-    s = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.5, 0.5, math.nan, math.nan], [1, math.nan, math.nan, math.nan]])
+    s = torch.tensor(
+        [[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.5, 0.5, math.nan, math.nan], [1, math.nan, math.nan, math.nan]]
+    )
     torch.testing.assert_close(analysis.entropy(s), torch.tensor([1.0, 0.0, 1.0, 0.0]))
     assert analysis.entropy(torch.full((3,), math.nan)).isnan()
 

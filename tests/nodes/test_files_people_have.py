@@ -353,7 +353,7 @@ def test_a_text_encoders_part_goes_onto_a_clip(model, layers, put, run_node, cli
     _, text, through_apply = run_node("StyleInjectApply", model=model, adapter=adapter, clip=clip, clip_strength=0.6)
     through_one = run_node(
         "StyleInjectLoadAndApply", model=model, adapter_name=name, strength=1.0, clip=clip, clip_strength=0.6
-    )[1]
+    )[2]
     assert "text encoder: 4 of 4 layers matched, strength 0.6" in text
     assert expected.patches
     for found in (through_apply.patcher, through_one.patcher):

@@ -78,7 +78,14 @@ def prompt(checkpoint: str, samplers: dict[str, dict[str, Any]], **nodes: dict[s
 
 def apply(adapter: str, model: list[Any] | None = None, **inputs: Any) -> dict[str, Any]:
     """An Apply node on the loader's node "load_<stem>"."""
-    values = {"strength": 1.0, "dma_strength": 1.0, "sta_strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "layers": "all"}
+    values = {
+        "strength": 1.0,
+        "dma_strength": 1.0,
+        "sta_strength": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "layers": "all",
+    }
     return {
         "class_type": "StyleInjectApply",
         "inputs": {"model": model or ["1", 0], "adapter": [f"load_{adapter}", 0], **values, **inputs},
@@ -177,7 +184,9 @@ def test_an_interrupt_leaves_the_base_clean(client, latents, vanilla, checkpoint
         ("style", {"start_percent": 0.8, "end_percent": 0.2}, "start_percent 0.8 is after end_percent 0.2"),
     ],
 )
-def test_errors_name_what_is_wrong_and_leave_the_base_clean(client, latents, vanilla, checkpoint, adapters, stem, inputs, message):
+def test_errors_name_what_is_wrong_and_leave_the_base_clean(
+    client, latents, vanilla, checkpoint, adapters, stem, inputs, message
+):
     graph = prompt(checkpoint, {"x": sampler(["one", 0])}, **{f"load_{stem}": load(stem), "one": apply(stem, **inputs)})
     with pytest.raises(ExecutionError) as caught:
         client.queue(graph)
@@ -205,7 +214,9 @@ def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     assert len(pictures) == 2
     assert all(picture.shape == (512, 512, 3) and picture.std() > 5 for picture in pictures)
     colours = [picture.max(2).astype(int) - picture.min(2) for picture in pictures]
-    saturation = {image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colours, strict=True)}
+    saturation = {
+        image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colours, strict=True)
+    }
     assert saturation[False] < 0.5 * saturation[True], "line art has less colour than the base model's drawings"
 
 

@@ -106,6 +106,10 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def name(self, index: int) -> str:
+        """The file's name relative to the folder."""
+        return self._entries[index].name
+
     def size(self, index: int) -> Size:
         """(H, W) of an example: its bucket."""
         return self._entries[index].size
