@@ -6,6 +6,7 @@ model, so a model can be freed while a MODEL that once used it lives on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ from ..styleinject_core.site import HostProgram
 from .places import diffusion_model, find_places
 
 KEY = "styleinject"
+_SUFFIX = ".safetensors"
 _PLAIN_LAYERS = (
     nn.Linear,
     nn.Conv2d,
@@ -206,14 +208,22 @@ def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[
     Raises:
         ValueError: no adapter is applied, or none of that name.
     """
-    wanted = adapter_name.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+    wanted = _stems(adapter_name)
+    everyone = adapter_name.strip() in ("all", "")
     if not injections:
         raise ValueError("no StyleInject adapter is applied to this model: connect the output of an Apply StyleInject node")
-    found = [i for i in injections if wanted in ("all", "", i.applied.adapter.name)]
+    found = [i for i in injections if everyone or i.applied.adapter.name in wanted]
     if not found:
         names = ", ".join(dict.fromkeys(i.applied.adapter.name for i in injections))
         raise ValueError(f'no adapter named "{adapter_name}" is applied to this model; there are: {names}')
     return found
+
+
+def _stems(name: str) -> set[str]:
+    """The names an adapter may have that somebody calls by this one: a file's, with or without folders and suffix."""
+    spelled = [name, name.strip()]
+    stems = {s[: -len(_SUFFIX)] if s.lower().endswith(_SUFFIX) else s for s in spelled}
+    return stems | {re.split(r"[\\/]", stem)[-1] for stem in stems} | {stem.rsplit("/", 1)[-1] for stem in stems}
 
 
 def model_title(model: nn.Module) -> str:

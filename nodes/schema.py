@@ -73,6 +73,9 @@ def trigger_output() -> io.String.Output:
 def trigger_of(adapter: Adapter) -> str:
     """ModelSpec's field for them, or "" where an adapter has none."""
     return adapter.metadata.get("modelspec.trigger_phrase", "")
+
+
+def percent_inputs(what: str, start: str = "", end: str = "") -> list[Any]:
     """The part of the noise schedule that something is active in: start_percent and end_percent, 0 to 1.
 
     Args:
@@ -101,11 +104,6 @@ def executing_node(node: type[io.ComfyNode]) -> str:
     """The execution id of a node that has asked for its hidden unique_id; "" outside of a server."""
     node_id = None if node.hidden is None else node.hidden.unique_id
     return str(node_id or "")
-
-
-def strength_input(tooltip: str, name: str = "strength") -> io.Float.Input:
-    """A strength: 0 is the model without the adapter, 1 the adapter as it was trained."""
-    return io.Float.Input(name, default=1.0, tooltip=tooltip, **STRENGTH_RANGE)
 
 
 def trace_input(name: str = "trace") -> Any:

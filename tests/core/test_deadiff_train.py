@@ -5,10 +5,10 @@ from __future__ import annotations
 import deadiff_models as models
 import pytest
 import torch
+from styleinject_core.train.draws import Draws
 
 from styleinject_core import deadiff
 from styleinject_core.deadiff import Reference, ReferenceMismatchError, Tokens, load_deadiff, referenced
-from styleinject_core.train.draws import Draws
 from styleinject_core.train.models.noise import DiscreteSchedule
 from styleinject_core.train.models.training_model import TrainingModel
 from styleinject_core.train.objectives.reference import PairedImages, ReferenceTask, Shares, align, start_from_host

@@ -276,7 +276,9 @@ def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, nam
         control, lora = graph[by_type["ControlNetApplyAdvanced"]]["inputs"], by_type["CheckpointLoaderSimple"]
         instead = {(by_type["ControlNetApplyAdvanced"], 0): control["positive"], (by_type["ControlNetApplyAdvanced"], 1): control["negative"],
                    (by_type["LoraLoader"], 0): [lora, 0], (by_type["LoraLoader"], 1): [lora, 1]}  # fmt: skip
-    left_out = {by_type.get(kind) for kind in ("CLIPVisionLoader", "LoraLoader", "ControlNetLoader", "ControlNetApplyAdvanced", "Canny")}
+    left_out = {
+        by_type.get(kind) for kind in ("CLIPVisionLoader", "LoraLoader", "ControlNetLoader", "ControlNetApplyAdvanced", "Canny")
+    }
     graph = {key: node for key, node in graph.items() if key not in left_out}
     for node in graph.values():
         inputs = node["inputs"]
@@ -284,7 +286,9 @@ def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, nam
         inputs |= {"ckpt_name": checkpoint} if "ckpt_name" in inputs else {}
         inputs |= {"width": 64, "height": 64} if "width" in inputs else {}
         inputs |= {"steps": 2} if "steps" in inputs else {}
-        inputs |= {key: instead[tuple(value)] for key, value in inputs.items() if isinstance(value, list) and tuple(value) in instead}
+        inputs |= {
+            key: instead[tuple(value)] for key, value in inputs.items() if isinstance(value, list) and tuple(value) in instead
+        }
     run = client.queue(graph)
     assert len(run.images) == 1 and client.fetch_image(run.images[0]).std() > 5
 

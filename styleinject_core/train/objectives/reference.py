@@ -147,8 +147,8 @@ class ReferenceTask:
         self._tokens: dict[str, Tensor] = {}  # of the batch in work, by stream
 
     @property
-    def half(self) -> bool:
-        return self.model.half
+    def is_float16(self) -> bool:
+        return self.model.is_float16
 
     @contextmanager
     def installed(self, adapter: Any) -> Iterator[None]:
