@@ -36,9 +36,10 @@ class AdapterRequest:
     styles: int = field(default=16, metadata=about("n, parallel down-projections; 1 for lora and sta-only."))
     alpha: float = field(default=0.0, metadata=about("the low-rank part is scaled by alpha / rank; 0 means alpha = rank."))
     targets: tuple[str, ...] = field(
-        default=("to_q", "to_v"),
+        default=("default",),
         metadata=about(
-            'a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; for kronecker the paper has\n'
+            'a layer selector, as in ["attention", "conv"]; "default" is the paper\'s, queries and values of attention by\n'
+            'whatever name the model has them, in a U-Net ["to_q", "to_v"]; for kronecker the paper has\n'
             '["to_q", "to_k", "to_v", "to_out.0"].'
         ),
     )
