@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from styleinject_core.commands.config import ConfigError
+from styleinject_core.commands.config_files import ConfigError
 
 from styleinject_core.cli import main
 from styleinject_core.commands.reference import find_pictures, run
