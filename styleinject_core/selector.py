@@ -116,7 +116,7 @@ def _matches(name: str, shape: LayerShape, term: str) -> bool:
         case "conv":
             return shape.is_conv
         case "linear":
-            return not shape.is_conv
+            return not shape.is_conv and not shape.other
         case "self":
             return ".attn1." in name
         case "cross":
