@@ -77,8 +77,10 @@ class Adapter(nn.Module):
         """The same adapter, its tensors shared, with a name per style in its metadata; empty names leave styles unnamed.
 
         Raises:
-            ValueError: more names than styles, or two that are the same.
+            ValueError: more names than styles, two that are the same, or an adapter without styles.
         """
+        if not self.routed:
+            raise ValueError(no_router(self, "name"))
         given = [name.strip() for name in names]
         if len(given) > len(self.style_names):
             raise ValueError(f"{self.name}: {len(given)} names for {len(self.style_names)} styles")
@@ -166,3 +168,8 @@ def host_shapes(host: nn.Module, required: tuple[str, ...] = ()) -> dict[str, La
 def a(kind: str) -> str:
     """A word with its article, for messages: "a LoRA", "an Adapter"."""
     return f"{'an' if kind[:1] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def no_router(adapter: Adapter, what: str) -> str:
+    """What a tool for style routers says of an adapter that has none; `what` is what it would do."""
+    return f"{adapter.name} has no style router (it is {a(adapter.kind)}): there is nothing to {what}"

@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any
 
 from .adapter import Adapter
-from .files.names import kind_of_layer
 from .files.sorting import reasons
 from .hosts.architectures import describe
+from .layer_names import parse
 from .methods import METHODS, AdapterLayer, config_to_dict
 
 
@@ -23,7 +23,7 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
         "layers": len(layers),
         "linear_layers": sum(not layer.shape.is_conv and not layer.shape.other for layer in layers.values()),
         "conv_layers": sum(layer.shape.is_conv for layer in layers.values()),
-        "targets": dict(Counter(map(kind_of_layer, layers))),
+        "targets": dict(Counter(parse(name).target for name in layers)),
         "properties": described(adapter),
         "dtype": str(next(adapter.parameters()).dtype).removeprefix("torch."),
         "parameters": adapter.parameter_count(),

@@ -14,19 +14,20 @@ from ...integration.text_encoder import apply_to_clip
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.hosts.architectures import describe
 from ...styleinject_core.router.control import Rule
+from ...styleinject_core.selector import unmatched_weights
 from ..schema import (
     STRENGTH_RANGE,
     AdapterType,
     LayerWeightsType,
     RouterControlType,
     adapter_name_input,
+    executing_node,
+    percent_inputs,
     schema,
     strength_input,
     trigger_of,
     trigger_output,
 )
-
-_PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
 
 
 class StyleInjectApply(io.ComfyNode):
@@ -57,25 +58,17 @@ class StyleInjectApply(io.ComfyNode):
                     "sta_strength",
                     "tone",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    tooltip="When in sampling the adapter begins: 0 is the first "
-                    "step. A later start keeps the composition of the model.",
-                    **_PERCENT,
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    tooltip="When in sampling the adapter ends: 1 is the last step. An "
-                    "earlier end leaves fine detail to the model.",
-                    **_PERCENT,
+                *percent_inputs(
+                    "the adapter",
+                    "A later start keeps the composition of the model. ",
+                    "An earlier end leaves fine detail to the model. ",
                 ),
                 io.String.Input(
                     "layers",
                     default="all",
-                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, down, mid, up, up.1, '
-                    'to_q. Comma for either, & for both, ! for not: "up & cross, mid".',
+                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, image, down, mid, up, '
+                    "up.1, first, block.0-9, to_q. Comma for either, & for both, ! for not: "
+                    '"up & cross, mid".',
                 ),
                 LayerWeightsType.Input(
                     "layer_weights",
@@ -97,6 +90,7 @@ class StyleInjectApply(io.ComfyNode):
                 ),
                 clip_output(),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -126,6 +120,7 @@ class StyleInjectApply(io.ComfyNode):
             start_percent=start_percent,
             end_percent=end_percent,
             control=control or (),
+            node_id=executing_node(cls),
         )
         clip, line = with_text_encoder(clip, adapter, clip_strength)
         return io.NodeOutput(patched, report(patched, injection, line), clip, ui=shown(patched, injection, line))
@@ -152,6 +147,7 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 trigger_output(),
                 clip_output(),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -167,7 +163,7 @@ class StyleInjectLoadAndApply(io.ComfyNode):
         cls, model: ModelPatcher, adapter_name: str, strength: float, clip: Any = None, clip_strength: float = 1.0
     ) -> io.NodeOutput:
         adapter = load_adapter(paths.adapter_path(adapter_name))
-        patched, injection = apply_adapter(model, adapter, strength=strength)
+        patched, injection = apply_adapter(model, adapter, strength=strength, node_id=executing_node(cls))
         clip, line = with_text_encoder(clip, adapter, clip_strength)
         return io.NodeOutput(patched, trigger_of(adapter), clip, ui=shown(patched, injection, line))
 
@@ -263,6 +259,8 @@ def report(model: ModelPatcher, injection: Injection, line: str = "") -> str:
         f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
         f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
     ]
+    if idle := unmatched_weights(applied.adapter.shapes, applied.layer_weights):
+        lines.append(f"  layer weights for groups that it has no layers of: {'; '.join(idle)}")
     if injection.control:
         lines.append(f"  router steered by {len(injection.control)} control(s)")
     if line:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..config import AdapterConfig, LayerConfig
+from ..layer_names import parse
 from ..layers import UnsupportedLayerError
 from ..methods import METHODS, AdapterLayer, config_from_dict
 from ..methods.fixed import alpha_of
@@ -23,8 +24,9 @@ from ..methods.method import Problem
 from .alphas import Scales, scales_beside, stated_scales
 from .errors import AdapterFileError
 from .header import parse_json, read_header, shortened
-from .keys import DIFFERENCE, LOHA, LOKR, LORA, STYLEINJECT, parse
-from .names import kind_of_layer, layer_name, layers_per_block
+from .keys import DIFFERENCE, LOHA, LOKR, LORA, STYLEINJECT
+from .keys import parse as parse_key
+from .names import layer_name, layers_per_block
 from .sorting import Module, Sorted, sort
 
 FORMAT_VERSION = 1
@@ -242,7 +244,7 @@ def other_part(adapter: Adapter) -> Parts:
     tensors = _read_keys(path, adapter.skipped)
     scales = stated_scales(path, header.metadata)
     for key, value in list(tensors.items()):
-        found = parse(key)
+        found = parse_key(key)
         if (
             found is None
             or (found.method, found.part) != (LORA, "down")
@@ -363,7 +365,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> LayerConfig | None:
 
 def _whole_config(layers: Mapping[str, AdapterLayer], stated: LayerConfig | None) -> LayerConfig:
     """The adapter's config: the stated one or the first layer's, with overrides for the layers that differ from it."""
-    targets = tuple(dict.fromkeys(map(kind_of_layer, layers)))
+    targets = tuple(dict.fromkeys(parse(name).target for name in layers))
     base = stated or replace(next(iter(layers.values())).config, target_modules=targets)  # type: ignore[type-var]
     own = {name: layer.config for name, layer in layers.items() if isinstance(layer.config, type(base))}
     return replace(base, layers={name: o for name, config in own.items() if (o := base.override(config))})  # type: ignore[type-var]

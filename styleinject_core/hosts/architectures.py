@@ -124,6 +124,11 @@ def architecture_of(adapter: Adapter) -> UNetArchitecture | None:
     return None
 
 
+def title_of(modelspec: str) -> str:
+    """The title of an architecture by its ModelSpec id; the id itself where it is none of these."""
+    return next((a.title for a in ARCHITECTURES.values() if a.modelspec == modelspec), modelspec)
+
+
 def _is_of(shape: LayerShape | None, layer: AdapterLayer) -> bool:
     """Whether an adapter's layer is for a host layer of that shape; norms and the like are in no list of shapes."""
     return bool(layer.shape.other) if shape is None else layer.on(shape) is not None

@@ -68,6 +68,7 @@ METHOD = Method(
     suffixes={"A": ".lora_down.weight", "B": ".lora_up.weight", "alpha": ".alpha", "mid": ".lora_mid.weight"},
     read=read,
     describe=describe,
+    paper="https://arxiv.org/abs/2106.09685",
     lora_names=True,
     tensors=tensors,
 )

@@ -367,7 +367,8 @@ class _ByToken:
 def configure(settings: AdapterSettings, special: Mapping[str, Any]) -> AdapterConfig:
     """The config of a new adapter; `special` replaces what the settings say."""
     values = {"r": settings.rank, "n_styles": settings.styles, "router_pool": settings.router_pool, "sta": settings.sta}
-    return AdapterConfig(**{**values, **special}, alpha=settings.alpha or None, target_modules=settings.targets)
+    targets = settings.targets or AdapterConfig.default_targets()
+    return AdapterConfig(**{**values, **special}, alpha=settings.alpha or None, target_modules=targets)
 
 
 def read(parts: dict[str, Tensor], stated: AdapterConfig | None, problem: Problem) -> StyleInjectLayer:
@@ -438,4 +439,5 @@ METHOD = Method(
     suffixes=SUFFIXES,
     read=read,
     describe=describe,
+    paper="https://arxiv.org/abs/2401.13942",
 )
