@@ -39,10 +39,12 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
 def as_text(summary: dict[str, Any]) -> str:
     """A summary for people, one fact a line."""
     targets = ", ".join(f"{name} x{count}" for name, count in summary["targets"].items())
-    others = f", {summary['other_layers']} others" if summary["other_layers"] else ""
+    kinds = f"{summary['linear_layers']} Linear, {summary['conv_layers']} Conv2d"
+    if summary["other_layers"]:
+        kinds += f", {summary['other_layers']} others"
     lines = [
         f"{summary['name']}: {summary['kind']} for {summary['made_for']}",
-        f"layers       {summary['layers']} ({summary['linear_layers']} Linear, {summary['conv_layers']} Conv2d{others}): {targets}",
+        f"layers       {summary['layers']} ({kinds}): {targets}",
         *(f"{label.ljust(12)} {value}" for label, value in summary["properties"].items()),
         f"parameters   {summary['parameters']:,} ({summary['bytes'] / 2**20:.1f} MiB, {summary['dtype']})",
     ]
