@@ -5,13 +5,13 @@ from __future__ import annotations
 import deadiff_models as models
 import pytest
 import torch
-from styleinject_core.train.random_numbers import RandomNumbers
 
 from styleinject_core import deadiff
 from styleinject_core.deadiff import Reference, ReferenceMismatchError, Tokens, load_deadiff, referenced
 from styleinject_core.train.models.noise import DiscreteSchedule
 from styleinject_core.train.models.training_model import TrainingModel
 from styleinject_core.train.objectives.reference import PairedImages, ReferenceTask, Shares, align, start_from_host
+from styleinject_core.train.random_numbers import RandomNumbers
 from styleinject_core.train.run.checkpoints import CheckpointError
 from styleinject_core.train.run.loop import train
 from styleinject_core.train.run.reference_folder import ReferenceFolder
