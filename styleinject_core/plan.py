@@ -38,6 +38,7 @@ class Plan:
         self.kept = not torch.is_grad_enabled()
         places = dict.fromkeys(site.rows for site in self.active)
         self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
+        self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
         self.kept = self.kept and all(group.lasting for group in self.groups.values())
         if self.kept:
             self._strengths = [(site, site.dma, site.sta) for site in sites]
@@ -63,8 +64,8 @@ class Plan:
 
     def run(self, x: Tensor, host: HostLayer) -> Tensor:
         """h* of the layer. Slices of a fused layer are adapted on their own channels, after what adapts it whole."""
-        if None in self.groups and len(self.groups) == 1:
-            return self.groups[None].run(x, host)
+        if self.whole is not None:
+            return self.whole.run(x, host)
         h = self.groups[None].run(x, host) if None in self.groups else host(x)
         places = sorted((rows for rows in self.groups if rows is not None), key=lambda rows: (rows.start, rows.size))
         while places:  # slices that overlap, one after the other
