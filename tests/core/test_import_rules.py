@@ -1,4 +1,4 @@
-"""Who may import whom: docs/decisions/0001-two-packages.md, 0008-floors.md, held by reading every import."""
+"""Who may import whom: docs/decisions/0001-two-packages.md, 0011-floors.md, held by reading every import."""
 
 from __future__ import annotations
 
