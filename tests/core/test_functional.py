@@ -263,7 +263,7 @@ def test_float32_adapter_under_mixed_precision(build, case, base, autocast):
     module, x = build(*case)
     module = module.to(base).requires_grad_(False)
     layer = trained_layer(module, r=4, n_styles=3)
-    x = x if autocast else x.to(base)  # under autocast normalisation layers give float32, whatever the model's dtype
+    x = x if autocast else x.to(base)  # under autocast normalization layers give float32, whatever the model's dtype
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = dispatch.forward(x, host_of(module), [weights(layer, x)])
         out.float().square().mean().backward()

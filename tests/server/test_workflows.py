@@ -216,11 +216,11 @@ def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     pictures = [client.fetch_image(image) for image in run.images]
     assert len(pictures) == 2
     assert all(picture.shape == (512, 512, 3) and picture.std() > 5 for picture in pictures)
-    colours = [picture.max(2).astype(int) - picture.min(2) for picture in pictures]
+    colors = [picture.max(2).astype(int) - picture.min(2) for picture in pictures]
     saturation = {
-        image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colours, strict=True)
+        image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colors, strict=True)
     }
-    assert saturation[False] < 0.5 * saturation[True], "line art has less colour than the base model's drawings"
+    assert saturation[False] < 0.5 * saturation[True], "line art has less color than the base model's drawings"
 
 
 @pytest.mark.parametrize("name", ["2 A style on your own model.json", "3 Two styles on your own model.json"])
