@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..styleinject_core.demo import data
 from ..styleinject_core.demo.autoencoder import LATENT_CHANNELS
-from ..styleinject_core.demo.model import NOISE_SCHEDULE, UNET_CONFIG, load_autoencoder, read_unet
-from ..styleinject_core.demo.text import TextEncoder
+from ..styleinject_core.demo.deadiff import BASE_FILE as FIVE_STYLES_FILE
+from ..styleinject_core.demo.deadiff import FIVE_STYLES
+from ..styleinject_core.demo.model import NOISE_SCHEDULE, UNET_CONFIG, load_autoencoder, load_text_encoder, read_base, read_unet
+from ..styleinject_core.demo.text import TextEncoder, words
 from .patcher import ModelPatcher, wrap
 
 
@@ -80,10 +82,14 @@ def base_model(state: dict[str, Tensor]) -> comfy.model_base.BaseModel:
     return model
 
 
+def _state(style: str) -> dict[str, Tensor]:
+    return read_base("unet", FIVE_STYLES_FILE)[0] if style == FIVE_STYLES else read_unet(style)
+
+
 def demo_model(style: str = data.BASE_STYLE, disable_dynamic: bool = False) -> ModelPatcher:
-    """The embedded model as a MODEL, or the one that draws another style."""
+    """The embedded model as a MODEL, or the one that draws another style, or all five."""
     load_device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    patcher = wrap(base_model(read_unet(style)), load_device, offload_device, disable_dynamic)
+    patcher = wrap(base_model(_state(style)), load_device, offload_device, disable_dynamic)
     patcher.cached_patcher_init = (demo_model, (style,))
     return patcher
 
@@ -103,6 +109,35 @@ class DemoVAE:
         """(B, 16, h, w) -> (B, 8h, 8w, 3) in [0, 1]."""
         with torch.no_grad():
             return ((self.autoencoder.decode(latents.float().cpu()) + 1) / 2).movedim(1, -1)
+
+
+class DemoCLIP:
+    """The embedded text encoder by the two methods that CLIP Text Encode calls, so that a graph made for it fits any model."""
+
+    def __init__(self, style: str = data.BASE_STYLE) -> None:
+        self.encoder = load_text_encoder(FIVE_STYLES_FILE) if style == FIVE_STYLES else load_text_encoder()
+
+    def tokenize(self, text: str, **_others: Any) -> str:
+        """The prompt itself.
+
+        Raises:
+            ValueError: a prompt of which the model knows no word; names some it knows.
+        """
+        check_known(self.encoder, text)
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str, **_others: Any) -> list:
+        """What `tokenize` returned -> CONDITIONING."""
+        return demo_conditioning(self.encoder, tokens)
+
+
+def check_known(encoder: TextEncoder, text: str) -> list[str]:
+    """The words of a prompt that the model does not know. Raises ValueError: it knows none of them; names some it knows."""
+    unknown = encoder.unknown_words(text)
+    if unknown and len(unknown) == len(words(text)):
+        known = ", ".join(encoder.vocabulary[:: max(1, len(encoder.vocabulary) // 12)])
+        raise ValueError(f"the demo model knows none of these words: {', '.join(unknown)}. Some that it knows: {known}")
+    return unknown
 
 
 def demo_conditioning(encoder: TextEncoder, text: str) -> list:

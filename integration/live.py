@@ -148,7 +148,8 @@ class LiveFeed:
                 self._plan()
 
     def _someone_listens(self) -> bool:
-        return bool(self._server is not None and self._server.sockets)
+        # A run that no browser queued is not shown in one: its node ids are those of another workflow.
+        return bool(self._client is not None and self._server.sockets)
 
     def _plan(self) -> None:
         """Have what is waiting sent as soon as that is allowed. Called with the lock held."""

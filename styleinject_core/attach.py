@@ -15,8 +15,9 @@ from .adapter import Adapter
 from .call import CurrentCall, ModelCall
 from .layers import LayerShape, UnsupportedLayerError
 from .methods import AdapterLayer
-from .override import HostProgram, Override, Rows, Site
+from .override import Override
 from .selector import parse_weights, select
+from .site import HostProgram, Rows, Site
 
 
 class AdapterMismatchError(ValueError):

@@ -4,82 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .call import CurrentCall, ModelCall
-from .functional import dispatch
-from .functional.host import REPLACED, HostLayer
-from .functional.update import LayerWeights
+from .functional.host import HostLayer
 from .layers import LayerShape
-from .methods.method import AdapterLayer
+from .plan import Plan
+from .site import Site
 
 _ACTIVE = "_styleinject_override"
-
-
-class HostProgram:
-    """What the core must know about a host program; these defaults fit any torch module.
-
-    A host overrides them to move weights its own way, to say where a frozen weight can be read, or to undo a
-    reshaping of the batch.
-    """
-
-    def cast(self, parameter: Tensor, x: Tensor) -> Tensor:
-        """A parameter of the adapter on the device and in the dtype of the layer's input x."""
-        return parameter.to(x.device, x.dtype)
-
-    def readable(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether module.weight and module.bias are what module.forward applies to x, as plain tensors."""
-        if type(module) not in (nn.Linear, nn.Conv2d) or module._forward_hooks or module._forward_pre_hooks:
-            return False
-        if REPLACED in module.__dict__:
-            return False
-        return module.weight.dtype == x.dtype and module.weight.device == x.device
-
-    def frozen_weight(self, module: nn.Module, x: Tensor) -> Tensor:
-        """W0 as a plain tensor on the device and in the dtype of x, for changes that depend on it; it may cost."""
-        weight: Any = module.weight
-        return (weight.dequantize() if weight.is_quantized else weight).detach().to(x.device, x.dtype)
-
-    def samples(self, x: Tensor, layer: str, images: int) -> int:
-        """How many images the first dimension of a Linear's input x holds.
-
-        Args:
-            layer: its name in the adapter.
-            images: `ModelCall.images`.
-        """
-        return x.shape[0]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a layer's weight, and so channels of its output: where a fused layer holds what an adapter names apart."""
-
-    start: int
-    size: int
-
-    @property
-    def slice(self) -> slice:
-        return slice(self.start, self.start + self.size)
-
-
-@dataclass(eq=False)
-class Site:
-    """One adapter's layer on one module, or on some rows of it, with the strengths of its two parts (0 where it is off)."""
-
-    name: str
-    layer: AdapterLayer
-    program: HostProgram
-    current: CurrentCall
-    rows: Rows | None = None
-    dma: float = 1.0
-    sta: float = 1.0
-
-    def weights(self, x: Tensor) -> LayerWeights:
-        return self.layer.weights(lambda parameter: self.program.cast(parameter, x), dma=self.dma, sta=self.sta, owner=self)
 
 
 @dataclass(eq=False)
@@ -110,6 +47,8 @@ class Override:
         self.shape = shape
         self.sites: list[Site] = []
         self.tails: list[Tail] = []
+        self._plan: Plan | None = None
+        self._constants: dict[Any, Any] = {}
         self._class_forward = type(module).forward.__get__(module)
         self._former: Callable[..., Tensor] | None = None  # an instance-level forward somebody set before us
 
@@ -155,61 +94,41 @@ class Override:
 
     def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         original = self._class_forward if self._former is None else self._former
-        sites = [site for site in self.sites if site.dma != 0 or site.sta != 0]
-        if not sites:
+        plan = self._current_plan(x)
+        if not plan.active:
             return original(x, *args, **kwargs)
+        for site in plan.active:
+            site.current.ran = True
         if self.shape.other:
-            with _changed(self.module, sites):
+            with _changed(self.module, plan.active):
                 return original(x, *args, **kwargs)
-        first = sites[0]
-        tokens = x if self.shape.is_conv else as_tokens(x, first.program.samples(x, first.name, first.current.call.images))
+        first, tokens = plan.active[0], x
+        if not self.shape.is_conv:
+            tokens = as_tokens(x, first.program.samples(x, first.name, first.current.call.images))
 
         def frozen(y: Tensor) -> Tensor:
             if y is not tokens:
                 return original(y, *args, **kwargs)
             out = original(x, *args, **kwargs)
-            return out if tokens.shape == x.shape else out.reshape(*tokens.shape[:-1], -1)
+            return out if tokens is x else out.reshape(*tokens.shape[:-1], -1)
 
-        readable = self._former is None and first.program.readable(self.module, x)
-        weight, bias = (self.module.weight, self.module.bias) if readable else (None, None)
-        host = HostLayer(
-            self.shape, frozen, weight, bias, self.module, read=lambda: first.program.frozen_weight(self.module, x)
-        )
-        if all(site.rows is None for site in sites):
-            out = _adapted(tokens, host, sites)
-        else:
-            out = _sliced(tokens, host, sites)
-        return out if tokens.shape == x.shape else out.reshape(*x.shape[:-1], -1)
+        weight = bias = None
+        if self._former is None and first.program.readable(self.module, x):
+            weight, bias = self.module._parameters["weight"], self.module._parameters["bias"]
+        host = HostLayer(self.shape, frozen, weight, bias, self.module, self._constants)
+        if weight is None:
+            host.read = lambda: first.program.frozen_weight(self.module, x)
+        out = plan.run(tokens, host)
+        return out if tokens is x else out.reshape(*x.shape[:-1], -1)
 
-
-def _sliced(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
-    """A fused layer: first what adapts it whole, then, on the channels of each slice, what adapts that slice."""
-    whole = [site for site in sites if site.rows is None]
-    h = _adapted(x, host, whole) if whole else host(x)
-    places = sorted({site.rows for site in sites if site.rows is not None}, key=lambda rows: (rows.start, rows.size))
-    while places:  # slices that overlap, one after the other
-        apart: list[Rows] = []
-        later: list[Rows] = []
-        end = 0
-        for rows in places:
-            (apart if rows.start >= end else later).append(rows)
-            end = apart[-1].start + apart[-1].size
-        h = _in_slices(x, h, host, apart, sites)
-        places = later
-    return h
-
-
-def _in_slices(x: Tensor, h: Tensor, host: HostLayer, places: Sequence[Rows], sites: Sequence[Site]) -> Tensor:
-    """h with the channels of some slices adapted; the slices are in order and do not overlap."""
-    dim = 1 if host.shape.is_conv else -1
-    pieces, end = [], 0
-    for rows in places:
-        pieces.append(h.narrow(dim, end, rows.start - end))
-        end = rows.start + rows.size
-        part = host.part(rows.slice, h.narrow(dim, rows.start, rows.size))
-        pieces.append(_adapted(x, part, [site for site in sites if site.rows == rows]))
-    pieces.append(h.narrow(dim, end, h.shape[dim] - end))
-    return torch.cat(pieces, dim)
+    def _current_plan(self, x: Tensor) -> Plan:
+        if torch.compiler.is_compiling():  # all of it belongs into the graph
+            return Plan(self.sites, x)
+        plan = self._plan
+        if plan is None or torch.is_grad_enabled() or not plan.holds(self.sites, x):
+            plan = Plan(self.sites, x)
+            self._plan = plan if plan.kept else None
+        return plan
 
 
 @contextmanager
@@ -230,53 +149,7 @@ def _changed(module: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
         module._parameters.update(kept)
 
 
-def _adapted(x: Tensor, host: HostLayer, sites: Sequence[Site]) -> Tensor:
-    weights = [site.weights(x) for site in sites]
-    if not any(site.current.call.listeners for site in sites):
-        return dispatch.forward(x, host, weights)
-    hearing, h = _Hearing(sites), None
-
-    def frozen(y: Tensor) -> Tensor:
-        nonlocal h
-        out = host.forward(y)
-        if y is x:
-            h = out
-        return out
-
-    out = dispatch.forward(x, replace(host, forward=frozen), weights, hearing)
-    for site, s in hearing.used.items():
-        _measure(site, s, x, h, host, weights[sites.index(site)])
-    return out
-
-
-class _Hearing:
-    """What the listeners of the current call make of the probabilities of some sites."""
-
-    def __init__(self, sites: Sequence[Site]):
-        self.sites = sites
-        self.used: dict[Site, Tensor] = {}
-
-    @torch.compiler.disable
-    def __call__(self, weights: LayerWeights, s: Tensor) -> Tensor:
-        site = next(site for site in self.sites if site is weights.owner)
-        listeners = site.current.call.listeners
-        for listener in listeners:
-            s = listener.steer(site.name, s)
-        for listener in listeners:
-            listener.record(site.name, s.detach())
-        self.used[site] = s.detach()
-        return s
-
-
-@torch.compiler.disable
-def _measure(site: Site, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: LayerWeights) -> None:
-    with torch.no_grad():
-        for listener in site.current.call.listeners:
-            if listener.measures(site.name):
-                listener.measure(site.name, s, x, h, host, weights)
-
-
 def as_tokens(x: Tensor, samples: int) -> Tensor:
     """A Linear's input (..., k) as (B, L, k) with B the images: undoes what splits one image into rows of the batch."""
     images = samples if samples and x.shape[0] % samples == 0 else x.shape[0]
-    return x.reshape(images, -1, x.shape[-1])
+    return x if x.ndim == 3 and images == x.shape[0] else x.reshape(images, -1, x.shape[-1])

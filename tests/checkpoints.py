@@ -102,6 +102,7 @@ def clip() -> Iterator[tuple[str, Shape]]:
 
 def autoencoder() -> Iterator[tuple[str, Shape]]:
     """The autoencoder, of TAESD's shape: blocks of three convolutions, strided or upsampled between."""
+
     def blocks(name: str, numbers: tuple[int, ...]) -> Iterator[tuple[str, Shape]]:
         for n in numbers:
             for convolution in (0, 2, 4):

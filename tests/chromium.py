@@ -41,5 +41,7 @@ def problem() -> str:
         return "playwright is not installed"
     if find_chromium() is None:
         named = os.environ.get("CHROMIUM")
-        return f"CHROMIUM={named} is no executable" if named else "there is no Chromium (playwright install chromium fetches one)"
+        return (
+            f"CHROMIUM={named} is no executable" if named else "there is no Chromium (playwright install chromium fetches one)"
+        )
     return ""

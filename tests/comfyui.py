@@ -38,9 +38,26 @@ IMPORT_TIMEOUT = 600  # seconds; importing torch takes minutes on a busy machine
 # Packages named in ComfyUI's requirements, by import name. torchvision and torchaudio are imported for
 # real: built for another torch they are there and still cannot be loaded.
 IMPORTED = ("torch", "torchvision", "torchaudio")
-PRESENT = ("aiohttp", "alembic", "av", "einops", "numpy", "PIL", "psutil", "pydantic", "pydantic_settings",
-           "safetensors", "scipy", "sentencepiece", "sqlalchemy", "tokenizers", "torchsde", "tqdm",
-           "transformers", "yaml")
+PRESENT = (
+    "aiohttp",
+    "alembic",
+    "av",
+    "einops",
+    "numpy",
+    "PIL",
+    "psutil",
+    "pydantic",
+    "pydantic_settings",
+    "safetensors",
+    "scipy",
+    "sentencepiece",
+    "sqlalchemy",
+    "tokenizers",
+    "torchsde",
+    "tqdm",
+    "transformers",
+    "yaml",
+)
 PRESENT_FOR_SERVER = ("comfyui_frontend_package",)
 PRESENT_FOR_CLIENT = ("aiohttp", "numpy", "PIL", "safetensors", "torch")  # where COMFYUI_PYTHON runs the server
 
@@ -166,8 +183,9 @@ def clone(target: Path) -> str:
     temporary = Path(tempfile.mkdtemp(prefix="clone-", dir=target.parent))
     command = ["git", "clone", "--quiet", "--depth", "1", "--branch", CLONE_TAG, CLONE_URL, str(temporary / "ComfyUI")]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CLONE_TIMEOUT,
-                              env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=CLONE_TIMEOUT, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        )
         if done.returncode:
             return (done.stderr.strip().splitlines() or [f"git exited with {done.returncode}"])[-1]
         (temporary / "ComfyUI").rename(target)

@@ -20,7 +20,7 @@ from .drawing import draw
 from .graph_inputs import Images
 from .graph_model import GraphModel
 from .named_runs import Outcome, train_in_folder
-from .options import TrainOptions
+from .train_options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Job:
         student: the MODEL the adapter is for.
         teacher: the one it learns from, in distillation.
         node_id: execution id of the node, for what it shows.
+        trigger: the words that call what is learned, for the adapter's metadata.
 
     Raises:
         ValueError: layers that the model has not, or settings that do not fit it.
@@ -41,6 +42,7 @@ class Job:
     student: GraphModel
     teacher: GraphModel | None = None
     node_id: str | None = None
+    trigger: str = ""
 
     def __post_init__(self) -> None:
         steered = self.student.steered_adapter()
@@ -119,6 +121,8 @@ class Job:
         )
         height, width = (side * self.student.encoder.pixels_per_latent for side in images.shape[-2:])
         metadata["modelspec.resolution"] = f"{width}x{height}"
+        if self.trigger:
+            metadata["modelspec.trigger_phrase"] = self.trigger
         return train_in_folder(
             request.new_adapter(network.layer_shapes()).to(network.device),
             task,

@@ -112,18 +112,18 @@ class Watch(Observer):
             self._bar = comfy.utils.ProgressBar(progress.steps)
         self._mean = progress.loss if self._mean is None else 0.95 * self._mean + 0.05 * progress.loss
         now, last = time.monotonic(), progress.step == progress.steps
-        shown = None
+        view = None
         if now >= self._next_plot or last:
             self._draw_plot()
             self._next_plot = time.monotonic() + max(_PLOT_EVERY, 10 * (time.monotonic() - now))
-            shown = self._live()
+            view = self._live()
         if now >= self._next_text or last:
             self._next_text = now + _TEXT_EVERY
             self.say(
                 f"step {progress.step} of {progress.steps}, loss {self._mean:.4f}, learning rate {progress.rate:.1e}, "
                 f"{progress.seconds_per_step:.2f} s a step, {_duration(progress.seconds_left)} left"
             )
-        self._bar.update_absolute(progress.step, progress.steps, shown)
+        self._bar.update_absolute(progress.step, progress.steps, view)
 
     def sample(self, step: int) -> None:
         if self.pictures is None:
@@ -144,10 +144,12 @@ class Watch(Observer):
         self.say(message)
 
     def say(self, text: str) -> None:
-        """A line of text in the node."""
+        """A line of text in the node, in the browser that queued the run: sent to nobody in particular, it would appear in
+        whatever workflow another one has open, in the node that has this number there."""
         server = running_server()
-        if server is not None and self.node_id is not None:
-            server.send_progress_text(text, self.node_id)
+        client = getattr(server, "client_id", None)
+        if client is not None and self.node_id is not None:
+            server.send_progress_text(text, self.node_id, client)
 
     def _draw_plot(self) -> None:
         if not self._plots:
@@ -217,7 +219,7 @@ def train_in_folder(
     except BaseException as error:
         reached = run.history()[-1:]
         if isinstance(error, comfy.model_management.InterruptProcessingException) and run.state_file.exists():
-            text = f"Stopped at step {reached[0]['step'] if reached else 0}. Queue again to go on from {_shown(run.path)}."
+            text = f"Stopped at step {reached[0]['step'] if reached else 0}. Queue again to continue from {_shown(run.path)}."
             logging.info("StyleInject training %s: %s", name, text)
             watch.say(text)
         raise
@@ -226,17 +228,27 @@ def train_in_folder(
     finished.cpu().requires_grad_(False).eval()
     message = f"{name}: {result.step} steps" + (f", the best at step {step}" if result.best_step else "")
     if result.resumed_from:
-        message += f", gone on from step {result.resumed_from}" if result.resumed_from < result.step else ", trained before"
+        message += f", continued from step {result.resumed_from}" if result.resumed_from < result.step else ", trained before"
     try:
         path = run.path / f"{name}.safetensors"
         save_adapter(finished, path, None, dtype)
-        message += f". Saved as {_shown(path)}"
+        message += f". Saved as {_shown(path)}\n{how_to_use(path, metadata.get('modelspec.trigger_phrase', ''))}"
     except AdapterFileError as error:  # trained, and still in the graph: StyleInject Save can write it elsewhere
         watch.problem(str(error))
         message += f". NOT saved: {error}"
-    watch.say(message)
+    watch.say(message.split("\n", 1)[0])
     losses = LossHistory(watch.title, tuple(result.losses), tuple(result.validation))
     return Outcome(finished, result, losses, message)
+
+
+def how_to_use(path: Path, trigger: str = "") -> str:
+    """What to do with an adapter that has been saved in output/styleinject, in words."""
+    listed = f"output/{path.relative_to(paths.trained_folder()).as_posix()}"
+    return (
+        f"To use it, place the node StyleInject between the model and the sampler, press R, and choose {listed}. Begin at "
+        "strength 1; go down to 0.7 where pictures copy those it was trained on, up where too little of the style shows."
+        + (f' Prompts call it by "{trigger}".' if trigger else "")
+    )
 
 
 def _image(pixels: Tensor) -> Image.Image:

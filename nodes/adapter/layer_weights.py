@@ -47,7 +47,7 @@ class StyleInjectLayerWeights(io.ComfyNode):
                     "extra",
                     default="",
                     multiline=True,
-                    tooltip="Single weights, one a line, which replace those above for the layers they name: "
+                    tooltip="Single weights, one per line, which replace those above for the layers they name: "
                     '"up.1 & cross = 0.5", of a transformer "block.0-9 & image = 0.5". With a * they multiply: "to_v = *0.5".',
                 ),
                 LayerWeightsType.Input(

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ...integration import paths
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.summary import as_text, summarize
-from ..schema import AdapterType, adapter_name_input, schema
+from ..schema import AdapterType, adapter_name_input, schema, trigger_of, trigger_output
 
 
 class StyleInjectLoader(io.ComfyNode):
@@ -26,7 +26,8 @@ class StyleInjectLoader(io.ComfyNode):
             outputs=[
                 AdapterType.Output(
                     "adapter", display_name="adapter", tooltip="The adapter, for Apply StyleInject or StyleInject Info."
-                )
+                ),
+                trigger_output(),
             ],
         )
 
@@ -40,7 +41,8 @@ class StyleInjectLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_adapter(paths.adapter_path(adapter_name)))
+        adapter = load_adapter(paths.adapter_path(adapter_name))
+        return io.NodeOutput(adapter, trigger_of(adapter))
 
 
 class StyleInjectInfo(io.ComfyNode):

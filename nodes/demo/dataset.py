@@ -19,6 +19,7 @@ class StyleInjectDemoDataset(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDemoDataset",
+            section="demo",
             display_name="StyleInject Demo Dataset",
             description="Drawings by five artists of the same 223 things, with their names, for trying the training nodes. "
             "Each style has a licence of its own: see ATTRIBUTION.md.",
@@ -28,15 +29,17 @@ class StyleInjectDemoDataset(io.ComfyNode):
                     "style",
                     options=[*data.styles(), _OTHERS],
                     default="openmoji-line",
-                    tooltip=f'Whose drawings. "{_OTHERS}" gives every drawing of a thing but the base model\'s own.',
+                    tooltip=f'Whose drawings. "{_OTHERS}" gives all drawings of each thing but the base model\'s own.',
                 ),
                 io.String.Input(
                     "things",
                     default="",
-                    tooltip='Which things, with a comma between them: "turtle, owl". Empty for the 186 that the demo trains '
+                    tooltip='Which things, separated by commas: "turtle, owl". Empty for the 186 that the demo trains '
                     "on; the other 37 are kept to see whether a style reaches what it was never shown on.",
                 ),
-                io.Int.Input("count", default=0, min=0, max=1000, tooltip="How many at most, evenly chosen; 0 for all."),
+                io.Int.Input(
+                    "count", default=0, min=0, max=1000, tooltip="How many drawings at most, spread evenly; 0 for all."
+                ),
                 io.String.Input(
                     "prompt", default="", tooltip="The prompt of every drawing; empty for the name of what it shows."
                 ),
@@ -54,19 +57,8 @@ class StyleInjectDemoDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, style: str, things: str, count: int, prompt: str) -> io.NodeOutput:
-        concepts = data.concepts()
-        places = {concept.name: k for k, concept in enumerate(concepts)}
-        wanted = [name.strip().lower() for name in things.split(",") if name.strip()]
-        if missing := [name for name in wanted if name not in places]:
-            raise ValueError(
-                f"things: there is no drawing of {missing[0]!r}; there are {', '.join(list(places)[::12])} and others"
-            )
-        chosen = [places[name] for name in wanted] or [k for k, concept in enumerate(concepts) if not concept.held_out]
         styles = [name for name in data.styles() if name != data.BASE_STYLE] if style == _OTHERS else [style]
-        pictures = {name: data.images(name) for name in styles}  # (N, 3, 64, 64)
-        drawings = [(pictures[name][k], concepts[k].name) for k in chosen for name in styles]
-        if 0 < count < len(drawings):
-            drawings = [drawings[k * len(drawings) // count] for k in range(count)]
+        drawings = data.drawings(styles, things, count)
         images = [(picture.unsqueeze(0).movedim(1, -1) + 1) / 2 for picture, _ in drawings]  # (1, 64, 64, 3)
         vae, encoder = DemoVAE(), load_text_encoder()
         latents = [{"samples": vae.encode(image)} for image in images]

@@ -19,12 +19,14 @@ _ALL = "all"
 _SELECTOR = 'Which layers to show: "all", or groups such as attention, conv, self, cross, down, mid, up, up.1, to_q.'
 
 
-def role_input(tooltip: str = "Of which prompt. All: a panel for each there is.") -> io.Combo.Input:
+def role_input(tooltip: str = "For which prompt. all: one panel for each.") -> io.Combo.Input:
     return io.Combo.Input("role", options=[_ALL, "positive", "negative"], default=_ALL, tooltip=tooltip)
 
 
 def image_input() -> io.Int.Input:
-    return io.Int.Input("image", default=0, min=0, max=4096, tooltip="Which image of the batch, from 1. 0: the mean of all.")
+    return io.Int.Input(
+        "image", default=0, min=0, max=4096, tooltip="Which image of the batch, counted from 1. 0: the mean of all."
+    )
 
 
 def layers_input() -> io.String.Input:
@@ -42,9 +44,11 @@ class StyleInjectRouterHeatmap(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterHeatmap",
+            section="router",
             display_name="Router Heatmap",
             description="Shows the style router of a run as a heat map: which layers use which styles, and when.",
             search_aliases=["style router", "heat map", "plot"],
+            advanced=("image", "layers"),
             inputs=[
                 trace_input(),
                 io.Combo.Input(
@@ -64,15 +68,15 @@ class StyleInjectRouterHeatmap(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace: Any, view: str, role: str, image: int, layers: str, after: Any = None) -> io.NodeOutput:
-        chosen, which = _role(role), _image(image)
+        role_name, which = _role(role), _image(image)
         values = {
             plots.VIEWS[0]: analysis.by_layer,
             plots.VIEWS[1]: analysis.timeline,
             plots.VIEWS[2]: analysis.decidedness,
         }[view]
-        shown = _shown(trace, after, layers)
-        numbers = [_numbers(t, chosen, lambda r, t=t: analysis.plain(values(t, r, which))) for t in shown]
-        return _output(cls, [plots.heatmap(t, view, chosen, which) for t in shown], numbers)
+        traces = _traces(trace, after, layers)
+        numbers = [_numbers(t, role_name, lambda r, t=t: analysis.plain(values(t, r, which))) for t in traces]
+        return _output(cls, [plots.heatmap(t, view, role_name, which) for t in traces], numbers)
 
 
 class StyleInjectRouterTimeline(io.ComfyNode):
@@ -82,9 +86,11 @@ class StyleInjectRouterTimeline(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterTimeline",
+            section="router",
             display_name="Router Timeline",
             description="Shows how the mix of styles changes from step to step: the mean, and the layers that react most.",
             search_aliases=["style router", "steps", "plot"],
+            advanced=("image", "layers"),
             inputs=[trace_input(), role_input(), image_input(), layers_input(), after_input()],
             outputs=[image_output()],
             is_output_node=True,
@@ -92,10 +98,10 @@ class StyleInjectRouterTimeline(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace: Any, role: str, image: int, layers: str, after: Any = None) -> io.NodeOutput:
-        chosen, which = _role(role), _image(image)
-        shown = _shown(trace, after, layers)
-        numbers = [_numbers(t, chosen, lambda r, t=t: analysis.plain(analysis.timeline(t, r, which))) for t in shown]
-        return _output(cls, [plots.timeline(t, chosen, which) for t in shown], numbers)
+        role_name, which = _role(role), _image(image)
+        traces = _traces(trace, after, layers)
+        numbers = [_numbers(t, role_name, lambda r, t=t: analysis.plain(analysis.timeline(t, r, which))) for t in traces]
+        return _output(cls, [plots.timeline(t, role_name, which) for t in traces], numbers)
 
 
 class StyleInjectRouterLayers(io.ComfyNode):
@@ -105,12 +111,14 @@ class StyleInjectRouterLayers(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterLayers",
+            section="router",
             display_name="Router Layers",
             description="Shows which layers react to what they see, how undecided they are, and how much they change.",
             search_aliases=["style router", "entropy", "layer statistics", "plot"],
+            advanced=("image", "layers"),
             inputs=[
                 trace_input(),
-                role_input("Of which prompt. All: the mean."),
+                role_input("For which prompt. all: the mean."),
                 image_input(),
                 layers_input(),
                 after_input(),
@@ -121,14 +129,14 @@ class StyleInjectRouterLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace: Any, role: str, image: int, layers: str, after: Any = None) -> io.NodeOutput:
-        chosen, which = _role(role), _image(image)
-        shown = _shown(trace, after, layers)
+        role_name, which = _role(role), _image(image)
+        traces = _traces(trace, after, layers)
 
         def statistics(t: RouterTrace, r: str) -> dict[str, Any]:
             return {key: analysis.plain(values) for key, values in analysis.layer_statistics(t, r, which).items()}
 
-        numbers = [_numbers(t, chosen, lambda r, t=t: statistics(t, r)) for t in shown]
-        return _output(cls, [plots.layers(t, chosen, which) for t in shown], numbers)
+        numbers = [_numbers(t, role_name, lambda r, t=t: statistics(t, r)) for t in traces]
+        return _output(cls, [plots.layers(t, role_name, which) for t in traces], numbers)
 
 
 class StyleInjectRouterCompare(io.ComfyNode):
@@ -138,13 +146,15 @@ class StyleInjectRouterCompare(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterCompare",
+            section="router",
             display_name="Router Compare",
-            description="Shows two runs side by side, and how differently each layer routes, for two prompts say.",
+            description="Shows two runs side by side, for example of two prompts, and how differently each layer routes.",
             search_aliases=["style router", "difference", "plot"],
+            advanced=("layers",),
             inputs=[
                 trace_input("trace_a"),
                 trace_input("trace_b"),
-                role_input("Of which prompt. All: the mean."),
+                role_input("For which prompt. all: the mean."),
                 layers_input(),
                 after_input("after_a"),
                 after_input("after_b"),
@@ -157,17 +167,17 @@ class StyleInjectRouterCompare(io.ComfyNode):
     def execute(
         cls, trace_a: Any, trace_b: Any, role: str, layers: str, after_a: Any = None, after_b: Any = None
     ) -> io.NodeOutput:
-        chosen = _role(role)
-        pairs = _pairs(_shown(trace_a, after_a, layers), _shown(trace_b, after_b, layers))
+        role_name = _role(role)
+        pairs = _pairs(_traces(trace_a, after_a, layers), _traces(trace_b, after_b, layers))
         numbers = [
             {
                 "traces": [a.title, b.title],
                 "layers": list(a.layers),
-                "distance": analysis.plain(analysis.distance(a, b, chosen)),
+                "distance": analysis.plain(analysis.distance(a, b, role_name)),
             }
             for a, b in pairs
         ]
-        return _output(cls, [plots.compare(a, b, chosen) for a, b in pairs], numbers)
+        return _output(cls, [plots.compare(a, b, role_name) for a, b in pairs], numbers)
 
 
 class StyleInjectRouterMap(io.ComfyNode):
@@ -177,17 +187,19 @@ class StyleInjectRouterMap(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterMap",
+            section="router",
             display_name="Router Map",
-            description="Shows every step of every image as a point; near points were routed alike in all layers.",
+            description="Shows every step of every image as a point; points close together were routed alike in all layers.",
             search_aliases=["style router", "t-SNE", "PCA", "UMAP", "plot"],
+            advanced=("layers", "seed"),
             inputs=[
                 trace_input(),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default=METHODS[0],
-                    tooltip="How the plane is found. t-SNE and UMAP keep neighbours together (UMAP needs umap-learn), "
-                    "PCA keeps distances.",
+                    tooltip="How the plane is found. PCA keeps distances; t-SNE and UMAP keep neighbors "
+                    "together (they need the packages scikit-learn and umap-learn).",
                 ),
                 io.Combo.Input(
                     "color",
@@ -195,9 +207,9 @@ class StyleInjectRouterMap(io.ComfyNode):
                     default=plots.COLOURS[0],
                     tooltip="What the colors mean: prompt (a trace's label and image), step, the style used most, or role.",
                 ),
-                role_input("Of which prompt. All: of all, in one map."),
+                role_input("For which prompt. all: all of them in one map."),
                 layers_input(),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="t-SNE and UMAP begin at random."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Where t-SNE and UMAP start; they are random."),
                 after_input(),
             ],
             outputs=[io.Image.Output("IMAGE", display_name="IMAGE", tooltip="The picture, all traces in one.")],
@@ -208,13 +220,13 @@ class StyleInjectRouterMap(io.ComfyNode):
     def execute(
         cls, trace: Any, method: str, color: str, role: str, layers: str, seed: int, after: Any = None
     ) -> io.NodeOutput:
-        shown = _shown(trace, after, layers)
-        points, known = analysis.points(shown, _role(role))
+        traces = _traces(trace, after, layers)
+        points, known = analysis.points(traces, _role(role))
         plane = embed(points, method, seed=seed)
-        title = shown[0].title if len(shown) == 1 else f"The style router of {len(shown)} traces"
+        title = traces[0].title if len(traces) == 1 else f"The style router of {len(traces)} traces"
         subtitle = f"{method} of s over all layers; each point a step of an image, larger is later"
-        picture = plots.scatter(plane, known, color, title, subtitle, shown[0].styles)
-        return _output(cls, [picture], [{"traces": [t.title for t in shown], "points": analysis.plain(plane), **known}])
+        picture = plots.scatter(plane, known, color, title, subtitle, traces[0].styles)
+        return _output(cls, [picture], [{"traces": [t.title for t in traces], "points": analysis.plain(plane), **known}])
 
 
 def _role(role: str) -> str | None:
@@ -225,7 +237,7 @@ def _image(image: int) -> int | None:
     return image - 1 if image else None
 
 
-def _shown(trace: Any, after: Any, layers: str) -> list[RouterTrace]:
+def _traces(trace: Any, after: Any, layers: str) -> list[RouterTrace]:
     found = traces_of(trace, after)
     if not found:
         raise TraceError("there is no trace in what is connected to `trace`")

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ...integration.monitor import Monitor, traces_of
 from ...integration.patcher import ModelPatcher, monitored
 from ...styleinject_core.router.trace import RouterTrace, load_trace, save_trace
-from ..schema import TraceType, after_input, schema, trace_input
+from ..schema import TraceType, after_input, executing_node, schema, trace_input
 
 TRACES = "styleinject_traces"  # the folder in ComfyUI's output folder
 _SUFFIX = ".safetensors"
@@ -25,6 +25,7 @@ class StyleInjectRouterMonitor(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterMonitor",
+            section="router",
             display_name="StyleInject Router Monitor",
             description="Records what the style router does while the model samples, and shows it live. Changes no picture.",
             search_aliases=["style router", "trace", "record", "heat map"],
@@ -46,8 +47,7 @@ class StyleInjectRouterMonitor(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id if cls.hidden else None
-        monitor = Monitor(str(node_id or ""), adapter_name)
+        monitor = Monitor(executing_node(cls), adapter_name)
         return io.NodeOutput(monitored(model, monitor), monitor)
 
 
@@ -58,9 +58,11 @@ class StyleInjectRouterTrace(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectRouterTrace",
+            section="router",
             display_name="Keep Router Trace",
             description="Takes one run's trace from a monitor: to name it, to bring several together for one plot, to save it.",
             search_aliases=["style router", "save trace", "collect"],
+            advanced=("filename_prefix",),
             inputs=[
                 trace_input(),
                 io.String.Input(
@@ -71,7 +73,7 @@ class StyleInjectRouterTrace(io.ComfyNode):
                     default=False,
                     tooltip=f"Write it to {TRACES} in the output folder, for Load Router Trace and for styleinject plot.",
                 ),
-                io.String.Input("filename_prefix", default="trace", tooltip="Begin of the file's name."),
+                io.String.Input("filename_prefix", default="trace", tooltip="Start of the file name."),
                 after_input(),
                 TraceType.Input(
                     "others", optional=True, tooltip="Traces to add this one to, from another Keep or Load Router Trace."
@@ -87,13 +89,13 @@ class StyleInjectRouterTrace(io.ComfyNode):
     def execute(
         cls, trace: Any, label: str, save: bool, filename_prefix: str, after: Any = None, others: Any = ()
     ) -> io.NodeOutput:
-        own = tuple(t.renamed(label.strip()) if label.strip() else t for t in traces_of(trace, after))
-        files = [_save(t, filename_prefix) for t in own] if save else []
+        traces = tuple(t.renamed(label.strip()) if label.strip() else t for t in traces_of(trace, after))
+        files = [_save(t, filename_prefix) for t in traces] if save else []
         lines = [
-            f"{t.title}: {len(t.roles)} rows, {len(t.layers)} layers" + (f" ({t.remarks})" if t.remarks else "") for t in own
+            f"{t.title}: {len(t.roles)} rows, {len(t.layers)} layers" + (f" ({t.remarks})" if t.remarks else "") for t in traces
         ]
         text: Any = "\n".join([*lines, *(f"saved as {name}" for name in files)])
-        return io.NodeOutput((*traces_of(others or ()), *own), ui=ui.PreviewText(text))
+        return io.NodeOutput((*traces_of(others or ()), *traces), ui=ui.PreviewText(text))
 
 
 class StyleInjectLoadRouterTrace(io.ComfyNode):
@@ -103,6 +105,7 @@ class StyleInjectLoadRouterTrace(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectLoadRouterTrace",
+            section="router",
             display_name="Load Router Trace",
             description="Loads a trace that Keep Router Trace has saved, to look at it again or to compare.",
             search_aliases=["style router", "load trace"],

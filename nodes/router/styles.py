@@ -24,15 +24,16 @@ class StyleInjectStyleGrid(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectStyleGrid",
+            section="router",
             display_name="StyleInject Style Grid",
-            description="Applies an adapter once for each of its styles, that style alone; the sampler runs once for each.",
+            description="Applies an adapter once for each of its styles, that style alone; the sampler runs for each.",
             search_aliases=["style router", "XY plot", "grid"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
                 AdapterType.Input("adapter", tooltip="The adapter, from Load StyleInject Adapter."),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
                 io.Boolean.Input(
-                    "with_router", default=True, tooltip="Begin with one that the router itself steers, to compare."
+                    "with_router", default=True, tooltip="Start with one that the router itself steers, for comparison."
                 ),
             ],
             outputs=[
@@ -63,6 +64,7 @@ class StyleInjectStyleSheet(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectStyleSheet",
+            section="router",
             display_name="StyleInject Style Sheet",
             description="Puts images with their labels on one sheet, as they come from Style Grid, sampler and decoder.",
             search_aliases=["contact sheet", "grid", "XY plot"],
@@ -70,7 +72,7 @@ class StyleInjectStyleSheet(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The decoded images, in the order of the labels."),
                 io.String.Input("labels", force_input=True, tooltip="From StyleInject Style Grid."),
-                io.String.Input("title", default="", tooltip="A headline."),
+                io.String.Input("title", default="", tooltip="A title above the images."),
                 io.Int.Input(
                     "columns", default=0, min=0, max=64, tooltip="Images in a row. 0: as many as make the sheet square."
                 ),
@@ -95,19 +97,23 @@ class StyleInjectNameStyles(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectNameStyles",
+            section="router",
             display_name="Name StyleInject Styles",
             description="Gives the styles of an adapter names, for every plot, slider and control, and saves them with it.",
             search_aliases=["style router", "rename", "metadata"],
             inputs=[
                 AdapterType.Input("adapter", tooltip="The adapter, from Load StyleInject Adapter."),
                 io.String.Input(
-                    "names", default="", multiline=True, tooltip="One name a line, in order; empty lines stay unnamed."
+                    "names",
+                    default="",
+                    multiline=True,
+                    tooltip="One name per line, in order; an empty line leaves a style unnamed.",
                 ),
                 io.String.Input(
                     "save_as",
                     default="",
-                    tooltip="A new file in models/styleinject to save the adapter to. Existing files are not replaced. Empty: "
-                    "do not save.",
+                    tooltip="A new file in models/styleinject to save the adapter to. Files are never replaced. Empty: "
+                    "it is not saved.",
                 ),
             ],
             outputs=[

@@ -9,11 +9,18 @@ from comfy_api.latest import io
 
 from ...integration.training.graph_inputs import flat_prompts
 from ...integration.training.named_runs import GO_ON, MUST_GO_ON, NEW
-from ...integration.training.options import TrainOptions
+from ...integration.training.train_options import TrainOptions
 from ...styleinject_core.config import ROUTER_POOLS
+from ...styleinject_core.methods.kronecker import parse_factors
 from ...styleinject_core.train.request import DTYPES
 from ...styleinject_core.train.settings import OPTIMIZERS, SCHEDULES
 from ..schema import OptionsType, schema
+
+_ADVANCED = (
+    *("seed", "accumulation", "schedule", "warmup", "weight_decay", "clip", "min_snr_gamma", "caption_dropout"),
+    *("checkpoint_every", "validation_images", "validate_every", "patience", "alpha", "router_pool", "sta"),
+    *("sampling_steps", "guidance", "dtype"),
+)
 
 
 class StyleInjectTrainOptions(io.ComfyNode):
@@ -36,9 +43,11 @@ class StyleInjectTrainOptions(io.ComfyNode):
 
         return schema(
             "StyleInjectTrainOptions",
+            section="train",
             display_name="StyleInject Train Options",
             description="Settings that most trainings leave as they are, for the three StyleInject training nodes.",
             search_aliases=["train settings", "optimizer", "learning rate schedule"],
+            advanced=_ADVANCED,
             inputs=[
                 io.Int.Input(
                     "seed",
@@ -46,14 +55,14 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     min=0,
                     max=2**53 - 1,
                     control_after_generate=False,
-                    tooltip="Of the new adapter, the noise, and the order of the images. Another seed is another run.",
+                    tooltip="Seeds the new adapter, the noise and the order of the images. Another seed makes another run.",
                 ),
                 choice(
                     "existing_run",
                     (GO_ON, MUST_GO_ON, NEW),
-                    'When there is a run of this name. "go on or new": continue one that had the same settings and data '
-                    '(one that is finished is taken as it is), else start a numbered one beside it. "go on": continue the '
-                    'latest, or say what differs. "new": always start a numbered one. No run is ever overwritten.',
+                    'What to do if a run of this name exists. "go on or new": continue it if it had the same settings and data '
+                    '(a finished one is used as it is), else start a numbered one beside it. "go on": continue the '
+                    'latest, or say what differs. "new": always start a numbered one. Runs are never overwritten.',
                 ),
                 number(
                     "accumulation",
@@ -67,10 +76,15 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     "adamw is built in. adamw8bit, schedulefree and prodigy need the Python packages bitsandbytes, "
                     "schedulefree and prodigyopt; prodigy wants a learning rate of 1.",
                 ),
-                choice("schedule", SCHEDULES, "How the learning rate runs: level, or falling to 0 at the last step."),
+                choice("schedule", SCHEDULES, "How the learning rate changes: constant, or falling to 0 at the last step."),
                 number("warmup", "Steps over which the learning rate rises from 0.", 100_000),
-                real("weight_decay", "Pulls the adapter's weights towards 0, the more the larger.", 1.0, 0.001),
-                real("clip", "Largest norm of the gradient, which tames single bad batches. 0 switches it off.", 1000.0, 0.1),
+                real("weight_decay", "Pulls the adapter's weights towards 0; larger values pull harder.", 1.0, 0.001),
+                real(
+                    "clip",
+                    "Gradients are scaled down to this norm, which tames single bad batches. 0 turns it off.",
+                    1000.0,
+                    0.1,
+                ),
                 real(
                     "min_snr_gamma",
                     "Weights steps by min(SNR, this): 5 often learns faster. 0 leaves all alike. Not for flow models, and not "
@@ -100,20 +114,25 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     "Steps between two pictures drawn with the adapter as it is. 0 for none; needs a VAE.",
                     10**6,
                 ),
-                number("validation_images", "So many images are never trained on, only measured. 0 for none.", 10_000),
+                number("validation_images", "How many images are held out of training and only measured. 0 for none.", 10_000),
                 number("validate_every", "Steps between two measurements on the validation images.", 10**6, 1),
                 number(
                     "patience",
-                    "Stop after so many measurements without a better one. 0 never does. With validation images, the best "
+                    "Stop after this many measurements without a better one. 0 never stops. With validation images, the best "
                     "adapter is the result.",
                     10_000,
                 ),
                 real("alpha", "The learned change is scaled by alpha / rank. 0 means alpha = rank.", 4096.0, 1.0),
-                choice("router_pool", ROUTER_POOLS, "How the style router sums up an image. The paper's is mean."),
-                choice("sta", ("multiplicative", "additive"), "How statistics are changed. The paper's is multiplicative."),
-                number("sampling_steps", "For pictures, and for images that a model draws before training.", 1000, 1),
-                real("guidance", "Guidance (CFG) for the same; without an empty prompt there is none.", 30.0, 0.5),
-                choice("dtype", DTYPES[::-1], "What adapter files are stored in. Training itself is in float32."),
+                choice("router_pool", ROUTER_POOLS, "How the style router summarizes an image. The paper's is mean."),
+                choice("sta", ("multiplicative", "additive"), "How the statistics are changed. The paper's is multiplicative."),
+                number(
+                    "sampling_steps",
+                    "Sampling steps of these pictures, and of images that a model draws before training.",
+                    1000,
+                    1,
+                ),
+                real("guidance", "Guidance (CFG) of the same; there is none without an empty prompt.", 30.0, 0.5),
+                choice("dtype", DTYPES[::-1], "Number format of the adapter files. Training itself runs in float32."),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the pictures. Without it there are none."),
                 io.Conditioning.Input(
                     "picture_prompt",
@@ -121,11 +140,20 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     tooltip="What the pictures show; several prompts may be combined into one. By default the first prompt of "
                     "the training data.",
                 ),
+                io.String.Input(
+                    "factors",
+                    default=", ".join(map(str, default.factors)),
+                    optional=True,
+                    tooltip="Of the method kronecker (DiffuseKronA), in place of a rank: the sizes of its first factor. The "
+                    "larger their product, the fewer numbers are trained, until it is about a layer's width.",
+                ),
             ],
             outputs=[OptionsType.Output("options", display_name="options", tooltip="For the StyleInject training nodes.")],
         )
 
     @classmethod
-    def execute(cls, vae: Any = None, picture_prompt: Any = None, **values: Any) -> io.NodeOutput:
+    def execute(cls, vae: Any = None, picture_prompt: Any = None, factors: str = "", **values: Any) -> io.NodeOutput:
         pictured = flat_prompts([picture_prompt], "picture_prompt") if picture_prompt is not None else ()
+        if factors.strip():
+            values["factors"] = parse_factors(factors)
         return io.NodeOutput(TrainOptions(**values, vae=vae, pictured=pictured))

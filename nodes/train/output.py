@@ -25,28 +25,32 @@ class StyleInjectSave(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectSave",
+            section="train",
             display_name="StyleInject Save",
             description="Saves an adapter in output/styleinject, where the loader finds it. Nothing is overwritten: a number "
             "is added to the name.",
             search_aliases=["save adapter", "save lora"],
+            advanced=("dtype", "author", "description", "license"),
             inputs=[
                 AdapterType.Input("adapter", tooltip="The adapter to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="my_style",
-                    tooltip="Begin of the file's name; folders with /, as in emoji/my_style.",
+                    tooltip="Start of the file name; a / makes a folder, as in emoji/my_style.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES[::-1]),
                     default=TrainingRequest.dtype,
-                    tooltip="float16 is half the size of float32, and as good in use.",
+                    tooltip="Number format of the file. float16 is half the size of float32, and as good in use.",
                 ),
-                io.String.Input("title", default="", tooltip="A name for people; empty for the file's name."),
+                io.String.Input("title", default="", tooltip="A name for people to read; empty for the file name."),
                 io.String.Input("author", default="", tooltip="Who made it."),
-                io.String.Input("trigger_phrase", default="", tooltip="Words in a prompt that call the style or the subject."),
+                io.String.Input(
+                    "trigger_phrase", default="", tooltip="The words that call the style or the subject in a prompt."
+                ),
                 io.String.Input("description", default="", multiline=True, tooltip="What it does, in a sentence or two."),
-                io.String.Input("license", default="", tooltip="An SPDX name, as in CC-BY-4.0."),
+                io.String.Input("license", default="", tooltip="Its license, by SPDX name, as in CC-BY-4.0."),
             ],
             outputs=[
                 io.String.Output(
@@ -62,9 +66,9 @@ class StyleInjectSave(io.ComfyNode):
         folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
         while (path := Path(folder) / f"{stem}_{counter:05}_.safetensors").exists():
             counter += 1
-        given = {"modelspec.title": path.stem}
-        given |= {f"modelspec.{field}": text.strip() for field, text in about.items() if text.strip()}
-        save_adapter(adapter, path, given, getattr(torch, dtype))
+        metadata = {"modelspec.title": path.stem}
+        metadata |= {f"modelspec.{field}": text.strip() for field, text in about.items() if text.strip()}
+        save_adapter(adapter, path, metadata, getattr(torch, dtype))
         name = path.relative_to(root).as_posix()
         return io.NodeOutput(f"output/{name}", ui=ui.PreviewText(f"Saved as output/{paths.TRAINED}/{name}"))
 
@@ -76,6 +80,7 @@ class StyleInjectLossPlot(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectLossPlot",
+            section="train",
             display_name="StyleInject Loss Plot",
             description="The loss of a training as a picture. A single step says little: look at the running mean.",
             search_aliases=["loss graph", "training curve"],
@@ -91,9 +96,9 @@ class StyleInjectLossPlot(io.ComfyNode):
         pixels = figure_pixels(loss_figure(losses.title, losses.losses, losses.validation))
         image = (pixels.float() / 255).unsqueeze(0)  # (1, H, W, 3)
         means = running_mean(losses.losses)
-        text = f"{losses.title}: {len(means)} steps, loss {means[0]:.4f} at first, {means[-1]:.4f} at last"
+        text = f"{losses.title}: {len(means)} steps, loss {means[0]:.4f} at the start, {means[-1]:.4f} at the end"
         if losses.validation:
             step, value = min(losses.validation, key=lambda entry: entry[1])
-            text += f", validation {value:.4f} at best, at step {step}"
-        shown: dict[str, Any] = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (text,)}
-        return io.NodeOutput(image, ui=shown)
+            text += f", best validation {value:.4f} at step {step}"
+        preview: dict[str, Any] = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (text,)}
+        return io.NodeOutput(image, ui=preview)

@@ -15,7 +15,7 @@ from ...integration.training.graph_inputs import (
 from ...integration.training.graph_model import GraphModel
 from ...integration.training.job import Job
 from ...integration.training.named_runs import Outcome
-from ...integration.training.options import TrainOptions
+from ...integration.training.train_options import TrainOptions
 from ...integration.training.trainings import (
     ClassImages,
     Lesson,
@@ -29,6 +29,7 @@ from ...styleinject_core.train.request import AdapterRequest
 from ...styleinject_core.train.settings import TrainSettings
 from ..schema import AdapterType, LossType, OptionsType, schema
 
+_ADVANCED = ("method", "styles", "layers")
 _SEVERAL = "One LATENT or several, batches or lists; pictures of different sizes may be mixed."
 
 
@@ -39,10 +40,12 @@ class StyleInjectTrain(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectTrain",
+            section="train",
             display_name="Train StyleInject",
             description="Trains an adapter on images and their prompts. It is saved in output/styleinject, and ready to use in "
             "the same graph.",
             search_aliases=["train lora", "fine-tune", "train style"],
+            advanced=_ADVANCED,
             inputs=[
                 io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
                 io.Latent.Input("latents", tooltip=f"The images, encoded by the model's VAE. {_SEVERAL}"),
@@ -50,6 +53,7 @@ class StyleInjectTrain(io.ComfyNode):
                 *_settings("my_style", "default", steps=1000),
                 _empty_input(),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -68,10 +72,12 @@ class StyleInjectDreamBooth(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDreamBooth",
+            section="train",
             display_name="DreamBooth StyleInject",
             description="Trains an adapter on three to five images of one subject, while images of its class keep the model "
             "from forgetting what else there is.",
             search_aliases=["train subject", "train character", "dreambooth"],
+            advanced=(*_ADVANCED, "prior_weight"),
             inputs=[
                 io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
                 io.Latent.Input("latents", tooltip=f"Images of the subject, encoded by the model's VAE. {_SEVERAL}"),
@@ -103,6 +109,7 @@ class StyleInjectDreamBooth(io.ComfyNode):
                 io.Latent.Input("class_latents", optional=True, tooltip=f"Images of the class. {_SEVERAL}"),
                 _empty_input(),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -136,10 +143,12 @@ class StyleInjectDistill(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDistill",
+            section="train",
             display_name="Distill StyleInject",
             description="Trains an adapter with which one model draws as another one does: a tuned checkpoint becomes a small "
             "file for the model it was tuned from.",
             search_aliases=["distill", "extract lora", "checkpoint to adapter", "teacher student"],
+            advanced=(*_ADVANCED, "output_weight", "feature_weight"),
             inputs=[
                 io.Model.Input("model", tooltip="The student, which the adapter is for. It is not changed."),
                 io.Model.Input(
@@ -197,6 +206,7 @@ class StyleInjectDistill(io.ComfyNode):
                     tooltip="The empty prompt by the teacher's text encoder, where it is another one.",
                 ),
                 _options_input(),
+                _trigger_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -224,18 +234,9 @@ class StyleInjectDistill(io.ComfyNode):
         shared = teacher_conditioning is None  # the teacher reads the student's prompts
         its_empty = student.empty if shared else empty_prompt(teacher_empty, "teacher_empty")
         job = _job(cls, widgets, options, student, GraphModel(teacher[0], its_empty))
-        prompts, images = flat_prompts(conditioning), None if latents is None else flat_latents(latents)
-        its_prompts = None if shared else flat_prompts(teacher_conditioning, "teacher_conditioning")
-        lesson = Lesson(
-            prompts=prompts,
-            teacher_prompts=its_prompts,
-            latents=images,
-            images_per_prompt=images_per_prompt[0],
-            size=size[0],
-            output_weight=output_weight[0],
-            feature_weight=feature_weight[0],
-        )
-        return _output(distill(job, lesson))
+        weights = {"output_weight": output_weight[0], "feature_weight": feature_weight[0]}
+        drawing = {"images_per_prompt": images_per_prompt[0], "size": size[0]}
+        return _output(distill(job, Lesson.of(conditioning, teacher_conditioning, latents, **weights, **drawing)))
 
 
 _TRAINS = {"is_input_list": True, "is_output_node": True, "hidden": [io.Hidden.unique_id]}
@@ -254,7 +255,8 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             "method",
             options=list(choices()),
             default=AdapterRequest.method,
-            tooltip="styleinject is the method whole. lora is plain LoRA, to compare with. dma-only leaves out the statistics, "
+            tooltip="styleinject is the method whole. lora is plain LoRA. kronecker is DiffuseKronA, a small adapter for one "
+            "subject or style, which takes factors (in the options) instead of a rank. dma-only leaves out the statistics, "
             "sta-only the several styles.",
         ),
         io.Int.Input("steps", default=steps, min=1, max=10**6, tooltip="How many steps to train."),
@@ -265,7 +267,8 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             max=10.0,
             step=1e-5,
             round=1e-8,
-            tooltip="How far each step goes. 0.0001 for Stable Diffusion; too high shows as a loss that jumps or becomes NaN.",
+            tooltip="How far each step goes. 0.0001 for Stable Diffusion, 0.0005 with kronecker; too high shows as a loss that "
+            "jumps or becomes NaN.",
         ),
         io.Int.Input(
             "batch_size", default=TrainSettings.batch_size, min=1, max=1024, tooltip="Images per step. More need more memory."
@@ -275,20 +278,20 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             default=AdapterRequest.rank,
             min=1,
             max=1024,
-            tooltip="Size of the learned change per layer. 4 to 32 is common.",
+            tooltip="Size of the learned change per layer. 4 to 32 is common. Unused by kronecker.",
         ),
         io.Int.Input(
             "styles",
             default=AdapterRequest.styles,
             min=1,
             max=256,
-            tooltip="Parallel changes that the style router mixes for each image. Unused by lora and sta-only.",
+            tooltip="Parallel changes that the style router mixes for each image. Unused by lora, kronecker and sta-only.",
         ),
         io.String.Input(
             "layers",
             default=layers,
-            tooltip="Which layers learn, with a comma between them: default (the paper's: queries and values of attention), "
-            "attention, conv, or single ones such as to_k. More layers learn more, and make a larger file.",
+            tooltip="Which layers learn, separated by commas: default (queries and values of attention), attention, conv, or "
+            "single ones such as to_k. More layers learn more, and make a larger file. Empty: those of the method's paper.",
         ),
     ]
 
@@ -304,6 +307,16 @@ def _empty_input() -> Any:
 
 def _options_input() -> Any:
     return OptionsType.Input("options", optional=True, tooltip="From StyleInject Train Options. Not needed.")
+
+
+def _trigger_input() -> Any:
+    return io.String.Input(
+        "trigger",
+        optional=True,
+        force_input=True,
+        tooltip="The words that call what is learned, to be saved with the adapter. They do not change the training: they "
+        "are in the prompts already.",
+    )
 
 
 def _outputs() -> list[Any]:
@@ -325,9 +338,10 @@ def _job(
 ) -> Job:
     """A job from a node's inputs, which come as lists."""
     given = options[0] if options else TrainOptions()
+    trigger = str((widgets.pop("trigger", None) or [""])[0] or "").strip()
     request = given.request(**{name: value[0] for name, value in widgets.items()})
     node_id = None if node.hidden is None else node.hidden.unique_id
-    return Job(request=request, options=given, student=student, teacher=teacher, node_id=node_id)
+    return Job(request=request, options=given, student=student, teacher=teacher, node_id=node_id, trigger=trigger)
 
 
 def _output(outcome: Outcome) -> io.NodeOutput:

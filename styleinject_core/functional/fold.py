@@ -26,7 +26,10 @@ def can_fold(host: HostLayer, prepared: Sequence[Prepared]) -> bool:
         return False
     if host.shape.is_conv and isinstance(host.module.padding, str):
         return False
-    return all(one.folds for one in prepared)
+    for one in prepared:  # noqa: SIM110 - a generator would cost more per call
+        if not one.folds:
+            return False
+    return True
 
 
 def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
@@ -37,15 +40,20 @@ def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: 
 def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
     """The same with adapters that are ready for calls."""
     mean, taps = None, None
-    if any(one.needs_mean for one in prepared):
-        mean, taps = _tap_means(x, host) if host.shape.is_conv else (host.mean(x),) * 2
+    for one in prepared:
+        if one.needs_mean:
+            mean, taps = _tap_means(x, host) if host.shape.is_conv else (host.mean(x),) * 2
+            break
     updates = [one.update(x, host, mean, hear) for one in prepared]
     gains = [update.gain for update in updates if update.gain is not None]
-    weight, bias = host.weight.flatten(1), host.bias  # W0 as (d, k·kh·kw)
+    weight, bias = host.weight, host.bias
+    if host.shape.is_conv:
+        weight = weight.flatten(1)  # W0 as (d, k·kh·kw)
     folded, sign = weight, 1.0
     if gains:
         gain = gains[0] if len(gains) == 1 else sum(gains[1:], start=gains[0])
-        center = taps.flatten(1) @ weight.to(taps.dtype).mT  # μ - b, (B, d)
+        taps = host.mean(x) if taps is None else taps
+        center = F.linear(taps.flatten(1) if taps.ndim > 2 else taps, weight.to(taps.dtype))  # μ - b, (B, d)
         folded = weight * rounded(torch.add, gain, x.dtype, gain, 1).unsqueeze(2)  # (B, d, k·kh·kw)
         if bias is None:
             bias, sign = rounded(torch.mul, gain, x.dtype, gain, center), -1.0  # (B, d)
@@ -67,10 +75,10 @@ def _product(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None, si
     if weight.ndim == 2 and (bias is None or bias.ndim == 1):
         whole = weight.view(host.weight.shape)
         return host.conv(x, whole, bias) if is_conv else F.linear(x, whole, bias)
-    batch = x.shape[0]
-    weight = weight.expand(batch, *weight.shape[-2:])
-    if bias is not None:
-        bias = bias.expand(batch, -1)
+    if weight.ndim == 2:
+        weight = weight.expand(x.shape[0], -1, -1)
+    if bias is not None and bias.ndim == 1:
+        bias = bias.expand(x.shape[0], -1)
     if is_conv:
         return per_image_conv(x, host, weight.unflatten(2, host.weight.shape[1:]), bias)
     if bias is None:

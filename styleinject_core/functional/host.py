@@ -15,7 +15,7 @@ from ..layers import LayerShape
 REPLACED = "_conv_forward"  # in a module's own attributes: (x, weight, bias) -> h
 
 
-@dataclass(eq=False)  # torch.compile asks for the hash of what is called, before its fields are there
+@dataclass(eq=False, slots=True)  # torch.compile asks for the hash of what is called, before its fields are there
 class HostLayer:
     """A frozen layer and how to call it.
 
@@ -105,14 +105,16 @@ class HostLayer:
 def rounded(operation: Callable[..., Tensor], like: Tensor, dtype: torch.dtype, *args: Any, **settings: Any) -> Tensor:
     """operation(*args), whose result has the shape and dtype of `like`, in another dtype: in one kernel where no gradient
     needs to see both."""
-    if like.dtype == dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if like.dtype == dtype:
+        return operation(*args, **settings)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operation(*args, **settings).to(dtype)
     return operation(*args, **settings, out=torch.empty_like(like, dtype=dtype))
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Router, softmax and statistics run in at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def per_image_conv(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,10 +21,11 @@ def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: 
 
 def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
     """The same with adapters that are ready for calls."""
-    h = host(x)
-    mean = None
-    if any(one.needs_mean for one in prepared):
-        mean = host.mean(x)
+    h, mean = host(x), None
+    for one in prepared:
+        if one.needs_mean:
+            mean = host.mean(x)
+            break
     updates = [one.update(x, host, mean, hear) for one in prepared]
     if not any(update.mask is not None for update in updates):
         return add(updates, x, h, host)

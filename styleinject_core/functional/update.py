@@ -31,7 +31,7 @@ class Change(Protocol):
         """weight + ΔW; weight is (d, k·kh·kw) for all images or (B, d, k·kh·kw)."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # made in every call, and frozen ones take three times as long to make
 class Update:
     """One layer's update in one call. Each part is None, or empty, where there is none of it.
 
@@ -105,14 +105,17 @@ def prepare(adapters: Sequence[LayerWeights]) -> list[Prepared]:
     return [prepared for kind, several in kinds.items() for prepared in kind.prepare(several)]  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class LowRank:
     """ΔW = scale · up · down, with down (B, R, k[, kh, kw]) for each image or (R, k[, kh, kw]) for all, and up (d, R)."""
 
     down: Tensor
     up: Tensor
     scale: float = 1.0
-    folds = True
+
+    @property
+    def folds(self) -> bool:
+        return True
 
     @property
     def per_image(self) -> bool:
@@ -133,18 +136,24 @@ class LowRank:
         return torch.baddbmm(flat, first, second, alpha=self.scale).view_as(out)
 
     def onto(self, weight: Tensor, owned: bool) -> Tensor:
-        down = self.down.flatten(2 if self.per_image else 1)  # (B, R, k·kh·kw) or (R, k·kh·kw)
-        if not self.per_image and weight.ndim == 2:
-            return torch.addmm(weight, self.up, down, alpha=self.scale)
-        batch = down.shape[0] if self.per_image else weight.shape[0]
+        down, per_image = self.down, self.per_image
+        if down.ndim > 3 or (down.ndim == 3) != per_image:
+            down = down.flatten(2 if per_image else 1)  # (B, R, k·kh·kw) or (R, k·kh·kw)
+        if not per_image:
+            if weight.ndim == 2:
+                return torch.addmm(weight, self.up, down, alpha=self.scale)
+            down = down.expand(weight.shape[0], -1, -1)
+        batch = down.shape[0]
         if weight.ndim == 2:
-            weight = weight.expand(batch, *weight.shape)
+            weight = weight.expand(batch, -1, -1)
         add = Tensor.baddbmm_ if owned else torch.baddbmm  # in place where `weight` is ours: it is W0's size per image
-        return add(weight, self.up.expand(batch, *self.up.shape), down.expand(batch, *down.shape[-2:]), alpha=self.scale)
+        return add(weight, self.up.expand(batch, -1, -1), down, alpha=self.scale)
 
 
 def gathered(updates: Sequence[Update]) -> Sequence[Change]:
     """The changes of some updates, with those of low rank that differ by image side by side in one."""
+    if len(updates) == 1 and len(updates[0].changes) < 2:
+        return updates[0].changes
     changes = [change for update in updates for change in update.changes]
     low = [change for change in changes if isinstance(change, LowRank) and change.per_image]
     if len(low) < 2:

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..config import AdapterConfig
 from ..functional.host import HostLayer, statistics_dtype
 from ..functional.stacked import stacked
 from ..functional.update import Hear, LowRank, Prepared, Update
 from ..layers import LayerShape, UnsupportedLayerError
+from . import low_rank
 from .method import AdapterLayer, AdapterSettings, Cast, Method, Problem
 
 PARTS = ("A", "B", "router_weight", "router_bias", "hyper_weight", "hyper_bias")
@@ -68,12 +70,14 @@ class StyleInjectLayer(AdapterLayer):
     def fixed(self) -> bool:
         return self.router_weight is None and self.hyper_weight is None
 
-    def fitted(self, shape: LayerShape) -> StyleInjectLayer | None:
-        """A LoRA whose convolution is stored as a matrix, or the other way round."""
+    def fitted(self, shape: LayerShape) -> AdapterLayer | None:
+        """A LoRA whose convolution is stored as a matrix, or the other way round, or that is for another kind of layer."""
         rows, inputs = self.B.shape[0], self.A[0, 0].numel()
-        if not self.fixed or shape.other or (rows, inputs) != (shape.out_features, math.prod(shape.weight[1:])):
+        if not self.fixed or (rows, inputs) != (shape.out_features, math.prod(shape.weight[1:])):
             return None
         A = self.A.detach().reshape(*self.A.shape[:2], *shape.weight[1:])
+        if shape.other:
+            return low_rank.plain(shape, A[0], self.B.detach(), self.config.alpha)
         return StyleInjectLayer(shape, self.config, {"A": A, "B": self.B.detach()})
 
     @property
@@ -197,7 +201,7 @@ def route(
         return x.new_ones(x.shape[0], 1)
     if not weights.by_token:
         side = _SideBySide.of([weights])
-        return side.route(x, host, host.mean(x) if mean is None else mean, hear).squeeze(1).to(x.dtype)
+        return side.route(x, host, host.mean(x) if mean is None else mean, hear).to(x.dtype)
     precise = statistics_dtype(x)
     logits = x.to(precise) @ weights.router_weight.to(precise).mT + weights.router_bias.to(precise)  # (B, L, n)
     s = torch.softmax(logits, -1)
@@ -249,6 +253,8 @@ class _SideBySide:
                 hyper = hyper_bias = None
             return cls((first,), router, router_bias, hyper, hyper_bias, first.sta, (first.A,), first.B if changes else None,
                        first.dma)  # fmt: skip
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            stacked([w.A for w in several])  # now, so that a plan sees the storage they have from here on
         router = router_bias = hyper = hyper_bias = up = None
         if first.router_weight is not None:
             router = torch.cat([w.router_weight.to(precise) for w in several])
@@ -274,39 +280,46 @@ class _SideBySide:
             if self.hyper is not None:
                 gain = (self.sta * (self.hyper.sum(1) + self.hyper_bias)).expand(x.shape[0], -1)
             return Update(gain=gain, changes=tuple(LowRank(A[0], up, self.dma) for A, up in pairs))
-        s = self.route(x, host, host.mean(x) if mean is None else mean, hear)  # (B, J, n)
-        gain, changes = None, ()
+        s = self.route(x, host, host.mean(x) if mean is None else mean, hear)  # (B, J·n)
+        update = Update()
         if self.hyper is not None:
-            gain = torch.addmm(self.hyper_bias, s.flatten(1), self.hyper.mT, beta=self.sta, alpha=self.sta)  # (B, d)
+            if self.sta == 1:
+                update.gain = F.linear(s, self.hyper, self.hyper_bias)  # (B, d)
+            else:
+                update.gain = torch.addmm(self.hyper_bias, s, self.hyper.mT, beta=self.sta, alpha=self.sta)
         if self.up is not None:
-            changes = (LowRank(self._mixed(s.to(x.dtype)), self.up, self.dma),)
-        return Update(gain=gain, changes=changes)
+            update.changes = (LowRank(self._mixed(s if s.dtype == x.dtype else s.to(x.dtype)), self.up, self.dma),)
+        return update
 
     def route(self, x: Tensor, host: HostLayer, mean: Tensor, hear: Hear | None) -> Tensor:
-        """s of every layer, (B, J, n), in at least float32."""
-        logits = torch.addmm(self.router_bias, mean, self.router.mT)
+        """s of every layer side by side, (B, J·n), in at least float32."""
+        logits, layers = F.linear(mean, self.router, self.router_bias), len(self.several)
         if self.several[0].router_pool == "sum":
             logits = logits * host.count(x)
-        s = torch.softmax(logits.unflatten(1, (len(self.several), -1)), -1)
+        if layers > 1:
+            logits = logits.view(logits.shape[0], layers, -1)
+        s = torch.softmax(logits, -1)
         if hear is not None:
-            s = torch.stack([hear(weights, one) for weights, one in zip(self.several, s.unbind(1), strict=True)], 1)
-        return s
+            parts = (s,) if layers == 1 else s.unbind(1)
+            s = torch.cat([hear(weights, part) for weights, part in zip(self.several, parts, strict=True)], 1)
+        return s.flatten(1) if s.ndim == 3 else s
 
     def _mixed(self, s: Tensor) -> Tensor:
         """Σ_i s_i A_i of every layer, side by side: (B, J·r, k[, kh, kw])."""
-        J, batch, shape = len(self.down), s.shape[0], self.down[0].shape
-        if J == 1:
-            return (s.flatten(1) @ self.down[0].flatten(1)).unflatten(1, shape[1:])  # (B, r·k·kh·kw)
+        layers, batch, shape = len(self.down), s.shape[0], self.down[0].shape  # shape: (n, r, k[, kh, kw])
+        if layers == 1:
+            return (s @ self.down[0].flatten(1)).view(batch, *shape[1:])
+        s = s.view(batch, layers, -1)
         if torch.is_grad_enabled():
             mixed = torch.stack([s[:, j] @ A.flatten(1) for j, A in enumerate(self.down)], 1)
         else:
-            mixed = s.new_empty(batch, J, shape[1:].numel())
+            mixed = s.new_empty(batch, layers, shape[1:].numel())
             if (whole := stacked(self.down)) is not None:
                 torch.bmm(s.transpose(0, 1), whole.flatten(2), out=mixed.transpose(0, 1))
             else:
                 for j, A in enumerate(self.down):
                     torch.mm(s[:, j], A.flatten(1), out=mixed[:, j])
-        return mixed.view(batch, J * shape[1], *shape[2:])
+        return mixed.view(batch, layers * shape[1], *shape[2:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,7 +367,8 @@ class _ByToken:
 def configure(settings: AdapterSettings, special: Mapping[str, Any]) -> AdapterConfig:
     """The config of a new adapter; `special` replaces what the settings say."""
     values = {"r": settings.rank, "n_styles": settings.styles, "router_pool": settings.router_pool, "sta": settings.sta}
-    return AdapterConfig(**{**values, **special}, alpha=settings.alpha or None, target_modules=settings.targets)
+    targets = settings.targets or AdapterConfig.default_targets()
+    return AdapterConfig(**{**values, **special}, alpha=settings.alpha or None, target_modules=targets)
 
 
 def read(parts: dict[str, Tensor], stated: AdapterConfig | None, problem: Problem) -> StyleInjectLayer:
@@ -363,7 +377,7 @@ def read(parts: dict[str, Tensor], stated: AdapterConfig | None, problem: Proble
         if part not in parts:
             raise problem(f"styleinject_{part} is missing")
     A, B = parts["A"], parts["B"]
-    if A.ndim not in (3, 5) or B.ndim != 2:
+    if A.ndim not in (3, 5) or B.ndim != 2 or 0 in A.shape or 0 in B.shape:
         raise problem(f"A has shape {tuple(A.shape)} and B {tuple(B.shape)}, expected (n, r, k[, kh, kw]) and (d, r)")
     n, r, k = A.shape[:3]
     d = B.shape[0]
@@ -425,4 +439,5 @@ METHOD = Method(
     suffixes=SUFFIXES,
     read=read,
     describe=describe,
+    paper="https://arxiv.org/abs/2401.13942",
 )

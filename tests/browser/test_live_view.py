@@ -22,7 +22,9 @@ SEEDS = itertools.count(1)  # ComfyUI samples again only if something has change
 VERSION = tuple(int(part) for part in re.findall(r"\d+", comfyui.comfyui_version(comfyui.find_comfyui()))[:2])
 HTML = "<img src=x onerror=window.hacked=1><b>bold</b>"
 # In 0.3.64 Vue nodes are an experiment that does not draw every workflow.
-both_ways = pytest.mark.parametrize("vue_nodes", [False, True][: 1 + (VERSION >= (0, 8))], ids=["canvas", "vue"][: 1 + (VERSION >= (0, 8))])
+both_ways = pytest.mark.parametrize(
+    "vue_nodes", [False, True][: 1 + (VERSION >= (0, 8))], ids=["canvas", "vue"][: 1 + (VERSION >= (0, 8))]
+)
 
 
 def expected(editor: Editor, node: str, step: int, layer: int, style: int) -> float:
@@ -60,7 +62,9 @@ def test_the_heat_map_fills_and_can_be_read_and_saved(open_editor: Callable[...,
     editor.choose("For which prompt", "negative")
     editor.panel().get_by_title("Which layers").fill("up & to_q")
     canvas.hover()
-    found = re.search(r"step (\d+), sigma [\d.]+, negative, (up_blocks\S+to_q): style 2 ([\d.]+); leading style \d", editor.status())
+    found = re.search(
+        r"step (\d+), sigma [\d.]+, negative, (up_blocks\S+to_q): style 2 ([\d.]+); leading style \d", editor.status()
+    )
     assert found, editor.status()
     names = next(message["names"] for message in editor.messages if "names" in message)
     shown = values[int(found[1]) - 1]["negative"][names["layers"].index(found[2])][1] / 254
@@ -76,7 +80,8 @@ def test_the_heat_map_fills_and_can_be_read_and_saved(open_editor: Callable[...,
 
 @both_ways
 def test_nothing_of_it_is_saved_in_the_workflow(open_editor: Callable[..., Editor], vue_nodes: bool) -> None:
-    """The panel is there after a reload, empty and with a hint, and the widgets keep their places."""
+    """After a reload the browser shows the last run again, another browser has the panel with a hint, and the widgets keep
+    their places."""
     editor = open_editor(vue_nodes)
     workflow = monitored("saved", next(SEEDS), steps=4)
     editor.load(workflow)
@@ -89,6 +94,12 @@ def test_nothing_of_it_is_saved_in_the_workflow(open_editor: Callable[..., Edito
     assert "router_live" not in json.dumps(saved)
     editor.load(saved)  # within the same page the last run is still there
     editor.wait_for_status("finished")
+    colours = editor.colours()
+    editor.reload()
+    editor.load(saved)
+    editor.wait_for_status("step 4 of 4, finished")
+    assert editor.colours() == colours
+    editor.page.evaluate("() => new Promise((done) => { indexedDB.deleteDatabase('styleinject').onsuccess = done; })")
     editor.reload()
     editor.load(saved)
     assert editor.panel().locator(".hint").is_visible()
@@ -136,7 +147,9 @@ def test_a_monitor_in_a_subgraph(open_editor: Callable[..., Editor], vue_nodes: 
         inner,
     )
     editor.queue()
-    editor.page.wait_for_function("() => !window.app.canvas.graph.nodes.some((node) => node.type === 'StyleInjectRouterMonitor')")
+    editor.page.wait_for_function(
+        "() => !window.app.canvas.graph.nodes.some((node) => node.type === 'StyleInjectRouterMonitor')"
+    )
     editor.page.evaluate(
         """(id) => {
           const node = (window.app.rootGraph ?? window.app.graph).getNodeById(id);
@@ -165,7 +178,9 @@ def test_pause_holds_the_picture(open_editor: Callable[..., Editor]) -> None:
     editor.wait_for_status("step 40 of 40, finished")
 
 
-def test_a_reload_in_mid_run_shows_the_rest_and_an_interrupt_is_said(open_editor: Callable[..., Editor], server: ComfyProcess) -> None:
+def test_a_reload_in_mid_run_shows_the_rest_and_an_interrupt_is_said(
+    open_editor: Callable[..., Editor], server: ComfyProcess
+) -> None:
     editor = open_editor()
     workflow = monitored("long", next(SEEDS), steps=2000)
     editor.load(workflow)

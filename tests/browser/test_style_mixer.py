@@ -1,4 +1,4 @@
-"""The style mixer's sliders carry the names of the adapter's styles, in both ways to draw nodes."""
+"""The style mixer has the sliders that the adapter has styles, with their names, in both ways to draw nodes and after a reload."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLE = Path(__file__).parents[2] / "example_workflows" / "router_monitor.json
 LABELS = """() => {
   const graph = window.app.rootGraph ?? window.app.graph;
   const mixer = graph.nodes.find((node) => node.type === 'StyleInjectStyleMixer');
-  return mixer.widgets.slice(0, 5).map((widget) => widget.label);
+  return mixer.widgets.slice(0, 5).map((widget) => (widget.hidden ? '(hidden)' : widget.label));
 }"""
 
 
@@ -28,8 +28,16 @@ def test_sliders_are_named(open_editor: Callable[..., Editor], adapter_file: Cal
     editor.load(workflow)
     editor.queue()
     editor.page.wait_for_function(f"() => ({LABELS})()[0]?.startsWith('1: ')", timeout=TIMEOUT)
-    assert editor.page.evaluate(LABELS) == [f"1: {HTML}", "2: gold", "style 3", "style 4", "5: –"]
+    expected = [f"1: {HTML}", "2: gold", "style 3", "style 4", "(hidden)"]
+    assert editor.page.evaluate(LABELS) == expected
     assert editor.page.evaluate("() => window.hacked") is None
     if vue_nodes:
         editor.page.get_by_text("2: gold").wait_for()
+        assert editor.page.get_by_text("style_5", exact=True).count() == editor.page.get_by_text("5: –").count() == 0
+    saved = editor.saved()
+    (mixer,) = [node for node in saved["nodes"] if node["type"] == "StyleInjectStyleMixer"]
+    assert len(mixer["widgets_values"]) == 18, "hidden sliders keep their places"
+    editor.reload()
+    editor.load(saved)
+    assert editor.page.evaluate(LABELS) == expected
     assert not editor.problems

@@ -98,3 +98,10 @@ def test_a_later_run_replaces_the_text(open_editor: Callable[..., Editor]) -> No
     assert boxes == 1
 
 
+@both_ways
+def test_old_names_of_the_demos_adapters_are_no_error(open_editor: Callable[..., Editor], vue_nodes: bool) -> None:
+    """A workflow of the first versions names them without "demo/"; the editor would mark that as a missing model."""
+    editor = open_editor(vue_nodes)
+    editor.load(talking("old", next(SEEDS), LINE_ART.removeprefix("demo/")))
+    assert widget_values(editor.saved())["StyleInjectLoader"] == [LINE_ART]
+    assert not editor.page.get_by_text("missing", exact=False).filter(visible=True).count()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-LINE_ART = "emoji-openmoji-line.safetensors"
+LINE_ART = "demo/emoji-openmoji-line.safetensors"
 
 
 class Workflow:

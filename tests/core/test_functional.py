@@ -14,7 +14,7 @@ from styleinject_core.functional import dispatch, fold, reference, stack
 from styleinject_core.functional.host import HostLayer
 from styleinject_core.functional.update import prepare
 from styleinject_core.methods.styleinject import StyleInjectLayer
-from styleinject_core.override import HostProgram
+from styleinject_core.site import HostProgram
 
 LINEARS = [(1, 1, 5, 7), (3, 1, 16, 8), (2, 77, 24, 12), (3, 65, 8, 33), (2, 130, 32, 64)]  # B, L, k, d
 CONVS = [  # B, k, H, W, d, kernel, stride, padding, dilation, padding mode

@@ -17,7 +17,9 @@ NAMES = ("flat", "ink", "style 3")
 
 @pytest.fixture
 def adapter():
-    host = nn.ModuleDict({"down_blocks": nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_v": nn.Linear(4, 4)}), "conv": nn.Conv2d(4, 4, 3)})
+    host = nn.ModuleDict(
+        {"down_blocks": nn.ModuleDict({"to_q": nn.Linear(4, 4), "to_v": nn.Linear(4, 4)}), "conv": nn.Conv2d(4, 4, 3)}
+    )
     config = AdapterConfig(r=2, n_styles=3, target_modules=("all",), layers={"conv": {"n_styles": 2}})
     return Adapter.create(host, config, name="pen").with_style_names(NAMES[:2])
 
@@ -27,7 +29,9 @@ def s():
     return torch.softmax(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)) * 2, -1)
 
 
-def steered(adapter, s, *rules, roles=("positive", "negative"), keys=None, sigma=1.0, memory=None, layer="down_blocks.to_q", active=None):
+def steered(
+    adapter, s, *rules, roles=("positive", "negative"), keys=None, sigma=1.0, memory=None, layer="down_blocks.to_q", active=None
+):
     steering = Steering(rules, adapter)
     active = [True] * len(rules) if active is None else active
     memory = {} if memory is None else memory
@@ -163,13 +167,18 @@ def test_rules_that_do_not_fit(adapter):
         (Rule(weights={"glossy": 1}), "weights: pen has no style 'glossy'; it has 3: flat, ink, style 3"),
         (Rule(bias={"4": 1}), "bias: pen has no style '4'"),
         (Rule(floor={"all": 0.4}), "floor: together 1.2, expected at most 1"),
-        (Rule(hold=make_trace(torch.rand(4, 1, 1, 2), styles=NAMES[:2])), "with 2 styles in 1 layers; pen has 3 styles in 2 layers"),
+        (
+            Rule(hold=make_trace(torch.rand(4, 1, 1, 2), styles=NAMES[:2])),
+            "with 2 styles in 1 layers; pen has 3 styles in 2 layers",
+        ),
         (Rule(hold=make_trace(torch.rand(4, 1, 1, 3), layers=("x",))), "0 of them in common"),
     ]:
         with pytest.raises(ControlError, match=message):
             Steering([rule], adapter)
     with pytest.raises(SelectorError, match="'cross' matches none"):
         Steering([Rule(layers="cross")], adapter)
-    lora = Adapter.create(nn.ModuleDict({"a": nn.Linear(2, 2)}), AdapterConfig(r=1, n_styles=1, sta="none", target_modules=("all",)), "lora")
+    lora = Adapter.create(
+        nn.ModuleDict({"a": nn.Linear(2, 2)}), AdapterConfig(r=1, n_styles=1, sta="none", target_modules=("all",)), "lora"
+    )
     with pytest.raises(ControlError, match="lora has no style router"):
         Steering([Rule()], lora)

@@ -658,3 +658,21 @@ def test_nothing_usable_in_a_stream(tmp_path):
         stream(tmp_path, warn=lambda line: None).next_batch()
     with pytest.raises(ValueError, match="shuffle: expected at least 0, found -1"):
         stream(tmp_path, shuffle=-1)
+
+
+def test_pictures_with_a_colour_profile_are_brought_to_srgb(tmp_path) -> None:
+    """A profile with red and green in each other's place: what it calls red is green. A broken one changes nothing."""
+    from PIL import ImageCms
+
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"tXYZ").replace(b"gXYZ", b"rXYZ").replace(b"tXYZ", b"gXYZ")
+    for mode, red in (("RGB", (255, 0, 0)), ("RGBA", (255, 0, 0, 255))):
+        for name, profile in (("swapped", swapped), ("same", srgb), ("broken", b"x" * 200), ("none", None)):
+            Image.new(mode, (64, 64), red).save(
+                tmp_path / f"{mode}-{name}.png", **({"icc_profile": profile} if profile else {})
+            )
+    folder = ImageFolder(tmp_path, 64, caption="")
+    found = {folder.name(k): folder[k].pixels[:, 0, 0].tolist() for k in range(len(folder))}
+    for name, pixel in found.items():
+        expected = [-1, 1, -1] if "swapped" in name else [1, -1, -1]
+        assert pixel == pytest.approx(expected, abs=0.05), name

@@ -27,10 +27,11 @@ def folders(pack, comfy_base) -> Iterator[dict[str, Path]]:
         folder.mkdir(parents=True, exist_ok=True)
         assert str(folder) in folder_paths.get_folder_paths(kind)
         found[kind] = folder
-    registered = folder_paths.folder_names_and_paths["styleinject"]
+    registered = {name: folder_paths.folder_names_and_paths[name] for name in ("styleinject", "styleinject_demo")}
     folder_paths.folder_names_and_paths["styleinject"] = ([str(found["styleinject"])], {".safetensors"})
+    folder_paths.folder_names_and_paths["styleinject_demo"] = ([], {".safetensors"})
     yield found
-    folder_paths.folder_names_and_paths["styleinject"] = registered
+    folder_paths.folder_names_and_paths.update(registered)
     for folder in found.values():
         for file in sorted(folder.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
@@ -57,17 +58,19 @@ def test_folder_is_registered_once_and_for_safetensors_only(pack, folders) -> No
     paths.register_folder()
     paths.register_folder()
     found, extensions = folder_paths.folder_names_and_paths["styleinject"]
-    assert found == [elsewhere, str(folders["styleinject"]), str(paths.DEMO_ADAPTERS)]
+    assert found == [elsewhere, str(folders["styleinject"])]
     assert extensions == {".safetensors"}
+    assert folder_paths.folder_names_and_paths["styleinject_demo"] == ([str(paths.DEMO_ADAPTERS)], {".safetensors"})
 
 
 def test_adapters_that_come_with_the_pack_fit_the_demo_model(pack, run_node) -> None:
     shipped = sorted(path.name for path in pack.submodule("integration.paths").DEMO_ADAPTERS.glob("*.safetensors"))
     assert shipped
-    assert set(shipped) <= set(pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"])
-    demo, _ = run_node("StyleInjectDemoModel")
+    listed = pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"]
+    assert [name for name in listed if name.startswith("demo/")] == [f"demo/{name}" for name in shipped]
+    demo = run_node("StyleInjectDemoModel")[0]
     for name in shipped:
-        (adapter,) = run_node("StyleInjectLoader", adapter_name=name)
+        adapter, _ = run_node("StyleInjectLoader", adapter_name=f"demo/{name}")
         _, report = run_node("StyleInjectApply", model=demo, adapter=adapter)
         assert f"{len(adapter.names)} of {len(adapter.names)} layers matched" in report
 
@@ -80,16 +83,40 @@ def test_adapters_and_loras_are_listed(folders, listed) -> None:
     assert listed() == ["a.safetensors", "sub/b.safetensors", "loras/c.safetensors"]
 
 
+def test_the_demos_adapters_come_last_and_are_never_a_new_nodes_choice(pack, folders, listed) -> None:
+    import folder_paths
+
+    paths, loader = pack.submodule("integration.paths"), pack["StyleInjectLoader"]
+    folder_paths.folder_names_and_paths["styleinject_demo"] = ([str(paths.DEMO_ADAPTERS)], {".safetensors"})
+    first, *others = listed()
+    assert first == paths.NONE_CHOSEN and others and all(name.startswith("demo/") for name in others)
+    assert "no adapter chosen" in loader.validate_inputs(adapter_name=first)
+    (folders["loras"] / "c.safetensors").write_bytes(b"x")
+    assert listed() == ["loras/c.safetensors", *others]
+
+
+def test_workflows_of_the_first_versions_name_the_demos_adapters_without_a_folder(pack, folders, listed) -> None:
+    import folder_paths
+
+    paths, name = pack.submodule("integration.paths"), "emoji-noto.safetensors"
+    folder_paths.folder_names_and_paths["styleinject_demo"] = ([str(paths.DEMO_ADAPTERS)], {".safetensors"})
+    listed()
+    assert paths.adapter_path(name) == paths.adapter_path(f"demo/{name}") == paths.DEMO_ADAPTERS / name
+    (folders["styleinject"] / name).write_bytes(b"x")
+    listed()
+    assert paths.adapter_path(name) == folders["styleinject"] / name, "a file of the user's own comes first"
+
+
 def test_load_apply_and_one_node_path_agree(pack, model, folders, listed, run_node, sample) -> None:
     core = pack.submodule("styleinject_core")
     made = random_adapter(pack, model)
     core.save_adapter(made, folders["styleinject"] / "ink.safetensors")
     assert listed() == ["ink.safetensors"]
-    (loaded,) = run_node("StyleInjectLoader", adapter_name="ink.safetensors")
+    loaded, _ = run_node("StyleInjectLoader", adapter_name="ink.safetensors")
     assert loaded.name == "ink" and loaded.names == made.names
     expected = sample(run_node("StyleInjectApply", model=model, adapter=made, strength=0.5)[0])
     assert torch.equal(sample(run_node("StyleInjectApply", model=model, adapter=loaded, strength=0.5)[0]), expected)
-    (short,) = run_node("StyleInjectLoadAndApply", model=model, adapter_name="ink.safetensors", strength=0.5)
+    short, _ = run_node("StyleInjectLoadAndApply", model=model, adapter_name="ink.safetensors", strength=0.5)
     assert torch.equal(sample(short), expected)
 
 
@@ -108,7 +135,7 @@ def test_lora_file_is_an_adapter_and_equals_the_native_lora(pack, model, folders
     save_file(tensors, folders["loras"] / "plain.safetensors")
     native = sample(comfy.sd.load_lora_for_models(model, None, tensors, 0.7, 0)[0])
     assert listed() == ["loras/plain.safetensors"]
-    (ours,) = run_node("StyleInjectLoadAndApply", model=model, adapter_name="loras/plain.safetensors", strength=0.7)
+    ours, _ = run_node("StyleInjectLoadAndApply", model=model, adapter_name="loras/plain.safetensors", strength=0.7)
     assert close(sample(ours), native)
     assert not close(native, sample(model), 0.01)
 
@@ -127,7 +154,7 @@ def test_names_stay_inside_their_folder(pack, folders, run_node, model, name, no
 
 def test_missing_file_names_the_folders_and_what_is_there(pack, folders, listed, run_node) -> None:
     loader = pack["StyleInjectLoader"]
-    assert listed() == []
+    assert listed() == ["choose an adapter"]
     assert "there are no adapters yet" in loader.validate_inputs(adapter_name="ink.safetensors")
     (folders["loras"] / "other.safetensors").write_bytes(b"x")
     assert listed() == ["loras/other.safetensors"]

@@ -180,7 +180,9 @@ def test_names_reach_traces_and_files(pack, comfy_base, run_node, model, adapter
     named = run_node("StyleInjectNameStyles", adapter=adapter, names="flat <b>\n$ink$", save_as="named")[0]
     loaded = run_node("StyleInjectLoader", adapter_name="named.safetensors")[0]
     assert loaded.style_names == named.style_names == ("flat <b>", "$ink$", "style 3")
-    monitored, monitor = run_node("StyleInjectRouterMonitor", model=run_node("StyleInjectApply", model=model, adapter=loaded)[0])
+    monitored, monitor = run_node(
+        "StyleInjectRouterMonitor", model=run_node("StyleInjectApply", model=model, adapter=loaded)[0]
+    )
     result = sample(monitored)
     (trace,) = pack.submodule("integration.monitor").traces_of(monitor, {"samples": result})
     assert trace.styles == named.style_names

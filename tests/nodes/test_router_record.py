@@ -41,25 +41,25 @@ def spied(pack, model, seen: list, layer: str):
     """A clone that writes down, at each model call, sigma, what the rows are, and the s that one layer has used."""
     from comfy.patcher_extension import WrappersMP
 
-    method = pack.submodule("styleinject_core.methods.styleinject")
-    true_route = method.route
+    side = pack.submodule("styleinject_core.methods.styleinject")._SideBySide
+    true_route = side.route
     (injection,) = pack.submodule("integration.patcher").injections_of(model)
     wanted = injection.applied.adapter.layers[layer]
 
     def spy(executor, *args, **kwargs):
         used = []
 
-        def route(x, weights, *rest):
-            s = true_route(x, weights, *rest)
-            if weights.router_weight.data_ptr() == wanted.router_weight.data_ptr():
+        def route(self, *rest):
+            s = true_route(self, *rest)
+            if self.router.data_ptr() == wanted.router_weight.data_ptr():
                 used.append(s.clone())
             return s
 
-        method.route = route
+        side.route = route
         try:
             return executor(*args, **kwargs)
         finally:
-            method.route = true_route
+            side.route = true_route
             seen.append((float(args[1][0]), list(args[5]["cond_or_uncond"]), args[0].shape[0], used))
 
     clone = model.clone()

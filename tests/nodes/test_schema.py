@@ -31,18 +31,29 @@ INPUTS = {
     "StyleInjectStyleGrid": ["model", "adapter", "strength", "with_router"],
     "StyleInjectStyleSheet": ["images", "labels", "title", "columns"],
     "StyleInjectNameStyles": ["adapter", "names", "save_as"],
+    "StyleInjectReference": ["model", "image", "deadiff_name", "weight", "clip_vision"],
+    "StyleInjectLoadDeadiff": ["deadiff_name"],
+    "StyleInjectEncodeReference": ["deadiff", "image", "stream", "batch", "clip_vision", "mask"],
+    "StyleInjectMixTokens": ["tokens_a", "tokens_b", "how", "weight_a", "weight_b", "weight_c", "weight_d", "tokens_c",
+                             "tokens_d"],
+    "StyleInjectApplyDeadiff": ["model", "deadiff", "weight_style", "weight_content", "start_percent", "end_percent", "layers",
+                                "style", "content", "mask", "negative", "layer_weights"],
+    "StyleInjectSaveStyleCard": ["filename_prefix", "style", "content", "image"],
+    "StyleInjectLoadStyleCard": ["card_name"],
+    "StyleInjectPictures": ["folder", "captions", "caption", "trigger", "size", "keep_shape", "images"],
+    "StyleInjectPrompts": ["text", "before"],
     "StyleInjectTrain": ["model", "latents", "conditioning", "name", "method", "steps", "learning_rate", "batch_size", "rank",
-                         "styles", "layers", "empty", "options"],
+                         "styles", "layers", "empty", "options", "trigger"],
     "StyleInjectDreamBooth": ["model", "latents", "conditioning", "class_conditioning", "name", "method", "steps",
                               "learning_rate", "batch_size", "rank", "styles", "layers", "class_images", "prior_weight",
-                              "class_latents", "empty", "options"],
+                              "class_latents", "empty", "options", "trigger"],
     "StyleInjectDistill": ["model", "teacher", "conditioning", "name", "method", "steps", "learning_rate", "batch_size", "rank",
                           "styles", "layers", "output_weight", "feature_weight", "images_per_prompt", "size", "latents",
-                          "teacher_conditioning", "empty", "teacher_empty", "options"],
+                          "teacher_conditioning", "empty", "teacher_empty", "options", "trigger"],
     "StyleInjectTrainOptions": ["seed", "existing_run", "accumulation", "optimizer", "schedule", "warmup", "weight_decay",
                                 "clip", "min_snr_gamma", "caption_dropout", "gradient_checkpointing", "checkpoint_every",
                                 "picture_every", "validation_images", "validate_every", "patience", "alpha", "router_pool",
-                                "sta", "sampling_steps", "guidance", "dtype", "vae", "picture_prompt"],
+                                "sta", "sampling_steps", "guidance", "dtype", "vae", "picture_prompt", "factors"],
     "StyleInjectSave": ["adapter", "filename_prefix", "dtype", "title", "author", "trigger_phrase", "description", "license"],
     "StyleInjectLossPlot": ["losses"],
     "StyleInjectDemoModel": ["style"],
@@ -51,9 +62,9 @@ INPUTS = {
     "StyleInjectDemoDataset": ["style", "things", "count", "prompt"],
 }  # fmt: skip
 OUTPUTS = {
-    "StyleInjectLoader": ["STYLEINJECT_ADAPTER"],
+    "StyleInjectLoader": ["STYLEINJECT_ADAPTER", "STRING"],
     "StyleInjectApply": ["MODEL", "STRING"],
-    "StyleInjectLoadAndApply": ["MODEL"],
+    "StyleInjectLoadAndApply": ["MODEL", "STRING"],
     "StyleInjectLayerWeights": ["STYLEINJECT_LAYER_WEIGHTS"],
     "StyleInjectStrength": ["MODEL"],
     "StyleInjectInfo": ["STRING"],
@@ -70,17 +81,36 @@ OUTPUTS = {
     "StyleInjectStyleGrid": ["MODEL", "STRING"],
     "StyleInjectStyleSheet": ["IMAGE"],
     "StyleInjectNameStyles": ["STYLEINJECT_ADAPTER"],
+    "StyleInjectReference": ["MODEL"],
+    "StyleInjectLoadDeadiff": ["STYLEINJECT_DEADIFF", "STRING"],
+    "StyleInjectEncodeReference": ["STYLEINJECT_TOKENS", "STYLEINJECT_TOKENS"],
+    "StyleInjectMixTokens": ["STYLEINJECT_TOKENS"],
+    "StyleInjectApplyDeadiff": ["MODEL", "STRING"],
+    "StyleInjectSaveStyleCard": ["STRING"],
+    "StyleInjectLoadStyleCard": ["STYLEINJECT_TOKENS", "STYLEINJECT_TOKENS", "IMAGE", "STRING"],
+    "StyleInjectPictures": ["IMAGE", "STRING", "STRING"],
+    "StyleInjectPrompts": ["STRING", "STRING"],
     "StyleInjectTrain": ["STYLEINJECT_ADAPTER", "STYLEINJECT_LOSS", "INT"],
     "StyleInjectDreamBooth": ["STYLEINJECT_ADAPTER", "STYLEINJECT_LOSS", "INT"],
     "StyleInjectDistill": ["STYLEINJECT_ADAPTER", "STYLEINJECT_LOSS", "INT"],
     "StyleInjectTrainOptions": ["STYLEINJECT_TRAIN_OPTIONS"],
     "StyleInjectSave": ["STRING"],
     "StyleInjectLossPlot": ["IMAGE"],
-    "StyleInjectDemoModel": ["MODEL", "VAE"],
+    "StyleInjectDemoModel": ["MODEL", "VAE", "CLIP"],
     "StyleInjectDemoPrompt": ["CONDITIONING", "STRING"],
     "StyleInjectDemoDecode": ["IMAGE"],
     "StyleInjectDemoDataset": ["LATENT", "CONDITIONING", "IMAGE"],
 }  # fmt: skip
+
+EVERYDAY = {
+    *("StyleInjectLoadAndApply", "StyleInjectLoader", "StyleInjectApply", "StyleInjectStrength", "StyleInjectLayerWeights"),
+    "StyleInjectInfo",
+}
+
+
+def section(node: type) -> str:
+    """The last part of a node's category: the folder that its file is in."""
+    return node.__module__.split(".")[-2]
 
 
 def test_node_ids(pack) -> None:
@@ -92,7 +122,7 @@ def test_inputs_and_outputs(pack, node_id) -> None:
     schema = pack[node_id].GET_SCHEMA()
     assert [item.id for item in schema.inputs] == INPUTS[node_id]
     assert [item.io_type for item in schema.outputs] == OUTPUTS[node_id]
-    assert schema.category == "StyleInject"
+    assert schema.category == ("StyleInject" if node_id in EVERYDAY else f"StyleInject/{section(pack[node_id])}")
     assert schema.description and schema.display_name
     for item in [*schema.inputs, *schema.outputs]:
         assert item.tooltip and item.tooltip.endswith("."), f"{node_id}.{item.id} has no tooltip"
@@ -110,6 +140,25 @@ def test_help_page(pack, node_id) -> None:
     for heading in ("## Inputs", "## Outputs", "## Example"):
         assert heading in text
     assert not re.search(r"\n{3,}", text)
+
+
+def test_what_most_leave_alone_is_advanced(pack) -> None:
+    """A node shows a handful of widgets; where this ComfyUI does not know such inputs, it shows them all."""
+    kinds = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    for node_id in INPUTS:
+        widgets = [item for item in pack[node_id].GET_SCHEMA().inputs if item.io_type in kinds]
+        if not all(hasattr(item, "advanced") for item in widgets):
+            pytest.skip("this ComfyUI has no advanced inputs")
+        shown = [item.id for item in widgets if not item.advanced]
+        assert len(shown) <= 8, f"{node_id} shows {shown}"
+        assert shown or not widgets
+
+
+def test_the_one_node_path_is_found_first(pack) -> None:
+    """The editor's search puts a name that is what was typed before all that only begin like it."""
+    first = pack["StyleInjectLoadAndApply"].GET_SCHEMA()
+    assert first.display_name == "StyleInject"
+    assert [pack[node_id].GET_SCHEMA().display_name for node_id in INPUTS].count("StyleInject") == 1
 
 
 def test_entry_point_is_the_only_one(pack) -> None:

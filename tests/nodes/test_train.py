@@ -30,7 +30,7 @@ def test_it_learns_and_the_model_stays_as_it_was(model, sample, train, run_node,
     assert "rough: " in report and not close(sample(patched), plain, 0.01)
     assert sorted(path.name for path in (trained_folder / "rough").iterdir() if path.name != ".lock") == [
         "loss.jsonl", "resume.state", "rough.safetensors", "step-000030.safetensors"]  # fmt: skip
-    (loaded,) = run_node("StyleInjectLoader", adapter_name="output/rough/rough.safetensors")
+    loaded, _ = run_node("StyleInjectLoader", adapter_name="output/rough/rough.safetensors")
     assert set(loaded.names) == set(adapter.names) and loaded.metadata["styleinject.steps"] == "30"
     assert loaded.metadata["modelspec.architecture"] == "SD15/styleinject"
     assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in adapter.parameters())
@@ -266,7 +266,7 @@ def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, samp
     trained_folder.mkdir(parents=True)
     path = trained_folder / "ink.safetensors"
     pack.submodule("styleinject_core").save_adapter(random_adapter(pack, model, "to_q", "conv"), path, None, torch.float16)
-    (first,) = run_node("StyleInjectLoader", adapter_name="output/ink.safetensors")
+    first, _ = run_node("StyleInjectLoader", adapter_name="output/ink.safetensors")
     patched, _ = run_node("StyleInjectApply", model=model, adapter=first)
     before = sample(patched)
     plain, _, _ = train(model=model, name="plain")
@@ -295,7 +295,7 @@ def test_save_and_its_metadata(pack, model, train, run_node, trained_folder) -> 
         run_node("StyleInjectSave", adapter=adapter, filename_prefix="mine/ink", dtype="float32", **about)[0] for _ in range(2)
     ]
     assert names == ["output/mine/ink_00001_.safetensors", "output/mine/ink_00002_.safetensors"]
-    (loaded,) = run_node("StyleInjectLoader", adapter_name=names[0])
+    loaded, _ = run_node("StyleInjectLoader", adapter_name=names[0])
     assert same(loaded, adapter)
     assert loaded.metadata["modelspec.title"] == "Rough ink" and loaded.metadata["modelspec.license"] == "MIT"
     assert "modelspec.description" not in loaded.metadata
@@ -313,7 +313,7 @@ def test_loss_plot(model, train, run_node) -> None:
 
 def test_the_options_node_has_the_defaults_that_hold_without_it(pack, run_node) -> None:
     (options,) = run_node("StyleInjectTrainOptions")
-    assert options == pack.submodule("integration.training.options").TrainOptions()
+    assert options == pack.submodule("integration.training.train_options").TrainOptions()
 
 
 def test_nodes_and_command_line_ask_for_the_same_by_default(pack, run_node) -> None:

@@ -307,7 +307,7 @@ def test_dreambooth_draws_its_class_or_takes_images_of_it(model, train, conditio
 
 
 def test_the_demo_trains_and_shows_pictures(run_node, trained_folder) -> None:
-    model, vae = run_node("StyleInjectDemoModel")
+    model, vae, _ = run_node("StyleInjectDemoModel")
     images, prompts, pictures = run_node("StyleInjectDemoDataset", style="noto", count=6)
     assert len(images) == len(prompts) == len(pictures) == 6
     (empty, _) = run_node("StyleInjectDemoPrompt", text="")
@@ -331,7 +331,7 @@ def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> 
     from PIL import Image
     from torchvision.transforms.functional import to_tensor
 
-    model, vae = run_node("StyleInjectDemoModel")
+    model, vae, _ = run_node("StyleInjectDemoModel")
     images, prompts, _ = run_node("StyleInjectDemoDataset", style="openmoji-line", count=4)
     (empty, _) = run_node("StyleInjectDemoPrompt", text="")
     (options,) = run_node("StyleInjectTrainOptions", vae=vae, picture_every=6, sampling_steps=4, guidance=3.0, seed=2)

@@ -79,18 +79,32 @@ class ComfyProcess:
         for checkpoint in checkpoints:
             place(checkpoint, base / "models" / "checkpoints" / checkpoint.name)
         self.command = [
-            python, str(root / "main.py"), *(("--cpu",) if cpu else ()),
-            "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-            "--database-url", f"sqlite:///{(base / 'user' / 'comfyui.db').as_posix()}",
-            "--disable-auto-launch", "--disable-api-nodes", *args,
+            python,
+            str(root / "main.py"),
+            *(("--cpu",) if cpu else ()),
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(base),
+            "--database-url",
+            f"sqlite:///{(base / 'user' / 'comfyui.db').as_posix()}",
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            *args,
         ]
 
     def __enter__(self) -> ComfyProcess:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command, cwd=self.root, env=environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                self.command,
+                cwd=self.root,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 start_new_session=sys.platform != "win32",
             )
         try:
@@ -129,7 +143,7 @@ class ComfyProcess:
             mentions = [n for n, line in enumerate(lines) if folder in line or line.startswith("Traceback")]
             failed = [n for n in mentions if "IMPORT FAILED" in lines[n] and folder in lines[n]]
             if failed:
-                about = "\n".join(lines[mentions[0]:failed[0] + 1])
+                about = "\n".join(lines[mentions[0] : failed[0] + 1])
                 raise ServerFailed(f"{self.describe()} could not load {name}:\n{about}")
 
     def log(self, lines: int | None = None) -> str:

@@ -66,7 +66,12 @@ def test_the_mixer_steers(client, graph) -> None:
 
 def test_each_style_alone_on_one_sheet(client, graph) -> None:
     client.free()
-    for class_type in ("StyleInjectRouterMonitor", "StyleInjectRouterHeatmap", "StyleInjectRouterTimeline", "StyleInjectStyleMixer"):
+    for class_type in (
+        "StyleInjectRouterMonitor",
+        "StyleInjectRouterHeatmap",
+        "StyleInjectRouterTimeline",
+        "StyleInjectStyleMixer",
+    ):
         del graph[named(graph, class_type)]
     node_id = named(graph, "StyleInjectApply")
     inputs = graph[node_id]["inputs"]

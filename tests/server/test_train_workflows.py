@@ -67,7 +67,7 @@ def test_an_interrupted_training_says_where_it_is_and_goes_on(client: Client, se
     assert client.queue(graph, on_event=interrupt).interrupted
     reached = losses(server, "stopped")[-1]["step"]
     assert 3 <= reached < 400
-    assert f"Stopped at step {reached}. Queue again to go on from output/styleinject/stopped." in server.log()
+    assert f"Stopped at step {reached}. Queue again to continue from output/styleinject/stopped." in server.log()
     resumed: list[int] = []
 
     def stop_soon(event: Event) -> None:

@@ -98,7 +98,7 @@ class Graph:
         """The input that a bypassed node passes to output ``slot``: of its type, the one of its number first."""
         wanted = node["outputs"][slot]["type"]
         inputs = node.get("inputs") or []
-        ordered = inputs[slot:slot + 1] + inputs
+        ordered = inputs[slot : slot + 1] + inputs
         return next((entry for entry in ordered if entry["type"] == wanted), None)
 
 

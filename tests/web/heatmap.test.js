@@ -4,7 +4,9 @@ import { test } from "node:test";
 import { cellAt, rowLabels, viridis } from "../../web/js/router/heatmap.js";
 
 const BOX = { left: 50, top: 10, width: 200, height: 100 };
-const TABLE = { rows: ["a", "b", "c", "d"], blocks: ["a", "a", "b", "b"], steps: 10, values: new Float32Array(40), most: 1 };
+const TABLE = {
+  rows: ["a", "b", "c", "d"], blocks: ["a", "a", "b", "b"], steps: 10, values: new Float32Array(40), least: 0, most: 1,
+};
 
 test("viridis from end to end", () => {
   assert.deepEqual(viridis(0), [68, 1, 84]);

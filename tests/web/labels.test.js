@@ -1,13 +1,28 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { labels } from "../../web/js/router/labels.js";
+import { sliders } from "../../web/js/router/labels.js";
 
-test("sliders carry the names of the styles", () => {
-  const found = labels(["style_1", "style_2", "style_3", "role"], ["style 1", "<b>ink</b>"]);
-  assert.deepEqual([...found], [["style_1", "style 1"], ["style_2", "2: <b>ink</b>"], ["style_3", "3: –"]]);
+const widgets = (/** @type {Record<string, unknown>} */ values) => Object.entries(values).map(([name, value]) => ({ name, value }));
+
+test("sliders carry the names of the styles, and those beyond are hidden", () => {
+  const found = sliders(widgets({ style_1: 0.5, style_2: 0, style_3: 0, role: "all" }), ["style 1", "<b>ink</b>"]);
+  assert.deepEqual([...found], [
+    ["style_1", { label: "style 1", when: "shown" }],
+    ["style_2", { label: "2: <b>ink</b>", when: "shown" }],
+    ["style_3", { label: "3: –", when: "hidden" }],
+  ]);
 });
 
-test("without an adapter they are called as ever", () => {
-  assert.deepEqual([...labels(["style_10", "layers"], [])], [["style_10", "style_10"]]);
+test("a slider beyond the styles that is not at 0 stays in sight", () => {
+  assert.equal(sliders(widgets({ style_7: 0.2 }), ["ink"]).get("style_7")?.when, "shown");
+});
+
+test("without an adapter they are called as ever, and all but a few wait to be asked for", () => {
+  const found = sliders(widgets({ style_4: 0, style_10: 0, style_11: 1, layers: "all" }), []);
+  assert.deepEqual([...found.values()], [
+    { label: "style_4", when: "shown" },
+    { label: "style_10", when: "asked" },
+    { label: "style_11", when: "shown" },
+  ]);
 });

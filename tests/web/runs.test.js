@@ -94,3 +94,12 @@ test("old runs are forgotten", () => {
 test("a message with too few values is an error that says how many", () => {
   assert.throws(() => new Runs().receive({ ...message(), values: "AAAA" }), /ink: the message has 3 values, its columns call for 8/);
 });
+
+test("runs of before come back, but not in place of newer ones", () => {
+  const before = new Runs();
+  const [one, two] = ["1", "2"].map((node) => before.receive(message({ node })));
+  const now = new Runs();
+  const newer = now.receive(message({ node: "2", run: "newer" }));
+  now.add([one, two]);
+  assert.deepEqual(now.all(), [one, newer]);
+});

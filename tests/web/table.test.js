@@ -45,11 +45,24 @@ test("no layers, an unknown role: no values, no error", () => {
   assert.ok(shown(makeTable(run(), "styles", "negative", [0])).every((value) => value === null));
 });
 
-test("the scale ends at the next tenth", () => {
-  assert.equal(makeTable(run(), "styles", "positive", [1]).most, 1);
+test("the scale of one style ends at the next tenth", () => {
   const low = run();
   low.columns.forEach((column) => column.bytes.fill(80)); // 0.315
-  assert.equal(makeTable(low, "styles", "positive", [0]).most, 0.4);
+  const table = makeTable(low, 0, "positive", [0]);
+  assert.deepEqual([table.least, table.most], [0, 0.4]);
+});
+
+test("the scale of means reaches from the least to the most, and never from a value to itself", () => {
+  const scale = (/** @type {number[]} */ bytes) => {
+    const close = run();
+    close.columns.forEach((column) => column.bytes.set([...bytes, ...bytes]));
+    const { least, most } = makeTable(close, "styles", "positive", [0, 1]);
+    return [least, most];
+  };
+  assert.deepEqual(scale([117, 137]), [0.45, 0.55]); // 0.46 and 0.54
+  assert.deepEqual(scale([127, 127]), [0.5, 0.55]);
+  assert.deepEqual(scale([0, 254]), [0, 1]);
+  assert.deepEqual(scale([255, 255]), [0, 1], "no values");
 });
 
 test("the leading style", () => {

@@ -7,6 +7,7 @@
 import { api } from "../../../scripts/api.js";
 // @ts-expect-error ComfyUI serves it
 import { app } from "../../../scripts/app.js";
+import { keep, recall } from "./router/memory.js";
 import { Panel, addStyle } from "./router/panel.js";
 import { Runs } from "./router/runs.js";
 
@@ -82,7 +83,15 @@ app.registerExtension({
   name: "StyleInject.RouterLive",
   setup() {
     addStyle();
-    api.addEventListener(EVENT, (/** @type {CustomEvent} */ event) => show(runs.receive(event.detail)));
+    api.addEventListener(EVENT, (/** @type {CustomEvent} */ event) => {
+      const run = runs.receive(event.detail);
+      show(run);
+      if (run.end) keep(runs.all());
+    });
+    recall().then((kept) => {
+      runs.add(kept);
+      kept.forEach(show);
+    });
   },
   nodeCreated(/** @type {any} */ node) {
     if (node.comfyClass !== NODE) return;

@@ -1,6 +1,6 @@
-"""One picture file as training wants it: upright, RGB, cut to its bucket's size, in [-1, 1]; and what to do with a broken one.
+"""One picture file as training wants it: upright, sRGB, cut to its bucket's size, in [-1, 1]; and what to do with a broken one.
 
-Pixels are taken as sRGB: colour profiles inside the files are not applied.
+A colour profile inside the file is applied; pixels without one are taken as sRGB.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import torch
@@ -67,7 +68,7 @@ class View:
         return cls(mirrored=mirrored) if center_crop else cls(x, y, mirrored)
 
 
-class Broken:
+class CorruptImages:
     """What could not be used so far, by name, and whether to go on without it.
 
     Args:
@@ -174,10 +175,32 @@ def _orientation(picture: Picture) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
+def _in_srgb(picture: Picture) -> Picture:
+    """By the colour profile inside the file, if there is one that can be read: phones write Display P3, cameras Adobe RGB.
+
+    A profile that Pillow cannot apply says nothing about the pixels, which then are taken as they are.
+    """
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("RGB", "RGBA", "L", "CMYK") or "transparency" in picture.info:
+        return picture  # palettes, 16-bit grey: in practice sRGB
+    try:
+        from PIL import ImageCms
+    except ImportError:  # a part that Pillow can be built without
+        return picture
+    try:
+        ours, its = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(picture, its, ours, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return picture
+    return converted or picture
+
+
 def _rgb(picture: Picture) -> Picture:
     import numpy as np
     from PIL import Image
 
+    picture = _in_srgb(picture)
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255 instead of scaling
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:

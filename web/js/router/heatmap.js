@@ -57,7 +57,7 @@ export function drawHeatmap(context, table, width, height, look) {
   drawCells(context, table, box, look);
   drawRowLabels(context, labels, table.rows.length, box, look);
   drawStepAxis(context, table.steps, box, look);
-  drawScale(context, table.most, { left: box.left + box.width + look.size, top, width: look.size, height: box.height }, look);
+  drawScale(context, table, { left: box.left + box.width + look.size, top, width: look.size, height: box.height }, look);
   if (look.title) {
     context.textAlign = "left";
     context.textBaseline = "middle";
@@ -130,7 +130,7 @@ function drawCells(context, table, box, look) {
   small.height = table.rows.length;
   const pixels = new ImageData(table.steps, table.rows.length);
   table.values.forEach((value, cell) => {
-    if (!Number.isNaN(value)) pixels.data.set([...viridis(value / table.most), 255], 4 * cell);
+    if (!Number.isNaN(value)) pixels.data.set([...viridis((value - table.least) / (table.most - table.least)), 255], 4 * cell);
   });
   /** @type {CanvasRenderingContext2D} */ (small.getContext("2d")).putImageData(pixels, 0, 0);
   // More rows than pixels are averaged; fewer have sharp edges.
@@ -177,11 +177,11 @@ function drawStepAxis(context, steps, box, look) {
 
 /**
  * @param {CanvasRenderingContext2D} context
- * @param {number} most
+ * @param {Table} table
  * @param {Box} box
  * @param {Look} look
  */
-function drawScale(context, most, box, look) {
+function drawScale(context, table, box, look) {
   for (let y = 0; y < box.height; y++) {
     context.fillStyle = `rgb(${viridis(1 - y / box.height).join(" ")})`;
     context.fillRect(box.left, box.top + y, box.width, 1.5);
@@ -189,7 +189,7 @@ function drawScale(context, most, box, look) {
   context.fillStyle = look.text;
   context.textAlign = "left";
   context.textBaseline = "top";
-  context.fillText(String(most), box.left + box.width * 1.3, box.top);
+  context.fillText(String(table.most), box.left + box.width * 1.3, box.top);
   context.textBaseline = "bottom";
-  context.fillText("0", box.left + box.width * 1.3, box.top + box.height);
+  context.fillText(String(table.least), box.left + box.width * 1.3, box.top + box.height);
 }

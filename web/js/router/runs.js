@@ -118,15 +118,15 @@ export class Runs {
    * @returns {Run}
    */
   receive(message) {
-    const place = JSON.stringify([message.workflow, message.node, message.adapter]);
-    let run = this._byPlace.get(place);
+    const own = place(message);
+    let run = this._byPlace.get(own);
     if (run?.id !== message.run) {
       for (const [key, old] of this._byPlace) {
         const sameNode = old.workflow === message.workflow && old.node === message.node;
-        if (key === place || (sameNode && old.prompt !== message.prompt)) this._byPlace.delete(key);
+        if (key === own || (sameNode && old.prompt !== message.prompt)) this._byPlace.delete(key);
       }
       run = new Run(message);
-      this._byPlace.set(place, run);
+      this._byPlace.set(own, run);
       const [oldest] = this._byPlace.keys();
       if (this._byPlace.size > MOST_RUNS) this._byPlace.delete(oldest);
     }
@@ -134,10 +134,26 @@ export class Runs {
     return run;
   }
 
+  /**
+   * Take in runs of before, where there are no newer ones of the same monitor.
+   * @param {Run[]} runs oldest first
+   */
+  add(runs) {
+    const newer = [...this._byPlace];
+    const watched = new Set(newer.map(([, run]) => JSON.stringify([run.workflow, run.node])));
+    const older = runs.filter((run) => !watched.has(JSON.stringify([run.workflow, run.node])));
+    this._byPlace = new Map([...older.map((run) => /** @type {[string, Run]} */ ([place(run), run])), ...newer]);
+  }
+
   /** @returns {Run[]} oldest first */
   all() {
     return [...this._byPlace.values()];
   }
+}
+
+/** @param {{workflow: string, node: string, adapter: string}} run */
+function place(run) {
+  return JSON.stringify([run.workflow, run.node, run.adapter]);
 }
 
 /** @param {string} text */

@@ -9,12 +9,13 @@
  */
 
 /**
- * Rows and the steps from 0; `values` holds (rows, steps), NaN where there is none, between 0 and `most`.
+ * Rows and the steps from 0; `values` holds (rows, steps), NaN where there is none, between `least` and `most`.
  * @typedef {object} Table
  * @property {string[]} rows what to call each
  * @property {string[]} blocks what to call the part of the model that each is in; of styles, they themselves
  * @property {number} steps
  * @property {Float32Array} values
+ * @property {number} least
  * @property {number} most
  */
 
@@ -38,7 +39,8 @@ export function makeTable(run, view, role, layers) {
         : layerValue(run, view, step, role, layers[row]);
     }
   }
-  return { rows, blocks, steps: run.steps, values, most: byStyle || view !== "decided" ? roundUp(values) : 1 };
+  const most = view === "decided" ? 1 : roundUp(values);
+  return { rows, blocks, steps: run.steps, values, ...(byStyle ? range(values) : { least: 0, most }) };
 }
 
 /**
@@ -85,6 +87,19 @@ export function decided(all) {
 function mean(values) {
   const there = values.filter((value) => !Number.isNaN(value));
   return there.reduce((sum, value) => sum + value, 0) / there.length;
+}
+
+/**
+ * The colour scale of means over layers: they lie close together, and on a scale from 0 they would all look the same. In
+ * steps of a twentieth, so that it does not move at every step.
+ * @param {Float32Array} values
+ */
+function range(values) {
+  const there = values.filter((value) => !Number.isNaN(value));
+  if (there.length === 0) return { least: 0, most: 1 };
+  const least = Math.floor(Math.min(...there) * 20 + 1e-4);
+  const most = Math.ceil(Math.max(...there) * 20 - 1e-4);
+  return { least: least / 20, most: Math.max(most, least + 1) / 20 };
 }
 
 /**

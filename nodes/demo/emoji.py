@@ -6,11 +6,10 @@ from comfy_api.latest import io
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...integration.demo_model import DemoVAE, demo_conditioning, demo_model
+from ...integration.demo_model import FIVE_STYLES, DemoCLIP, DemoVAE, check_known, demo_conditioning, demo_model
 from ...styleinject_core.demo import data
 from ...styleinject_core.demo.autoencoder import LATENT_CHANNELS
 from ...styleinject_core.demo.model import load_text_encoder
-from ...styleinject_core.demo.text import words
 from ..schema import schema
 
 
@@ -21,27 +20,30 @@ class StyleInjectDemoModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDemoModel",
+            section="demo",
             display_name="StyleInject Demo Model",
             description="A tiny text-to-image model that comes with this pack: it draws emoji of 64x64 pixels in seconds.",
             search_aliases=["demo", "emoji", "tiny model"],
             inputs=[
                 io.Combo.Input(
                     "style",
-                    options=data.styles(),
+                    options=[*data.styles(), FIVE_STYLES],
                     default=data.BASE_STYLE,
                     tooltip=f"What it draws. {data.BASE_STYLE} is the model that the demo's adapters are for; the others are "
-                    "checkpoints tuned to another style, as teachers for Distill StyleInject.",
+                    f'checkpoints tuned to another style, as teachers for Distill StyleInject. "{FIVE_STYLES}" draws all of '
+                    "them, by a word or a reference image, and is what the demo's DEADiff is for.",
                 )
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="For the KSampler; its adapters are marked demo."),
                 io.Vae.Output("VAE", display_name="VAE", tooltip="For VAE Encode, VAE Decode and StyleInject Train Options."),
+                io.Clip.Output("CLIP", display_name="CLIP", tooltip="For CLIP Text Encode. It knows some hundred words."),
             ],
         )
 
     @classmethod
     def execute(cls, style: str = data.BASE_STYLE) -> io.NodeOutput:
-        return io.NodeOutput(demo_model(style), DemoVAE())
+        return io.NodeOutput(demo_model(style), DemoVAE(), DemoCLIP(style))
 
 
 class StyleInjectDemoPrompt(io.ComfyNode):
@@ -51,6 +53,7 @@ class StyleInjectDemoPrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDemoPrompt",
+            section="demo",
             display_name="StyleInject Demo Prompt",
             description="A prompt for the demo model: the name of something there is an emoji of.",
             search_aliases=["demo", "emoji", "text encode"],
@@ -75,10 +78,7 @@ class StyleInjectDemoPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, text: str) -> io.NodeOutput:
         encoder = load_text_encoder()
-        unknown = encoder.unknown_words(text)
-        if unknown and len(unknown) == len(words(text)):
-            known = ", ".join(encoder.vocabulary[:: max(1, len(encoder.vocabulary) // 12)])
-            raise ValueError(f"the demo model knows none of these words: {', '.join(unknown)}. Some that it knows: {known}")
+        unknown = check_known(encoder, text)
         return io.NodeOutput(demo_conditioning(encoder, text), ", ".join(unknown))
 
 
@@ -89,6 +89,7 @@ class StyleInjectDemoDecode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             "StyleInjectDemoDecode",
+            section="demo",
             display_name="StyleInject Demo Decode",
             description="Turns latents of the demo model into images.",
             search_aliases=["demo", "emoji", "vae decode"],

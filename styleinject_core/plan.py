@@ -1,0 +1,168 @@
+"""What the adapters on one module need that does not depend on the layer's input: prepared once, not in each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .functional import dispatch
+from .functional.host import HostLayer, statistics_dtype
+from .functional.update import LayerWeights, prepare
+from .site import Rows, Site
+
+
+class Plan:
+    """The active sites of a module, ready for inputs of one dtype on one device.
+
+    A plan is kept only where every large tensor in it is the adapter's own parameter, and no gradient is wanted: what is
+    copied are routers, hypernetworks and, of several adapters side by side, up-projections. `holds` compares all it was made
+    of (the sites, their strengths, their parameters with storage and version), so that a stale one is never used.
+
+    Args:
+        sites: everything on the module, in order.
+        x: an input.
+    """
+
+    def __init__(self, sites: Sequence[Site], x: Tensor):
+        self._sites, self._like = list(sites), (x.dtype, x.device)
+        self.active = [site for site in sites if site.dma != 0 or site.sta != 0]
+        self.kept = not torch.is_grad_enabled()
+        places = dict.fromkeys(site.rows for site in self.active)
+        self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
+        self.kept = self.kept and all(group.lasting for group in self.groups.values())
+        if self.kept:
+            self._strengths = [(site, site.dma, site.sta) for site in sites]
+            self._made_of = [
+                (site.layer._parameters, part, p, 0 if p is None else p._version, 0 if p is None else p.data_ptr())
+                for site in self.active
+                for part, p in site.layer._parameters.items()
+            ]
+
+    def holds(self, sites: Sequence[Site], x: Tensor) -> bool:
+        """Whether it is what would be prepared now."""
+        if self._sites != sites or self._like != (x.dtype, x.device):
+            return False
+        for site, dma, sta in self._strengths:
+            if site.dma != dma or site.sta != sta:
+                return False
+        for parameters, part, parameter, version, pointer in self._made_of:
+            if parameters[part] is not parameter:
+                return False
+            if parameter is not None and (parameter._version != version or parameter.data_ptr() != pointer):
+                return False
+        return True
+
+    def run(self, x: Tensor, host: HostLayer) -> Tensor:
+        """h* of the layer. Slices of a fused layer are adapted on their own channels, after what adapts it whole."""
+        if None in self.groups and len(self.groups) == 1:
+            return self.groups[None].run(x, host)
+        h = self.groups[None].run(x, host) if None in self.groups else host(x)
+        places = sorted((rows for rows in self.groups if rows is not None), key=lambda rows: (rows.start, rows.size))
+        while places:  # slices that overlap, one after the other
+            apart: list[Rows] = []
+            later: list[Rows] = []
+            end = 0
+            for rows in places:
+                (apart if rows.start >= end else later).append(rows)
+                end = rows.start + rows.size if rows is apart[-1] else end
+            h = self._in_slices(x, h, host, apart)
+            places = later
+        return h
+
+    def _in_slices(self, x: Tensor, h: Tensor, host: HostLayer, places: Sequence[Rows]) -> Tensor:
+        """h with the channels of some slices adapted; the slices are in order and do not overlap."""
+        dim = 1 if host.shape.is_conv else -1
+        pieces, end = [], 0
+        for rows in places:
+            pieces.append(h.narrow(dim, end, rows.start - end))
+            end = rows.start + rows.size
+            part = host.part(rows.slice, h.narrow(dim, rows.start, rows.size))
+            pieces.append(self.groups[rows].run(x, part))
+        pieces.append(h.narrow(dim, end, h.shape[dim] - end))
+        return torch.cat(pieces, dim)
+
+
+class _Group:
+    """The sites that adapt the same channels."""
+
+    def __init__(self, sites: Sequence[Site], x: Tensor):
+        self.sites, self.lasting = list(sites), True
+        precise = statistics_dtype(x)
+        self.weights = [self._weights(site, x, precise) for site in sites]
+        self.prepared = prepare([weights for weights in self.weights if weights.active])
+
+    def _weights(self, site: Site, x: Tensor, precise: torch.dtype) -> LayerWeights:
+        def cast(parameter: Tensor) -> Tensor:
+            out = site.program.cast(parameter, x, x.dtype)
+            self.lasting = self.lasting and out is parameter
+            return out
+
+        def cast_precise(parameter: Tensor) -> Tensor:
+            self.lasting = self.lasting and parameter.device == x.device
+            return site.program.cast(parameter, x, precise)
+
+        return site.layer.weights(cast, dma=site.dma, sta=site.sta, owner=site, precise=cast_precise)
+
+    def run(self, x: Tensor, host: HostLayer) -> Tensor:
+        for site in self.sites:
+            if site.current.call.listeners:
+                return self._heard(x, host)
+        if not self.prepared:
+            return host(x)
+        if _autocast(x):
+            return dispatch.forward(x, host, self.weights)
+        return dispatch.run(x, host, self.prepared)
+
+    def _heard(self, x: Tensor, host: HostLayer) -> Tensor:
+        """The same with somebody listening to the routers."""
+        hearing, h = _Hearing(self.sites), None
+
+        def frozen(y: Tensor) -> Tensor:
+            nonlocal h
+            out = host.forward(y)
+            if y is x:
+                h = out
+            return out
+
+        watched = replace(host, forward=frozen)
+        if _autocast(x) or not self.prepared:
+            out = dispatch.forward(x, watched, self.weights, hearing)
+        else:
+            out = dispatch.run(x, watched, self.prepared, hearing)
+        for site, s in hearing.used.items():
+            _measure(site, s, x, h, host, self.weights[self.sites.index(site)])
+        return out
+
+
+def _autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+class _Hearing:
+    """What the listeners of the current call make of the probabilities of some sites."""
+
+    def __init__(self, sites: Sequence[Site]):
+        self.sites = sites
+        self.used: dict[Site, Tensor] = {}
+
+    @torch.compiler.disable
+    def __call__(self, weights: LayerWeights, s: Tensor) -> Tensor:
+        site = next(site for site in self.sites if site is weights.owner)
+        listeners = site.current.call.listeners
+        for listener in listeners:
+            s = listener.steer(site.name, s)
+        for listener in listeners:
+            listener.record(site.name, s.detach())
+        self.used[site] = s.detach()
+        return s
+
+
+@torch.compiler.disable
+def _measure(site: Site, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: LayerWeights) -> None:
+    with torch.no_grad():
+        for listener in site.current.call.listeners:
+            if listener.measures(site.name):
+                listener.measure(site.name, s, x, h, host, weights)

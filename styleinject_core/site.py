@@ -1,0 +1,72 @@
+"""One adapter's layer on one module of a host, and what the core must know about the host program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .call import CurrentCall
+from .functional.host import REPLACED
+from .methods.method import AdapterLayer
+
+
+class HostProgram:
+    """What the core must know about a host program; these defaults fit any torch module.
+
+    A host overrides them to move weights its own way, to say where a frozen weight can be read, or to undo a
+    reshaping of the batch.
+    """
+
+    def cast(self, parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A parameter of the adapter on the device of the layer's input x and in a dtype; itself where it is so already."""
+        return parameter.to(x.device, dtype)
+
+    def readable(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether module.weight and module.bias are what module.forward applies to x, as plain tensors."""
+        attributes = module.__dict__
+        if type(module) not in (nn.Linear, nn.Conv2d) or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+            return False
+        weight = attributes["_parameters"]["weight"]
+        return REPLACED not in attributes and weight.dtype == x.dtype and weight.device == x.device
+
+    def frozen_weight(self, module: nn.Module, x: Tensor) -> Tensor:
+        """W0 as a plain tensor on the device and in the dtype of x, for changes that depend on it; it may cost."""
+        weight: Any = module.weight
+        return (weight.dequantize() if weight.is_quantized else weight).detach().to(x.device, x.dtype)
+
+    def samples(self, x: Tensor, layer: str, images: int) -> int:
+        """How many images the first dimension of a Linear's input x holds.
+
+        Args:
+            layer: its name in the adapter.
+            images: `ModelCall.images`.
+        """
+        return x.shape[0]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a layer's weight, and so channels of its output: where a fused layer holds what an adapter names apart."""
+
+    start: int
+    size: int
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(eq=False)
+class Site:
+    """One adapter's layer on one module, or on some rows of it, with the strengths of its two parts (0 where it is off)."""
+
+    name: str
+    layer: AdapterLayer
+    program: HostProgram
+    current: CurrentCall
+    rows: Rows | None = None
+    dma: float = 1.0
+    sta: float = 1.0
