@@ -6,6 +6,7 @@ model, so a model can be freed while a MODEL that once used it lives on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ from ..styleinject_core.site import HostProgram
 from .places import diffusion_model, find_places
 
 KEY = "styleinject"
+_SUFFIX = ".safetensors"
 _PLAIN_LAYERS = (
     nn.Linear,
     nn.Conv2d,
@@ -105,6 +107,7 @@ class Injection:
         start_percent, end_percent: the part of the sampling schedule, 0 to 1; by noise level, as ControlNet has it.
         control: what steers its router.
         patched: whether it is in the model's weights already (`weight_patches`): then calls have nothing to do.
+        node_id: the execution id of the node that applied it, for what there is to say about it; "" where unknown.
 
     Raises:
         ValueError: percents outside of 0 to 1, or a start after the end; a control that does not fit the adapter.
@@ -115,6 +118,7 @@ class Injection:
     end_percent: float = 1.0
     control: tuple[Rule, ...] = ()
     patched: bool = False
+    node_id: str = ""
     steering: Steering | None = field(init=False, default=None, repr=False)
     _attached: WeakKeyDictionary[nn.Module, Attachment] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
     _bounds: SigmaBounds = field(init=False, default_factory=lambda: SigmaBounds(), repr=False)
@@ -124,11 +128,14 @@ class Injection:
         if self.control:
             object.__setattr__(self, "steering", Steering(self.control, self.applied.adapter))
 
+    @property
+    def strong(self) -> bool:
+        """Whether its strengths let it change anything."""
+        return self.applied.strength != 0 and (self.applied.dma != 0 or self.applied.sta != 0)
+
     def active(self, model: nn.Module, timestep: Tensor) -> bool:
         """Whether the adapter takes part at this noise level: percent_to_sigma(end) <= sigma <= percent_to_sigma(start)."""
-        if self.patched or self.applied.strength == 0 or (self.applied.dma == 0 and self.applied.sta == 0):
-            return False
-        return self._within(model, timestep, self.start_percent, self.end_percent)
+        return not self.patched and self.strong and self._within(model, timestep, self.start_percent, self.end_percent)
 
     def active_rules(self, model: nn.Module, timestep: Tensor) -> list[bool]:
         """The same for each rule of the control."""
@@ -201,14 +208,22 @@ def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[
     Raises:
         ValueError: no adapter is applied, or none of that name.
     """
-    wanted = adapter_name.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+    wanted = _stems(adapter_name)
+    everyone = adapter_name.strip() in ("all", "")
     if not injections:
         raise ValueError("no StyleInject adapter is applied to this model: connect the output of an Apply StyleInject node")
-    found = [i for i in injections if wanted in ("all", "", i.applied.adapter.name)]
+    found = [i for i in injections if everyone or i.applied.adapter.name in wanted]
     if not found:
         names = ", ".join(dict.fromkeys(i.applied.adapter.name for i in injections))
         raise ValueError(f'no adapter named "{adapter_name}" is applied to this model; there are: {names}')
     return found
+
+
+def _stems(name: str) -> set[str]:
+    """The names an adapter may have that somebody calls by this one: a file's, with or without folders and suffix."""
+    spelled = [name, name.strip()]
+    stems = {s[: -len(_SUFFIX)] if s.lower().endswith(_SUFFIX) else s for s in spelled}
+    return stems | {re.split(r"[\\/]", stem)[-1] for stem in stems} | {stem.rsplit("/", 1)[-1] for stem in stems}
 
 
 def model_title(model: nn.Module) -> str:

@@ -66,14 +66,16 @@ class FileChoices:
             ValueError: a name that leaves its folder, or none chosen.
             FileNotFoundError: no such file; names the folders looked in and what is there.
         """
-        wanted = str(name).replace("\\", "/")
-        if wanted == self.none_chosen:
+        if name == self.none_chosen:
             raise ValueError(self.advice.format(folder=folder_paths.get_folder_paths(self.folder)[0]))
-        if ".." in wanted.split("/") or os.path.isabs(wanted) or ":" in wanted:
-            raise ValueError(
-                f"{self.noun} name {name!r}: expected a file inside {self._folders()}, not a path that leads out of it"
-            )
         files = self._files()
+        wanted = str(name)
+        if wanted not in files:  # what is listed is inside, whatever its name; else it may be a workflow from Windows
+            wanted = wanted.replace("\\", "/")
+            if ".." in wanted.split("/") or os.path.isabs(wanted) or ":" in wanted:
+                raise ValueError(
+                    f"{self.noun} name {name!r}: expected a file inside {self._folders()}, not a path that leads out of it"
+                )
         if wanted not in files:
             wanted = _DEMO + wanted
         if wanted not in files:

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
@@ -65,11 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         "--styles", type=int, default=AdapterRequest.styles, help="n, parallel down-projections (default %(default)s)"
     )
     init.add_argument("--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)")
+    init.add_argument("--factors", default="64,4", metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)")
     init.add_argument(
-        "--factors", type=_integers, default=kronecker.FACTORS, metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)"
-    )
-    init.add_argument(
-        "--targets", help='layer selector, as in "to_q,to_v" or "attention,conv" (default: the method\'s paper\'s)'
+        "--targets", default="", help='layer selector, as in "to_q,to_v" or "attention,conv" (default: the method\'s paper\'s)'
     )
     init.add_argument("--router-pool", choices=ROUTER_POOLS, default="mean")
     init.add_argument("--sta", choices=STA_FORMS, default="multiplicative", help="the AdaIN step (default multiplicative)")
@@ -132,10 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(item) for item in text.split(","))
-
-
 def _init(options: argparse.Namespace) -> int:
     import torch
 
@@ -146,15 +139,12 @@ def _init(options: argparse.Namespace) -> int:
         rank=options.rank,
         styles=options.styles,
         alpha=options.alpha,
-        factors=options.factors,
+        targets=tuple(term.strip() for term in options.targets.split(",") if term.strip()),
+        factors=kronecker.parse_factors(options.factors),
         router_pool=options.router_pool,
         sta=options.sta,
     )
-    if options.targets is None:
-        targets = type(settings.config()).default_targets()
-    else:
-        targets = tuple(term.strip() for term in options.targets.split(",") if term.strip())
-    config = replace(settings, targets=targets).config()
+    config = settings.config()
     torch.manual_seed(options.seed)
     architecture = ARCHITECTURES[options.base]
     metadata = {"modelspec.architecture": f"{architecture.modelspec}/{config.method}"}
@@ -181,10 +171,10 @@ def _convert_deadiff(options: argparse.Namespace) -> int:
 
 
 def _train_deadiff(options: argparse.Namespace) -> int:
-    from .commands import config, reference
+    from .commands import config_files, reference
 
     if options.template:
-        print(config.template(reference.ReferenceConfig), end="")
+        print(config_files.template(reference.ReferenceConfig), end="")
         return 0
     if options.config is None:
         raise ValueError("expected a config file; write one with: styleinject deadiff train --template > my.toml")
@@ -198,7 +188,7 @@ def _demo(options: argparse.Namespace) -> int:
 
         references.run(options.out, None if options.reference is True else options.reference, seed=options.seed)
         return 0
-    from .demo.run import run
+    from .demo.show import run
 
     run(options.out, options.style, steps=options.steps, train=not options.no_train, seed=options.seed)
     return 0
@@ -228,12 +218,13 @@ _LESS_MEMORY = (
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .commands import config
-    from .commands.run import run
+    from .commands.config_files import DistilConfig, DreamBoothConfig, TrainConfig, template
+    from .commands.training import run
 
-    kind = {"train": config.TrainConfig, "dreambooth": config.DreamBoothConfig, "distill": config.DistilConfig}[options.command]
+    kinds = {"train": TrainConfig, "dreambooth": DreamBoothConfig, "distill": DistilConfig}
+    kind = kinds[options.command]
     if options.template:
-        print(config.template(kind), end="")
+        print(template(kind), end="")
         return 0
     if options.config is None:
         raise ValueError(f"expected a config file; write one with: styleinject {options.command} --template > my.toml")

@@ -99,6 +99,8 @@ class ComfyTrainingModel(TrainingModel):
         ValueError: a model that cannot be trained, or with an adapter on it that is active in a part of sampling only.
     """
 
+    schedule: ComfySchedule
+
     def __init__(self, patcher: ModelPatcher):
         base = patcher.model
         host = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)  # beneath torch.compile
@@ -141,7 +143,7 @@ class ComfyTrainingModel(TrainingModel):
         return hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()
 
     @property
-    def half(self) -> bool:
+    def is_float16(self) -> bool:
         return compute_dtype(self.patcher) == torch.float16
 
     @property

@@ -517,7 +517,10 @@ def test_wrong_vision_encoders(core, deadiff, vision, run_node) -> None:
 
 def test_models_that_do_not_fit(core, apply, tokens, tiny_unet_model, sample) -> None:
     style = tokens()
-    for other, title in ((tiny_unet_model(context_dim=32), "Stable Diffusion 1.x"), (tiny_model.sdxl_model(), "Stable Diffusion XL")):
+    for other, title in (
+        (tiny_unet_model(context_dim=32), "Stable Diffusion 1.x"),
+        (tiny_model.sdxl_model(), "Stable Diffusion XL"),
+    ):
         with pytest.raises(
             core.ReferenceMismatchError, match=f'DEADiff "tiny" was made for Stable Diffusion 1.x, this model is {title}'
         ):

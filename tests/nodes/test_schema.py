@@ -53,7 +53,7 @@ INPUTS = {
     "StyleInjectTrainOptions": ["seed", "existing_run", "accumulation", "optimizer", "schedule", "warmup", "weight_decay",
                                 "clip", "min_snr_gamma", "caption_dropout", "gradient_checkpointing", "checkpoint_every",
                                 "picture_every", "validation_images", "validate_every", "patience", "alpha", "router_pool",
-                                "sta", "sampling_steps", "guidance", "dtype", "vae", "picture_prompt"],
+                                "sta", "sampling_steps", "guidance", "dtype", "vae", "picture_prompt", "factors"],
     "StyleInjectSave": ["adapter", "filename_prefix", "dtype", "title", "author", "trigger_phrase", "description", "license"],
     "StyleInjectLossPlot": ["losses"],
     "StyleInjectDemoModel": ["style"],
