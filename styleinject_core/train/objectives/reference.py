@@ -26,9 +26,9 @@ from ...deadiff.model import Deadiff
 from ...deadiff.rows import repeats
 from ...override import Override, Tail
 from ..data.batches import Conditioning, conditioning_hash, tensors_hash
-from ..random_numbers import VALIDATION, RandomNumbers
 from ..models.noise import add_noise
 from ..models.training_model import TrainingModel
+from ..random_numbers import VALIDATION, RandomNumbers
 from ..settings import TrainSettings
 from .losses import fine_tune_loss
 
