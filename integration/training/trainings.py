@@ -84,8 +84,10 @@ class Lesson:
         """From a node's inputs. Raises ValueError: see `flat_prompts` and `flat_latents`."""
         return cls(
             prompts=flat_prompts(conditioning),
-            teacher_prompts=teacher_conditioning and flat_prompts(teacher_conditioning, "teacher_conditioning"),
-            latents=latents and flat_latents(latents),
+            teacher_prompts=None
+            if teacher_conditioning is None
+            else flat_prompts(teacher_conditioning, "teacher_conditioning"),
+            latents=None if latents is None else flat_latents(latents),
             **numbers,
         )
 
