@@ -182,9 +182,11 @@ def _double(header: dict, body: bytes, keys: list[str], rng: random.Random) -> b
         text = text[:-1] + f", {json.dumps(key)}: {json.dumps(header[key])}" + "}"
         return struct.pack("<Q", len(text.encode())) + text.encode() + body
     size = header[key]["data_offsets"][1] - header[key]["data_offsets"][0]
+    if not 0 <= size <= len(body):
+        return _drop(header, body, keys, rng)
     entry = {**header[key], "data_offsets": [len(body), len(body) + size]}
     name = rng.choice((key.replace("lora_unet_", "lycoris_"), key.replace("down", "A"), "b." + key, key.replace(".", "_")))
-    return packed({**header, name: entry}, body + body[:size].ljust(size, b"\0"))
+    return packed({**header, name: entry}, body + body[:size])
 
 
 @pytest.mark.parametrize("part", range(3))

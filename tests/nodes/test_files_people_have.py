@@ -224,14 +224,14 @@ def test_files_that_extract_and_save_writes(model, tiny_unet_model, ours, sample
 
 @pytest.mark.parametrize("kind", files.KINDS)
 def test_patched_into_weights_or_installed_for_calls_is_the_same(model, layers, put, run_node, sample, kind) -> None:
-    """A schedule over all but nothing makes a change one for calls: 0 to 0.999 of sampling holds for every step here."""
+    """A schedule over all but nothing makes a change one for calls: no step of "simple" is after 0.999 of sampling."""
     adapter = run_node("StyleInjectLoader", adapter_name=put(files.file_of(layers, kind)))[0]
     patched = run_node("StyleInjectApply", model=model, adapter=adapter, strength=-0.5)[0]
     scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, strength=-0.5, end_percent=0.999)[0]
     assert patched.patches and not scheduled.patches
-    expected = sample(patched)
-    assert not close(expected, sample(model), 0.02)
-    assert close(sample(scheduled), expected, 2e-3)
+    expected = sample(patched, scheduler="simple")
+    assert not close(expected, sample(model, scheduler="simple"), 0.02)
+    assert close(sample(scheduled, scheduler="simple"), expected, 2e-4)
 
 
 @pytest.mark.parametrize("family", dit_models.MODELS)
@@ -262,7 +262,8 @@ def test_norms_for_calls(model, put, run_node, sample) -> None:
     adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
     before = {name: id(p) for name, p in model.model.named_parameters()}
     scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
-    assert close(sample(scheduled), sample(native(model, tensors)), 1e-3)
+    expected = sample(native(model, tensors), scheduler="simple")
+    assert close(sample(scheduled, scheduler="simple"), expected, 2e-4)
     assert {name: id(p) for name, p in model.model.named_parameters()} == before
 
 
@@ -272,7 +273,7 @@ def test_strength_selector_and_layer_weights_reach_the_patches(model, layers, pu
     given = {"adapter": adapter, "layers": "attention", "layer_weights": "to_q = 0.5; cross = *-2"}
     patched = run_node("StyleInjectApply", model=model, strength=0.7, **given)[0]
     scheduled = run_node("StyleInjectApply", model=model, strength=0.7, end_percent=0.999, **given)[0]
-    assert close(sample(patched), sample(scheduled), 2e-3)
+    assert close(sample(patched, scheduler="simple"), sample(scheduled, scheduler="simple"), 2e-4)
     later = run_node(
         "StyleInjectStrength",
         model=run_node("StyleInjectApply", model=model, strength=3.0, **given)[0],
