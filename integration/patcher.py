@@ -17,7 +17,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
 from ..styleinject_core import Adapter, Applied
@@ -26,7 +26,8 @@ from ..styleinject_core.router.control import Rule
 from .injection import KEY, Injection, select_adapters
 from .monitor import Monitor
 from .places import find_places, fitted
-from .sampling import ApplyModelWrapper, SampleWrapper, calc_cond_batch_wrapper
+from .reference import AppliedReference
+from .sampling import ApplyModelWrapper, SampleWrapper, calc_cond_batch_wrapper, predict_noise_wrapper, prepare_state
 from .weight_patches import add_patches, remove_patches
 
 _CACHE, _FITTED = "_comfyui_patchers", "_comfyui_fitted"
@@ -44,6 +45,7 @@ def apply_adapter(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     control: Sequence[Rule] = (),
+    node_id: str = "",
 ) -> tuple[ModelPatcher, Injection]:
     """A clone of `model` with one more adapter; `model` and `adapter` stay as they are.
 
@@ -63,7 +65,7 @@ def apply_adapter(
         )
         weights = None if patched else managed_weights(adapter, model)
         applied = Applied(adapter if weights is None else weights.model, strength, dma, sta, layers, layer_weights)
-        injection = Injection(applied, start_percent, end_percent, tuple(control), patched)
+        injection = Injection(applied, start_percent, end_percent, tuple(control), patched, node_id)
         report = injection.report(model.model)  # what does not fit is said now, not in mid-sampling
         if report.share < 1 or report.biases:
             logging.warning("StyleInject: %s", report)
@@ -111,6 +113,22 @@ class _Fitted(WeakKeyDictionary):
 def injections_of(model: ModelPatcher) -> tuple[Injection, ...]:
     """The adapters on a MODEL, in the order they were applied."""
     return tuple(i for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for i in wrapper.injections)
+
+
+def apply_reference(model: ModelPatcher, applied: AppliedReference) -> ModelPatcher:
+    """A clone of `model` with one more reference image; `model` stays as it is.
+
+    Raises:
+        ReferenceMismatchError: DEADiff does not fit the model.
+    """
+    with without_injections(model):
+        applied.attachment(model.model)  # what does not fit is said now, not in mid-sampling
+    return _with_injections(model, injections_of(model), references=(*references_of(model), applied))
+
+
+def references_of(model: ModelPatcher) -> tuple[AppliedReference, ...]:
+    """The reference images on a MODEL, in the order they were applied."""
+    return tuple(r for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for r in wrapper.references)
 
 
 def set_strength(model: ModelPatcher, adapter_name: str, strength: float) -> ModelPatcher:
@@ -197,16 +215,23 @@ def _monitors_of(model: ModelPatcher) -> tuple[Monitor, ...]:
 
 
 def _with_injections(
-    model: ModelPatcher, injections: tuple[Injection, ...], monitors: tuple[Monitor, ...] | None = None
+    model: ModelPatcher,
+    injections: tuple[Injection, ...],
+    monitors: tuple[Monitor, ...] | None = None,
+    references: tuple[AppliedReference, ...] | None = None,
 ) -> ModelPatcher:
-    """A clone with these adapters; its monitors stay unless others are given."""
+    """A clone with these adapters; its monitors and references stay unless others are given."""
+    references = references_of(model) if references is None else references
     wrappers: dict[str, Any] = {
-        WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections),
+        WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections, references),
         WrappersMP.OUTER_SAMPLE: SampleWrapper(injections, _monitors_of(model) if monitors is None else monitors),
+        WrappersMP.PREDICT_NOISE: predict_noise_wrapper,
         WrappersMP.CALC_COND_BATCH: calc_cond_batch_wrapper,
     }
     clone = model.clone()
     for kind, wrapper in wrappers.items():
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_PREPARE_STATE, KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, prepare_state)
     return clone

@@ -10,21 +10,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_wrappers_with_key
 from torch import Tensor, nn
 
 from ..styleinject_core import Attachment
 from ..styleinject_core.call import Listener, ModelCall
+from ..styleinject_core.functional.host import HostLayer
 from ..styleinject_core.router.control import Steered
+from ..styleinject_core.router.recorder import Call, Recorder
+from .guidance import Passes
 from .injection import KEY, Injection
 from .monitor import Monitor
+from .reference import AppliedReference, masked_options
+from .taking_part import TakingPart
 
 UNKNOWN = "unknown"  # the role of rows that are not the conditionings ComfyUI was asked for
+_FUNCTION_WRAPPER = "model_function_wrapper"
+_APPLY = "apply_model"
 
 
 class Run:
@@ -40,7 +48,9 @@ class Run:
     def __init__(self, guider: Any, sigmas: Tensor, injections: Sequence[Injection], monitors: Sequence[Monitor]) -> None:
         self.guider, self.sigmas, self.steps = guider, sigmas, max(1, len(sigmas) - 1)
         model, gpu = guider.model_patcher.model, guider.model_patcher.load_device.type != "cpu"
+        self.injections = tuple(injections)
         self.observations = [o for monitor in monitors for o in monitor.observe(injections, model, self.steps, gpu)]
+        self.passes, self.taking_part = Passes(), TakingPart(injections)
         self.memory: dict[Any, Tensor] = {}  # what router controls hold for the length of the run
         self._warned = False
         self._seen: dict[int, int] = {}  # observation -> calls that the live feed has shown
@@ -48,17 +58,21 @@ class Run:
     def roles(self, conds: Sequence[Any]) -> tuple[str, ...]:
         """The name of each conditioning: the guider's for that very list, or for one made of its entries; else its place."""
         known: dict[str, Any] = getattr(self.guider, "conds", None) or {}
-        by_entry: dict[Any, set[str]] = {}  # an area's entry is in the other prompt's list too, under the same id
-        for name, entries in known.items():
-            for entry in entries or ():
-                by_entry.setdefault(entry.get("uuid"), set()).add(name)
-        found = []
+        by_entry, found = self.by_entry(), []
         for place, entries in enumerate(conds):
             name = next((name for name, own in known.items() if entries is not None and entries is own), None)
             of_entries = [by_entry.get(entry.get("uuid"), set()) for entry in entries or ()]
             names = {name} if name is not None else set.intersection(*of_entries) if of_entries else set()
             found.append(names.pop() if len(names) == 1 else f"cond {place}")
         return tuple(found)
+
+    def by_entry(self) -> dict[Any, set[str]]:
+        """Id of a conditioning's entry -> its names: an area's entry is in the other prompt's list too, under the same id."""
+        names: dict[Any, set[str]] = {}
+        for name, entries in (getattr(self.guider, "conds", None) or {}).items():
+            for entry in entries or ():
+                names.setdefault(entry.get("uuid"), set()).add(name)
+        return names
 
     def warn_of_unknown_rows(self, injection: Injection) -> None:
         """Say once that a control for one prompt has no effect on rows that nobody can tell apart."""
@@ -99,43 +113,141 @@ class Conditionings:
     run: Run
     roles: tuple[str, ...] = ()
     images: int = 0
+    guidance: bool = False
 
-    def of_rows(self, rows: int, cond_or_uncond: Sequence[int] | None) -> tuple[str, ...]:
-        """The role of each equal part of a batch of `rows`; one part, unknown, where it is not what was asked for."""
-        entries = list(cond_or_uncond or ())
-        if not entries or rows != self.images * len(entries) or max(entries) >= len(self.roles):
+    def of_rows(self, rows: int, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The role of each equal part of a batch of `rows`; one part, unknown, where it is not what was asked for.
+
+        Nodes that split a batch, as for context windows, stand inside or outside of our wrapper: how many images were asked
+        for last is in `sigmas`, and whose they are in `uuids`, which ComfyUI writes behind all of them.
+
+        Args:
+            options: the model call's transformer_options.
+        """
+        entries, ids, sigmas = (options.get(key) for key in ("cond_or_uncond", "uuids", "sigmas"))
+        images = {self.images, len(sigmas) if isinstance(sigmas, Tensor) and sigmas.ndim == 1 else 0}
+        if not entries or rows not in {count * len(entries) for count in images}:
             return (UNKNOWN,)
-        return tuple(self.roles[entry] for entry in entries)
+        by_entry = self.run.by_entry() if ids is not None and len(ids) == len(entries) else {}
+        found: list[str] = []
+        for place, entry in enumerate(entries):
+            names = by_entry.get(ids[place], set()) if by_entry else set()
+            if len(names) != 1:
+                names = set(self.roles[entry : entry + 1])
+            found.extend(names)
+        return tuple(found) if len(found) == len(entries) else (UNKNOWN,)
+
+    def recorded(self, roles: tuple[str, ...]) -> tuple[str, ...]:
+        """What rows of these roles are called in a recording: those of a guidance are not the prompt's own."""
+        return tuple(f"{role} guidance" for role in roles) if self.guidance else roles
 
     def __deepcopy__(self, memo: dict) -> Conditionings:
         return self
 
 
 class ApplyModelWrapper:
-    """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters: all of them, on it for the length of a call."""
+    """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters or references: all of them, on it for the length of a
+    call."""
 
-    def __init__(self, injections: Iterable[Injection]):
+    def __init__(self, injections: Iterable[Injection], references: Iterable[AppliedReference] = ()):
         self.injections = tuple(injections)
+        self.references = tuple(references)
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         model, x, timestep = executor.class_obj, args[0], args[1]
-        patcher = getattr(model, "current_patcher", None)
         # guiders of two models hand each the wrappers of both
-        if patcher is None or self not in patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        if all(wrapper is not self for wrapper in _wrappers_of(model)):
             return executor(*args, **kwargs)
         options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
-        call = model_call(x, timestep, options)
         with ExitStack() as stack:
-            for injection in self.injections:
-                if injection.active(model, timestep):
-                    attachment = injection.attachment(model)
-                    stack.enter_context(attachment.in_call(call))
-                    stack.enter_context(_listened(injection, attachment, model, timestep, call))
-                    stack.enter_context(attachment)
+            stack.enter_context(_adapted(self.injections, model, x, timestep, options))
+            call = model_call(x, timestep, options)
+            active = [reference for reference in self.references if reference.active(model, timestep)]
+            calls = [reference.call(call) for reference in active]
+            for reference, own in zip(active, calls, strict=True):
+                attached = reference.attachment(model)
+                stack.enter_context(attached.in_call(own))
+                stack.enter_context(attached)
+            if any(reference.mask is not None for reference in active):
+                arguments = _Arguments(args, kwargs)
+                arguments[5, "transformer_options"] = masked_options(active, model, x, calls, options)
+                args, kwargs = tuple(arguments.args), arguments.kwargs
             return executor(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:
         return self  # some versions deep-copy a model's options; the adapters in here are not theirs to copy
+
+
+def _wrappers_of(model: nn.Module) -> list[Any]:
+    """Our wrappers on the MODEL that a model belongs to now."""
+    patcher: Any = getattr(model, "current_patcher", None)
+    return [] if patcher is None else patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY)
+
+
+@contextmanager
+def _adapted(
+    injections: Iterable[Injection], model: nn.Module, x: Tensor, timestep: Tensor, options: Mapping[str, Any]
+) -> Iterator[None]:
+    """A model with the adapters that are active at this noise level, for the length of one call of it."""
+    call = model_call(x, timestep, options)
+    now = options.get(KEY)
+    run = now.run if isinstance(now, Conditionings) else None
+    active = [(injection, injection.attachment(model)) for injection in injections if injection.active(model, timestep)]
+    with ExitStack() as stack:
+        for injection, attachment in active:
+            stack.enter_context(attachment.in_call(call))
+            stack.enter_context(_listened(injection, attachment, model, timestep, call))
+            stack.enter_context(attachment)
+            attachment.sites[0][0].current.ran = False
+        yield
+    if run is not None:
+        for injection, attachment in active:
+            run.taking_part.took_part(injection, attachment.sites[0][0].current.ran)
+
+
+class FunctionWrapper:
+    """Around a `model_function_wrapper` that somebody else has put into a run: some run the model's blocks by themselves.
+
+    The adapters are on the model while it works, but for the calls of `apply_model` that it makes: those of this MODEL bring
+    them along, and another MODEL of the same model has others, or none.
+    """
+
+    def __init__(self, run: Run, function: Callable[..., Any]):
+        self.run, self.function = run, function
+        self.__module__ = getattr(function, "__module__", None) or type(function).__module__
+
+    def __call__(self, apply_model: Callable[..., Any], args: Mapping[str, Any]) -> Any:
+        model = getattr(apply_model, "__self__", None)
+        if model is None or all(wrapper.injections != self.run.injections for wrapper in _wrappers_of(model)):
+            return self.function(apply_model, args)
+        options = args["c"].get("transformer_options") or {}
+
+        def adapted() -> AbstractContextManager[None]:
+            return _adapted(self.run.injections, model, args["input"], args["timestep"], options)
+
+        stack = ExitStack()
+
+        def apply(_model: nn.Module, *others: Any, **named: Any) -> Any:
+            stack.close()
+            try:
+                return apply_model(*others, **named)
+            finally:
+                stack.enter_context(adapted())
+
+        former = model.__dict__.get(_APPLY)
+        try:
+            stack.enter_context(adapted())
+            model.__dict__[_APPLY] = MethodType(apply, model)
+            return self.function(model.__dict__[_APPLY], args)
+        finally:
+            stack.close()
+            if former is None:
+                model.__dict__.pop(_APPLY, None)
+            else:
+                model.__dict__[_APPLY] = former
+
+    def __deepcopy__(self, memo: dict) -> FunctionWrapper:
+        return self
 
 
 def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any]) -> ModelCall:
@@ -143,8 +255,7 @@ def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any]) -> Model
     now = options.get(KEY)
 
     def roles() -> tuple[str, ...]:
-        known = isinstance(now, Conditionings)
-        return now.of_rows(x.shape[0], options.get("cond_or_uncond")) if known else (UNKNOWN,)
+        return now.of_rows(x.shape[0], options) if isinstance(now, Conditionings) else (UNKNOWN,)
 
     # no count where gradients are wanted: a backward pass may run blocks of an earlier call again
     images = 0 if torch.is_grad_enabled() else x.shape[0]
@@ -172,12 +283,33 @@ def _listened(
         memory = {} if run is None else run.memory
         active = injection.active_rules(model, timestep)
         listeners.append(Steered(injection.steering.steers(active, roles, keys, call.sigma, memory, rows)))
-    calls = [recorder.begin(roles, call.sigma, rows) for recorder in observed]
-    listeners.extend(recorded for recorded in calls if recorded is not None)
-    with attachment.sites[0][0].current.listened(*listeners):
+    names = now.recorded(roles) if isinstance(now, Conditionings) else roles
+    recordings = [_Recording(recorder, names, call.sigma, rows) for recorder in observed]
+    with attachment.sites[0][0].current.listened(*listeners, *recordings):
         yield
-    for recorder, recorded in zip(observed, calls, strict=True):
-        recorder.end(recorded)
+    for recording in recordings:
+        recording.recorder.end(recording.call)
+
+
+class _Recording(Listener):
+    """A call for a recorder, begun with the first layer that is heard of: not every call is made that could be."""
+
+    def __init__(self, recorder: Recorder, roles: tuple[str, ...], sigma: float | Tensor, rows: int):
+        self.recorder, self._asked = recorder, (roles, sigma, rows)
+        self.call: Call | None = None
+
+    def record(self, layer: str, s: Tensor) -> None:
+        if self._asked is not None:
+            self.call, self._asked = self.recorder.begin(*self._asked), None
+        if self.call is not None:
+            self.call.record(layer, s)
+
+    def measures(self, layer: str) -> bool:
+        return self.call is not None and self.call.measures(layer)
+
+    def measure(self, layer: str, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: Any) -> None:
+        if self.call is not None:
+            self.call.measure(layer, s, x, h, host, weights)
 
 
 class SampleWrapper:
@@ -195,13 +327,14 @@ class SampleWrapper:
         run = Run(guider, sigmas, self.injections, self.monitors)
         guider.model_options.setdefault("transformer_options", {})[KEY] = Conditionings(run)
         arguments[5, "callback"] = _calling(run, arguments[5, "callback"])
-        result = None
+        result, model = None, guider.model_patcher.model
         try:
             result = executor(*arguments.args, **arguments.kwargs)
             return result
         finally:
             if result is not None:
                 run.stepped(run.steps - 1)  # what samplers did after their last callback
+                run.taking_part.tell(model, sigmas[:-1], guider.model_options, guider)
             run.close(result, f"seed {arguments[7, 'seed']}, {run.steps} steps")
 
     def __deepcopy__(self, memo: dict) -> SampleWrapper:
@@ -215,9 +348,38 @@ def calc_cond_batch_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     transformer_options = options.get("transformer_options", {})
     now = transformer_options.get(KEY)
     if isinstance(now, Conditionings):
-        now = replace(now, roles=now.run.roles(arguments[1, "conds"]), images=arguments[2, "x_in"].shape[0])
-        arguments[4, "model_options"] = {**options, "transformer_options": {**transformer_options, KEY: now}}
+        conds, x = arguments[1, "conds"], arguments[2, "x_in"]
+        guidance = bool(now.run.observations) and now.run.passes.guided(conds, x)
+        now = replace(now, roles=now.run.roles(conds), images=x.shape[0], guidance=guidance)
+        options = {**options, "transformer_options": {**transformer_options, KEY: now}}
+        function = options.get(_FUNCTION_WRAPPER)
+        if function is not None and not isinstance(function, FunctionWrapper):
+            options[_FUNCTION_WRAPPER] = FunctionWrapper(now.run, function)
+        arguments[4, "model_options"] = options
     return executor(*arguments.args, **arguments.kwargs)
+
+
+def predict_noise_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Tell the passes of a guidance from the prompts' own, in what is predicted inside; only where somebody records."""
+    options = _Arguments(args, kwargs)[2, "model_options"] or {}
+    now = options.get("transformer_options", {}).get(KEY)
+    if isinstance(now, Conditionings) and now.run.observations:
+        now.run.passes.begin(options)
+    return executor(*args, **kwargs)
+
+
+def prepare_state(patcher: Any, _timestep: Any, model_options: dict[str, Any] | None = None, *_others: Any) -> None:
+    """The CallbacksMP.ON_PREPARE_STATE callback: a guider of two models hands the second the options of the first.
+
+    ComfyUI calls it before it asks those options for wrappers, from the version on that has such guiders.
+    """
+    if not isinstance(model_options, dict):
+        return
+    options = model_options.setdefault("transformer_options", {})
+    present = get_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY, options)
+    for wrapper in patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        if all(other is not wrapper for other in present):
+            add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper, options)
 
 
 class _Arguments:

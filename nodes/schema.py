@@ -17,7 +17,9 @@ AdapterType = io.Custom("STYLEINJECT_ADAPTER")  # a styleinject_core.Adapter
 TraceType = io.Custom("STYLEINJECT_TRACE")  # an integration.monitor.Monitor, or a sequence of the core's RouterTrace
 RouterControlType = io.Custom("STYLEINJECT_ROUTER_CONTROL")  # a sequence of the core's Rule
 LayerWeightsType = io.Custom("STYLEINJECT_LAYER_WEIGHTS")  # text in the core's layer weight language
-OptionsType = io.Custom("STYLEINJECT_TRAIN_OPTIONS")  # a TrainOptions of integration.training.options
+OptionsType = io.Custom("STYLEINJECT_TRAIN_OPTIONS")  # a TrainOptions of integration.training.train_options
+DeadiffType = io.Custom("STYLEINJECT_DEADIFF")  # an integration.reference_encoder.LoadedDeadiff
+TokensType = io.Custom("STYLEINJECT_TOKENS")  # the core's deadiff.Tokens
 LossType = io.Custom("STYLEINJECT_LOSS")  # a LossHistory of integration.training.named_runs
 
 
@@ -71,6 +73,37 @@ def trigger_output() -> io.String.Output:
 def trigger_of(adapter: Adapter) -> str:
     """ModelSpec's field for them, or "" where an adapter has none."""
     return adapter.metadata.get("modelspec.trigger_phrase", "")
+
+
+def percent_inputs(what: str, start: str = "", end: str = "") -> list[Any]:
+    """The part of the noise schedule that something is active in: start_percent and end_percent, 0 to 1.
+
+    Args:
+        what: what begins and ends, with its article.
+        start, end: what to add about each.
+    """
+    late = "With a denoise of 0.4, as in a second pass, only about 0.6 to 1 happens."
+    percent: dict[str, Any] = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            tooltip=f"Where in the noise schedule {what} begins: 0 is pure noise. {start}{late}",
+            **percent,
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            tooltip=f"Where in the noise schedule {what} ends: 1 is the finished picture. {end}{late}",
+            **percent,
+        ),
+    ]
+
+
+def executing_node(node: type[io.ComfyNode]) -> str:
+    """The execution id of a node that has asked for its hidden unique_id; "" outside of a server."""
+    node_id = None if node.hidden is None else node.hidden.unique_id
+    return str(node_id or "")
 
 
 def trace_input(name: str = "trace") -> Any:

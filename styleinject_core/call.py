@@ -62,10 +62,14 @@ class ModelCall:
 
 
 class CurrentCall:
-    """The call that an adapter's layers are in; the layers of one adapter on one host share it."""
+    """The call that an adapter's layers are in; the layers of one adapter on one host share it.
+
+    `ran` is set when one of them is called; who wants to know sets it to False before.
+    """
 
     def __init__(self) -> None:
         self.call = ModelCall()
+        self.ran = False
 
     @contextmanager
     def during(self, call: ModelCall) -> Iterator[ModelCall]:

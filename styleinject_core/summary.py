@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from .adapter import Adapter
-from .files.names import kind_of_layer
 from .hosts.architectures import describe
+from .layer_names import parse
 from .methods import METHODS, AdapterLayer, config_to_dict
 
 
@@ -22,7 +22,7 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
         "layers": len(layers),
         "linear_layers": sum(not layer.shape.is_conv for layer in layers.values()),
         "conv_layers": sum(layer.shape.is_conv for layer in layers.values()),
-        "targets": dict(Counter(map(kind_of_layer, layers))),
+        "targets": dict(Counter(parse(name).target for name in layers)),
         "properties": described(adapter),
         "dtype": str(next(adapter.parameters()).dtype).removeprefix("torch."),
         "parameters": adapter.parameter_count(),

@@ -9,14 +9,14 @@ from comfy_api.latest import io, ui
 
 from ...integration.monitor import traces_of
 from ...styleinject_core import Adapter
+from ...styleinject_core.adapter import no_router
 from ...styleinject_core.router.control import ROLES, Rule, parse_styles
 from ...styleinject_core.router.trace import TraceError
-from ..schema import AdapterType, RouterControlType, TraceType, after_input, schema
+from ..schema import AdapterType, RouterControlType, TraceType, after_input, percent_inputs, schema
 
 SLIDERS = 16
 _FEW = 4  # sliders of a new mixer; with an adapter, it shows as many as that has styles (web/js/style_mixer.js)
 _HOLD = ("no", "first step", "trace")
-_PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
 _STYLES = 'One style a line, by name or number: "flat ink = {0}" or "3 = {0}"; "all = {0}" for every style'
 
 
@@ -88,15 +88,7 @@ class StyleInjectRouterControl(io.ComfyNode):
                 ),
                 role_input(),
                 layers_input(),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    tooltip="When in sampling the control begins: 0 is the first step.",
-                    **_PERCENT,
-                ),
-                io.Float.Input(
-                    "end_percent", default=1.0, tooltip="When in sampling the control ends: 1 is the last step.", **_PERCENT
-                ),
+                *percent_inputs("the control"),
                 TraceType.Input("trace", optional=True, tooltip="The trace to hold to, where hold says so."),
                 after_input(),
                 control_input(),
@@ -178,6 +170,8 @@ class StyleInjectStyleMixer(io.ComfyNode):
     def execute(
         cls, role: str, layers: str, adapter: Adapter | None = None, control: Sequence[Rule] = (), **sliders: float
     ) -> io.NodeOutput:
+        if adapter is not None and not adapter.routed:
+            raise ValueError(no_router(adapter, "mix"))
         shares = {name.removeprefix("style_"): value for name, value in sliders.items() if value > 0}
         names = adapter.style_names if adapter is not None else ()
         total = sum(shares.values())

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ...integration.monitor import Monitor, traces_of
 from ...integration.patcher import ModelPatcher, monitored
 from ...styleinject_core.router.trace import RouterTrace, load_trace, save_trace
-from ..schema import TraceType, after_input, schema, trace_input
+from ..schema import TraceType, after_input, executing_node, schema, trace_input
 
 TRACES = "styleinject_traces"  # the folder in ComfyUI's output folder
 _SUFFIX = ".safetensors"
@@ -47,8 +47,7 @@ class StyleInjectRouterMonitor(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id if cls.hidden else None
-        monitor = Monitor(str(node_id or ""), adapter_name)
+        monitor = Monitor(executing_node(cls), adapter_name)
         return io.NodeOutput(monitored(model, monitor), monitor)
 
 
@@ -90,13 +89,13 @@ class StyleInjectRouterTrace(io.ComfyNode):
     def execute(
         cls, trace: Any, label: str, save: bool, filename_prefix: str, after: Any = None, others: Any = ()
     ) -> io.NodeOutput:
-        own = tuple(t.renamed(label.strip()) if label.strip() else t for t in traces_of(trace, after))
-        files = [_save(t, filename_prefix) for t in own] if save else []
+        traces = tuple(t.renamed(label.strip()) if label.strip() else t for t in traces_of(trace, after))
+        files = [_save(t, filename_prefix) for t in traces] if save else []
         lines = [
-            f"{t.title}: {len(t.roles)} rows, {len(t.layers)} layers" + (f" ({t.remarks})" if t.remarks else "") for t in own
+            f"{t.title}: {len(t.roles)} rows, {len(t.layers)} layers" + (f" ({t.remarks})" if t.remarks else "") for t in traces
         ]
         text: Any = "\n".join([*lines, *(f"saved as {name}" for name in files)])
-        return io.NodeOutput((*traces_of(others or ()), *own), ui=ui.PreviewText(text))
+        return io.NodeOutput((*traces_of(others or ()), *traces), ui=ui.PreviewText(text))
 
 
 class StyleInjectLoadRouterTrace(io.ComfyNode):

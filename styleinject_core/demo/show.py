@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..attach import Applied, attach
 from ..files import load_adapter, save_adapter
+from ..layer_names import parse
 from ..router.recorder import record
 from ..router.trace import RouterTrace
 from ..train.run.watch import ProgressBar, loss_plot
@@ -105,7 +106,7 @@ def _draw(model: DemoModel, out: Path, adapter: Adapter, style: str, seed: int) 
 def _liveliest(trace: RouterTrace, by_step: Tensor, part: str) -> str:
     """The layer of one part of the U-Net whose probabilities (steps, layers, n) change most over the steps."""
     change = dict(zip(trace.layers, by_step.std(0).mean(1).tolist(), strict=True))
-    return max((name for name in trace.layers if name.startswith(f"{part}_block")), key=change.__getitem__)
+    return max((name for name in trace.layers if parse(name).side == part), key=change.__getitem__)
 
 
 def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style: str, seed: int, samples: int) -> None:

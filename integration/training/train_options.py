@@ -46,6 +46,7 @@ class TrainOptions:
     dtype: str = TrainingRequest.dtype
     vae: Any = None
     pictured: Sequence[Prompt] = ()
+    factors: tuple[int, ...] = AdapterRequest.factors
 
     @property
     def drawing(self) -> Drawing:
@@ -77,6 +78,7 @@ class TrainOptions:
             styles=styles,
             alpha=self.alpha,
             targets=tuple(term.strip() for term in layers.split(",") if term.strip()),
+            factors=self.factors,
             router_pool=self.router_pool,
             sta=self.sta,
         )
