@@ -294,4 +294,3 @@ def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, nam
         }
     run = client.queue(graph)
     assert len(run.images) == 1 and client.fetch_image(run.images[0]).std() > 5
-
