@@ -97,7 +97,7 @@ class Override:
         plan = self._current_plan(x)
         if not plan.active:
             return original(x, *args, **kwargs)
-        for site in sites:
+        for site in plan.active:
             site.current.ran = True
         if self.shape.other:
             with _changed(self.module, plan.active):

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ...integration.training.graph_inputs import flat_prompts
 from ...integration.training.named_runs import GO_ON, MUST_GO_ON, NEW
-from ...integration.training.options import TrainOptions
+from ...integration.training.train_options import TrainOptions
 from ...styleinject_core.config import ROUTER_POOLS
 from ...styleinject_core.methods.kronecker import parse_factors
 from ...styleinject_core.train.request import DTYPES

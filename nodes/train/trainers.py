@@ -15,7 +15,7 @@ from ...integration.training.graph_inputs import (
 from ...integration.training.graph_model import GraphModel
 from ...integration.training.job import Job
 from ...integration.training.named_runs import Outcome
-from ...integration.training.options import TrainOptions
+from ...integration.training.train_options import TrainOptions
 from ...integration.training.trainings import (
     ClassImages,
     Lesson,
@@ -234,18 +234,9 @@ class StyleInjectDistill(io.ComfyNode):
         shared = teacher_conditioning is None  # the teacher reads the student's prompts
         its_empty = student.empty if shared else empty_prompt(teacher_empty, "teacher_empty")
         job = _job(cls, widgets, options, student, GraphModel(teacher[0], its_empty))
-        prompts, images = flat_prompts(conditioning), None if latents is None else flat_latents(latents)
-        its_prompts = None if shared else flat_prompts(teacher_conditioning, "teacher_conditioning")
-        lesson = Lesson(
-            prompts=prompts,
-            teacher_prompts=its_prompts,
-            latents=images,
-            images_per_prompt=images_per_prompt[0],
-            size=size[0],
-            output_weight=output_weight[0],
-            feature_weight=feature_weight[0],
-        )
-        return _output(distill(job, lesson))
+        weights = {"output_weight": output_weight[0], "feature_weight": feature_weight[0]}
+        drawing = {"images_per_prompt": images_per_prompt[0], "size": size[0]}
+        return _output(distill(job, Lesson.of(conditioning, teacher_conditioning, latents, **weights, **drawing)))
 
 
 _TRAINS = {"is_input_list": True, "is_output_node": True, "hidden": [io.Hidden.unique_id]}

@@ -122,6 +122,11 @@ def architecture_of(adapter: Adapter) -> UNetArchitecture | None:
     return None
 
 
+def title_of(modelspec: str) -> str:
+    """The title of an architecture by its ModelSpec id; the id itself where it is none of these."""
+    return next((a.title for a in ARCHITECTURES.values() if a.modelspec == modelspec), modelspec)
+
+
 def describe(adapter: Adapter) -> str:
     """What an adapter was made for, in words: the title of a known architecture, or what its metadata says."""
     architecture = architecture_of(adapter)

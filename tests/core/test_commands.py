@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from styleinject_core import load_adapter
 from styleinject_core.cli import main
-from styleinject_core.commands import run as run_module
-from styleinject_core.commands.config import (
+from styleinject_core.commands import training as run_module
+from styleinject_core.commands.config_files import (
     ConfigError,
     DistilConfig,
     DreamBoothConfig,
@@ -274,8 +274,8 @@ def test_every_held_out_image_is_measured_once(here):
     read = folder.read
     folder.read = lambda index, *rest: seen.append(index) or read(index, *rest)
     task.validation_loss()
-    assert sorted(seen) == sorted(task.validation.chosen) and len(seen) == 4
-    assert not {*task.source.chosen} & {*seen}
+    assert sorted(seen) == sorted(task.validation.indices) and len(seen) == 4
+    assert not {*task.source.indices} & {*seen}
 
 
 def test_baselines(here):

@@ -1,4 +1,4 @@
-"""Who may import whom: docs/decisions/0001-two-packages.md, 0007-floors.md, held by reading every import."""
+"""Who may import whom: docs/decisions/0001-two-packages.md, 0008-floors.md, held by reading every import."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "layer_vocabulary", "layer_names", "selector", "adapter",
                          "call", "site", "plan", "override", "attach", "files", "hosts", "summary", "colors", "router", "deadiff", "train", "demo",
                          "commands", "cli"],
-    "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "demo_model", "training"],
-    "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
-    "nodes": ["schema", "adapter", "router", "train", "demo"],
+    "styleinject_core/train": ["settings", "request", "parallel", "random_numbers", "data", "models", "objectives", "run"],
+    "integration": ["paths", "live", "places", "injection", "monitor", "guidance", "taking_part", "reference", "sampling", "weight_patches", "patcher",
+                    "reference_encoder", "text_encoder", "demo_model", "training"],
+    "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "train_options", "drawing", "job", "trainings"],
+    "nodes": ["schema", "adapter", "reference", "router", "train", "demo"],
 }  # fmt: skip
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 OPTIONAL = {  # packages that need not be there, and the files of the core that import them, inside a function
     "diffusers": {"demo/model.py", "train/models/pipeline.py"},
     "matplotlib": {"demo/pictures.py", "train/run/watch.py", "router/canvas.py"},
-    "tqdm": {"demo/run.py", "train/run/watch.py", "commands/build.py"},
-    "PIL": {"deadiff/cards.py", "demo/data.py", "commands/run.py", "train/data/images.py"},
-    "numpy": {"deadiff/cards.py", "demo/data.py", "train/data/images.py"},
+    "tqdm": {"demo/show.py", "train/run/watch.py", "commands/build.py"},
+    "PIL": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "commands/training.py", "train/data/images.py"},
+    "numpy": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "train/data/images.py"},
     "peft": set(),
     "accelerate": {"train/parallel.py"},
     "sklearn": {"router/embedding.py"},
@@ -45,7 +46,7 @@ PICTURES = {"analysis", "embedding", "canvas", "plots"}  # of the router: they s
 # what torch types too narrowly: `Any` for a type of this pack would hide an import that the rules above forbid.
 FOREIGN = {
     "styleinject_core/adapter.py Adapter._layers": "a ModuleList, whose items torch types as Module",
-    "styleinject_core/commands/run.py _Watch.board": "tensorboard's SummaryWriter",
+    "styleinject_core/commands/training.py _Watch.board": "tensorboard's SummaryWriter",
     "styleinject_core/functional/host.py HostLayer.module": "a Module, whose attributes torch types as Tensor or Module",
     "styleinject_core/override.py Override.module": "a Module, whose attributes torch types as Tensor or Module",
     "styleinject_core/train/models/pipeline.py PipelineModel.pipeline": "diffusers' pipeline",
@@ -53,7 +54,7 @@ FOREIGN = {
     "integration/sampling.py Run.guider": "ComfyUI's CFGGuider, or what a custom node has in its place",
     "integration/training/comfy_model.py ComfySchedule.sampling": "ComfyUI's ModelSampling",
     "integration/training/named_runs.py Watch._bar": "ComfyUI's ProgressBar",
-    "integration/training/options.py TrainOptions.vae": "ComfyUI's VAE, or what has its decode",
+    "integration/training/train_options.py TrainOptions.vae": "ComfyUI's VAE, or what has its decode",
 }
 
 

@@ -20,10 +20,46 @@ UNET = {
     "down_blocks.1.resnets.0.conv1": ("down", 1, (0,), "conv", "", "", "image", "first"),
     "down_blocks.1.resnets.1.time_emb_proj": ("down", 1, (1,), "modulation", "", "", "image", "first"),
     "down_blocks.0.attentions.1.proj_in": ("down", 0, (1,), "other", "", "", "image", "first"),
-    "down_blocks.2.attentions.1.transformer_blocks.9.attn1.to_q": ("down", 2, (1, 9), "attention", "self", "q", "image", "first"),
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": ("mid", None, (0, 0), "attention", "cross", "k", "text", "middle"),
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_q": ("mid", None, (0, 0), "attention", "cross", "q", "image", "middle"),
-    "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0": ("up", 1, (2, 0), "attention", "cross", "out", "image", "last"),
+    "down_blocks.2.attentions.1.transformer_blocks.9.attn1.to_q": (
+        "down",
+        2,
+        (1, 9),
+        "attention",
+        "self",
+        "q",
+        "image",
+        "first",
+    ),
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (
+        "mid",
+        None,
+        (0, 0),
+        "attention",
+        "cross",
+        "k",
+        "text",
+        "middle",
+    ),
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_q": (
+        "mid",
+        None,
+        (0, 0),
+        "attention",
+        "cross",
+        "q",
+        "image",
+        "middle",
+    ),
+    "up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0": (
+        "up",
+        1,
+        (2, 0),
+        "attention",
+        "cross",
+        "out",
+        "image",
+        "last",
+    ),
     "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.0.proj": ("up", 1, (2, 0), "feed-forward", "", "", "image", "last"),
     "up_blocks.0.upsamplers.0.conv": ("up", 0, (), "conv", "", "", "image", "last"),
     "up_blocks.3.resnets.2.conv_shortcut": ("up", 3, (2,), "conv", "", "", "image", "last"),
@@ -274,7 +310,13 @@ def z_image(layers: int = 30) -> dict[str, LayerShape]:
 
 
 def wan(blocks: int = 40) -> dict[str, LayerShape]:
-    parts = [*(f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"), "cross_attn.k_img", "cross_attn.v_img", "ffn.0", "ffn.2"]
+    parts = [
+        *(f"{a}_attn.{p}" for a in ("self", "cross") for p in "qkvo"),
+        "cross_attn.k_img",
+        "cross_attn.v_img",
+        "ffn.0",
+        "ffn.2",
+    ]
     return dict.fromkeys([f"blocks.{n}.{part}" for n in range(blocks) for part in parts], LayerShape(64, 64))
 
 
@@ -400,7 +442,11 @@ def test_weights_say_which_of_their_lines_matched_nothing():
     text = "?cross = *0.5\n?self = *0.5; ?conv = 0\n ? down = *2\nfirst = 0.25"
     assert unmatched_weights(layers, text) == ["cross = *0.5", "conv = 0", "down = *2"]
     weights = parse_weights(layers, text)
-    assert (weights["layers.0.attention.to_q"], weights["layers.1.attention.to_q"], weights["layers.1.feed_forward.w1"]) == (0.25, 0.5, 1)
+    assert (weights["layers.0.attention.to_q"], weights["layers.1.attention.to_q"], weights["layers.1.feed_forward.w1"]) == (
+        0.25,
+        0.5,
+        1,
+    )
     with pytest.raises(SelectorError, match="'cross' matches none"):
         unmatched_weights(layers, "cross = 1")
 
@@ -425,7 +471,9 @@ def test_layers_without_tokens():
     names = [name for model in TRANSFORMERS.values() for name in model]
     without = {name for name in names if not parse(name).has_tokens}
     assert "transformer_blocks.18.norm1.linear" in without and "t_embedder.mlp.0" in without and "vector_in.in_layer" in without
-    assert not any(re.search(r"attn|attention|ff|mlp\.|_in$", name) for name in without - {"t_embedder.mlp.0", "y_embedder.mlp.0"})
+    assert not any(
+        re.search(r"attn|attention|ff|mlp\.|_in$", name) for name in without - {"t_embedder.mlp.0", "y_embedder.mlp.0"}
+    )
 
 
 @pytest.mark.parametrize(("module", "expected"), [
@@ -465,7 +513,9 @@ def test_the_names_that_diffusers_models_have(kind):
     with torch.device("meta"):
         model = getattr(diffusers, kind)(**settings)
     names = parse_all(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    assert all(layer.kind not in ("other", "norm") for layer in names.values()), [n for n, p in names.items() if p.kind == "other"]
+    assert all(layer.kind not in ("other", "norm") for layer in names.values()), [
+        n for n, p in names.items() if p.kind == "other"
+    ]
     assert {layer.block for layer in names.values() if layer.stack == "block"} == set(range(blocks))
     assert sum(layer.is_default for layer in names.values()) == per_block * (blocks + refiners) + 2 * singles
     assert {layer.third for layer in names.values() if layer.stack == "block"} >= {"first", "middle"}

@@ -313,7 +313,7 @@ def test_loss_plot(model, train, run_node) -> None:
 
 def test_the_options_node_has_the_defaults_that_hold_without_it(pack, run_node) -> None:
     (options,) = run_node("StyleInjectTrainOptions")
-    assert options == pack.submodule("integration.training.options").TrainOptions()
+    assert options == pack.submodule("integration.training.train_options").TrainOptions()
 
 
 def test_nodes_and_command_line_ask_for_the_same_by_default(pack, run_node) -> None:

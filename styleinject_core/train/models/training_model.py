@@ -29,7 +29,7 @@ class TrainingModel(ABC):
         self.denoiser, self.schedule = denoiser, schedule
 
     @property
-    def half(self) -> bool:
+    def is_float16(self) -> bool:
         """Whether it computes in float16."""
         return next(self.denoiser.parameters()).dtype == torch.float16
 

@@ -12,7 +12,7 @@ from .parallel import Processes
 VALIDATION = -1  # the pass whose noise and times never change
 
 
-class Draws:
+class RandomNumbers:
     """The random numbers of one forward pass.
 
     They are drawn for the rows of all processes together, and each takes its own: N processes with batch b see what
@@ -31,13 +31,13 @@ class Draws:
 
     def uniform(self, rows: int) -> Tensor:
         """(rows,) float32 in [0, 1)."""
-        return self._own(torch.rand(rows * self.processes.world, generator=self.generator), rows)
+        return self._rows_here(torch.rand(rows * self.processes.world, generator=self.generator), rows)
 
     def normal(self, like: Tensor) -> Tensor:
         """ε ~ N(0, 1) with the shape and on the device of `like` (B, ...), float32."""
         rows = like.shape[0]
         noise = torch.randn(rows * self.processes.world, *like.shape[1:], generator=self.generator)
-        return self._own(noise, rows).to(like.device)
+        return self._rows_here(noise, rows).to(like.device)
 
-    def _own(self, drawn: Tensor, rows: int) -> Tensor:
-        return drawn[self.processes.rank * rows :][:rows]
+    def _rows_here(self, numbers: Tensor, rows: int) -> Tensor:
+        return numbers[self.processes.rank * rows :][:rows]

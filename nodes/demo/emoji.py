@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...integration.demo_model import DemoCLIP, DemoVAE, check_known, demo_conditioning, demo_model
+from ...integration.demo_model import FIVE_STYLES, DemoCLIP, DemoVAE, check_known, demo_conditioning, demo_model
 from ...styleinject_core.demo import data
 from ...styleinject_core.demo.autoencoder import LATENT_CHANNELS
 from ...styleinject_core.demo.model import load_text_encoder
@@ -27,10 +27,11 @@ class StyleInjectDemoModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "style",
-                    options=data.styles(),
+                    options=[*data.styles(), FIVE_STYLES],
                     default=data.BASE_STYLE,
                     tooltip=f"What it draws. {data.BASE_STYLE} is the model that the demo's adapters are for; the others are "
-                    "checkpoints tuned to another style, as teachers for Distill StyleInject.",
+                    f'checkpoints tuned to another style, as teachers for Distill StyleInject. "{FIVE_STYLES}" draws all of '
+                    "them, by a word or a reference image, and is what the demo's DEADiff is for.",
                 )
             ],
             outputs=[
@@ -42,7 +43,7 @@ class StyleInjectDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, style: str = data.BASE_STYLE) -> io.NodeOutput:
-        return io.NodeOutput(demo_model(style), DemoVAE(), DemoCLIP())
+        return io.NodeOutput(demo_model(style), DemoVAE(), DemoCLIP(style))
 
 
 class StyleInjectDemoPrompt(io.ComfyNode):

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..files import save_adapter
 from ..files.atomic import replacing
-from ..train.draws import Draws
 from ..train.parallel import launched_processes
+from ..train.random_numbers import RandomNumbers
 from ..train.run.checkpoints import RunFolder, validations
 from ..train.run.loop import Progress, Result, train
 from ..train.run.watch import ProgressBar, loss_plot
 from .build import Job, build
-from .config import TrainConfig, load_config
+from .config_files import TrainConfig, load_config
 
 PLOT_EVERY = 60.0  # seconds
 _MEBI = 2**20
@@ -170,7 +170,7 @@ def _plan(job: Job) -> str:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         with job.task.installed(job.adapter), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            job.task.loss(Draws(settings.seed, k, job.processes)).backward()
+            job.task.loss(RandomNumbers(settings.seed, k, job.processes)).backward()
         seconds = (time.perf_counter() - began) * settings.accumulation
     weights = sum(p.numel() * p.element_size() for p in job.model.denoiser.parameters())
     trained = job.adapter.parameter_count() * 16  # float32 values, gradients, and AdamW's two moments
