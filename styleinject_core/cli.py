@@ -171,10 +171,10 @@ def _convert_deadiff(options: argparse.Namespace) -> int:
 
 
 def _train_deadiff(options: argparse.Namespace) -> int:
-    from .commands import config, reference
+    from .commands import config_files, reference
 
     if options.template:
-        print(config.template(reference.ReferenceConfig), end="")
+        print(config_files.template(reference.ReferenceConfig), end="")
         return 0
     if options.config is None:
         raise ValueError("expected a config file; write one with: styleinject deadiff train --template > my.toml")

@@ -314,4 +314,5 @@ def _outside(name: str, parts: list[str]) -> LayerName:
             return LayerName(name, kind="embedding", stream=vocabulary.EMBEDDINGS[part])
         if part in vocabulary.OUTPUT:
             return LayerName(name, kind="output", stream="image")
-    return LayerName(name)
+    end = _end(parts)
+    return LayerName(name, projection=_projection(end) if end.startswith("to_") else "")  # of whatever attends there

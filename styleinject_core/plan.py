@@ -14,6 +14,12 @@ from .functional.update import LayerWeights, prepare
 from .site import Rows, Site
 
 
+def _version(parameter: Tensor | None) -> int:
+    """How often it has been changed in place; always 0 for one made in inference mode, as ComfyUI makes them: those have no
+    count, and are changed by nobody."""
+    return 0 if parameter is None or parameter.is_inference() else parameter._version
+
+
 class Plan:
     """The active sites of a module, ready for inputs of one dtype on one device.
 
@@ -36,7 +42,7 @@ class Plan:
         if self.kept:
             self._strengths = [(site, site.dma, site.sta) for site in sites]
             self._made_of = [
-                (site.layer._parameters, part, p, 0 if p is None else p._version, 0 if p is None else p.data_ptr())
+                (site.layer._parameters, part, p, _version(p), 0 if p is None else p.data_ptr())
                 for site in self.active
                 for part, p in site.layer._parameters.items()
             ]
@@ -51,7 +57,7 @@ class Plan:
         for parameters, part, parameter, version, pointer in self._made_of:
             if parameters[part] is not parameter:
                 return False
-            if parameter is not None and (parameter._version != version or parameter.data_ptr() != pointer):
+            if parameter is not None and (_version(parameter) != version or parameter.data_ptr() != pointer):
                 return False
         return True
 

@@ -28,7 +28,7 @@ from ..train.run.reference_folder import ReferenceFolder
 from ..train.run.watch import ProgressBar, loss_plot
 from ..train.settings import TrainSettings, about
 from .build import load_model
-from .config import ConfigError, ModelTable, OutputTable, load_config
+from .config_files import ConfigError, ModelTable, OutputTable, load_config
 
 _CONFIGS = {config.base: config for config in (SD15, DEMO_CONFIG)}
 _AT_ONCE = 8  # images that are encoded together

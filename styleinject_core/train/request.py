@@ -38,8 +38,9 @@ class AdapterRequest:
     targets: tuple[str, ...] = field(
         default=(),
         metadata=about(
-            'a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; empty for what the method\'s paper adapts:\n'
-            "to_q and to_v; for kronecker to_q, to_k, to_v and to_out.0."
+            'a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; "default" is queries and values of attention\n'
+            "by whatever name the model has them; empty for what the method's paper adapts: to_q and to_v; for kronecker\n"
+            "to_q, to_k, to_v and to_out.0."
         ),
     )
     factors: tuple[int, ...] = field(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from styleinject_core.commands.config import ConfigError
 
 from styleinject_core.cli import main
+from styleinject_core.commands.config_files import ConfigError
 from styleinject_core.commands.reference import find_pictures, run
 from styleinject_core.deadiff import load_deadiff
 from styleinject_core.demo import data

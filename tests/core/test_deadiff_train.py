@@ -5,13 +5,13 @@ from __future__ import annotations
 import deadiff_models as models
 import pytest
 import torch
-from styleinject_core.train.draws import Draws
 
 from styleinject_core import deadiff
 from styleinject_core.deadiff import Reference, ReferenceMismatchError, Tokens, load_deadiff, referenced
 from styleinject_core.train.models.noise import DiscreteSchedule
 from styleinject_core.train.models.training_model import TrainingModel
 from styleinject_core.train.objectives.reference import PairedImages, ReferenceTask, Shares, align, start_from_host
+from styleinject_core.train.random_numbers import RandomNumbers
 from styleinject_core.train.run.checkpoints import CheckpointError
 from styleinject_core.train.run.loop import train
 from styleinject_core.train.run.reference_folder import ReferenceFolder
@@ -91,7 +91,7 @@ def test_shares():
 def test_a_task_trains_its_streams_and_layers_alone(model, shares, used):
     own = fresh()
     with (work := task(model, shares)).installed(own):
-        work.loss(Draws(0, 0)).backward()
+        work.loss(RandomNumbers(0, 0)).backward()
     for stream in ("style", "content"):
         grads = [p.grad for p in own.streams[stream].parameters()]
         if stream in used:
@@ -116,7 +116,7 @@ def test_training_sees_what_sampling_does(model):
 
     work.model = Spy(model.denoiser, model.schedule)
     with work.installed(own):
-        loss = work.loss(Draws(0, 3))
+        loss = work.loss(RandomNumbers(0, 3))
         values = work._tokens["style"].detach()
     noisy, times, conditioning, prediction = seen[0]
     with referenced(model.denoiser, Reference(own, Tokens(values, "style")), roles=("positive",)), torch.no_grad():
@@ -142,7 +142,7 @@ def test_dropped_tokens_really_drop(model):
     for seed in (0, 1):
         own = fresh(seed)
         with (work := task(model, Shares(1, 0, 0), dropout=1.0)).installed(own):
-            losses.append(loss := work.loss(Draws(0, 0)))
+            losses.append(loss := work.loss(RandomNumbers(0, 0)))
             loss.backward()
         assert all(p.grad is None or p.grad.abs().max() == 0 for p in own.parameters())
     assert losses[0] == losses[1]

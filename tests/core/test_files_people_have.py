@@ -153,12 +153,7 @@ def test_headers_that_cannot_be_read(tmp_path, stated, message):
 def test_diffusers_own_result(tmp_path, settings):
     """A U-Net of diffusers with PEFT's layers, saved by its pipeline class with the metadata it writes."""
     peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4,
-    ).requires_grad_(False)  # fmt: skip
+    unet = tiny_unet()
     plain = copy.deepcopy(unet)
     unet.add_adapter(peft.LoraConfig(target_modules=["to_q", "to_k", "to_v", "to_out.0"], **settings))
     with torch.no_grad():
@@ -493,16 +488,34 @@ def test_keys(key, module, part, adapter):
     assert (found.module, found.part, found.adapter) == (module, part, adapter)
 
 
-def test_lora_files_of_ours_are_loras(tmp_path, host, x):
-    """`method = "lora"`: kohya's keys with alpha, read the same by everybody; PEFT's loader of diffusers is asked in
-    test_commands, ComfyUI's in tests/nodes."""
-    made = Adapter.create(
-        {"to_q": LayerShape(12, 20)}, AdapterConfig(r=2, n_styles=1, sta="none", alpha=1.0, target_modules=("all",))
-    )
-    made.layers["to_q"].B.data.normal_()
+def tiny_unet():
+    """A U-Net of diffusers with one attention, a few channels wide."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4,
+    ).requires_grad_(False)  # fmt: skip
+
+
+def test_lora_files_of_ours_are_loras_for_diffusers(tmp_path):
+    """`method = "lora"` is written with kohya's keys and alpha; tests/nodes asks ComfyUI's loader."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    unet, given = tiny_unet(), (torch.randn(2, 4, 8, 8), torch.tensor([3, 3]), torch.randn(2, 5, 12))
+    config = AdapterConfig(r=2, n_styles=1, sta="none", alpha=1.0, target_modules=("to_q", "to_k", "to_v", "to_out"))
+    made = Adapter.create(unet, config)
+    for n, layer in enumerate(made.layers.values()):
+        layer.B.data.copy_(drawn(*layer.B.shape, seed=n, std=1.0))
     save_adapter(made, tmp_path / "a.safetensors")
-    assert set(load_file(tmp_path / "a.safetensors")) == {
-        "transformer.to_q.lora_down.weight",
-        "transformer.to_q.lora_up.weight",
-        "transformer.to_q.alpha",
-    }
+    with torch.no_grad():
+        plain = unet(*given).sample
+        with attach(unet, made):
+            expected = unet(*given).sample
+        pipeline = diffusers.StableDiffusionPipeline
+        state, alphas = pipeline.lora_state_dict(tmp_path, weight_name="a.safetensors", unet_config=unet.config)
+        pipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
+        found = unet(*given).sample
+    assert (expected - plain).abs().max() > 0.02
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -235,6 +235,7 @@ TRANSFORMERS = {
         "lyric_encoder.encoders.0.self_attn.linear_q": ("", None, "other", "", "", ""),  # blocks of something else
         "llm_adapter.blocks.0.self_attn.q_proj": ("", None, "other", "", "", ""),
         "something": ("", None, "other", "", "", ""),
+        "attender.to_v": ("", None, "other", "", "v", ""),  # of a model that nobody knows
         "": ("", None, "other", "", "", ""),
     },
 }  # fmt: skip

@@ -73,7 +73,7 @@ def report(put, run_node) -> Callable[..., str]:
     """``report(model, tensors)``: what Apply says of such a file."""
 
     def apply(model: Any, tensors: dict[str, torch.Tensor], **written: Any) -> str:
-        (adapter,) = run_node("StyleInjectLoader", adapter_name=put(tensors, **written))
+        adapter = run_node("StyleInjectLoader", adapter_name=put(tensors, **written))[0]
         return run_node("StyleInjectApply", model=model, adapter=adapter)[1]
 
     return apply
@@ -225,7 +225,7 @@ def test_files_that_extract_and_save_writes(model, tiny_unet_model, ours, sample
 @pytest.mark.parametrize("kind", files.KINDS)
 def test_patched_into_weights_or_installed_for_calls_is_the_same(model, layers, put, run_node, sample, kind) -> None:
     """A schedule over all but nothing makes a change one for calls: 0 to 0.999 of sampling holds for every step here."""
-    (adapter,) = run_node("StyleInjectLoader", adapter_name=put(files.file_of(layers, kind)))
+    adapter = run_node("StyleInjectLoader", adapter_name=put(files.file_of(layers, kind)))[0]
     patched = run_node("StyleInjectApply", model=model, adapter=adapter, strength=-0.5)[0]
     scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, strength=-0.5, end_percent=0.999)[0]
     assert patched.patches and not scheduled.patches
@@ -244,7 +244,7 @@ def test_slices_for_calls(put, run_node, family, kind) -> None:
             tensors[f"transformer.{name}" + files.LORA_PARTS["PEFT"].get(part, f".{part}")] = value * (
                 0.3 if "up" in part else 1
             )
-    (adapter,) = run_node("StyleInjectLoader", adapter_name=put(tensors))
+    adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
     patched = run_node("StyleInjectApply", model=model, adapter=adapter)[0]
     scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
     assert patched.patches and not scheduled.patches
@@ -259,7 +259,7 @@ def test_norms_for_calls(model, put, run_node, sample) -> None:
             f"diffusion_model.{name}.diff": draw(*shape, std=0.3),
             f"diffusion_model.{name}.diff_b": draw(*shape, std=0.3),
         }
-    (adapter,) = run_node("StyleInjectLoader", adapter_name=put(tensors))
+    adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
     before = {name: id(p) for name, p in model.model.named_parameters()}
     scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
     assert close(sample(scheduled), sample(native(model, tensors)), 1e-3)
@@ -268,7 +268,7 @@ def test_norms_for_calls(model, put, run_node, sample) -> None:
 
 def test_strength_selector_and_layer_weights_reach_the_patches(model, layers, put, run_node, sample) -> None:
     tensors = files.file_of(layers, "LoRA, alpha")
-    (adapter,) = run_node("StyleInjectLoader", adapter_name=put(tensors))
+    adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
     given = {"adapter": adapter, "layers": "attention", "layer_weights": "to_q = 0.5; cross = *-2"}
     patched = run_node("StyleInjectApply", model=model, strength=0.7, **given)[0]
     scheduled = run_node("StyleInjectApply", model=model, strength=0.7, end_percent=0.999, **given)[0]
@@ -326,7 +326,9 @@ def clip():
             config = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2,
                       "max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407}  # fmt: skip
             with torch.inference_mode():
-                self.cond_stage_model = comfy.sd1_clip.SD1ClipModel(dtype=torch.float32, textmodel_json_config=config)
+                self.cond_stage_model = comfy.sd1_clip.SD1ClipModel(
+                    dtype=torch.float32, clip_model=comfy.sd1_clip.SDClipModel, textmodel_json_config=config
+                )
                 tiny_model.fill(self.cond_stage_model, 3)
             cpu = comfy.model_management.get_torch_device()
             self.patcher = comfy.model_patcher.ModelPatcher(self.cond_stage_model, load_device=cpu, offload_device=cpu)
@@ -349,7 +351,7 @@ def test_a_text_encoders_part_goes_onto_a_clip(model, layers, put, run_node, cli
     tensors = {**files.file_of(layers, "LoRA"), **files.text_encoder_part(kind, width=64)}
     expected = comfy.sd.load_lora_for_models(model, clip, dict(tensors), 1.0, 0.6)[1].patcher
     name = put(tensors)
-    (adapter,) = run_node("StyleInjectLoader", adapter_name=name)
+    adapter = run_node("StyleInjectLoader", adapter_name=name)[0]
     _, text, through_apply = run_node("StyleInjectApply", model=model, adapter=adapter, clip=clip, clip_strength=0.6)
     through_one = run_node(
         "StyleInjectLoadAndApply", model=model, adapter_name=name, strength=1.0, clip=clip, clip_strength=0.6
@@ -513,7 +515,7 @@ def test_every_name_that_is_listed_can_be_loaded(pack, model, comfy_base, run_no
         listed = pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"]
         assert f"loras/{name}{suffix}" in listed
         assert pack["StyleInjectLoader"].validate_inputs(adapter_name=f"loras/{name}{suffix}") is True
-        (adapter,) = run_node("StyleInjectLoader", adapter_name=f"loras/{name}{suffix}")
+        adapter = run_node("StyleInjectLoader", adapter_name=f"loras/{name}{suffix}")[0]
         patched = run_node("StyleInjectApply", model=model, adapter=adapter)[0]
         for called in (adapter.name, f"loras/{name}{suffix}"):
             assert run_node("StyleInjectStrength", model=patched, adapter_name=called, strength=0.5)[0].patches

@@ -208,7 +208,7 @@ def test_a_bad_file_name_is_refused_when_queued(client, checkpoint, adapters, na
 
 def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     """As committed, with fewer steps: the same seed with and without the adapter."""
-    graph = example("emoji_demo.json")
+    graph = example("1 First look - one picture with and without a style.json")
     for node in graph.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 6
@@ -223,16 +223,20 @@ def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     assert saturation[False] < 0.5 * saturation[True], "line art has less colour than the base model's drawings"
 
 
-@pytest.mark.parametrize("name", ["sd15_one_adapter.json", "sd15_two_adapters.json"])
+@pytest.mark.parametrize("name", ["2 A style on your own model.json", "3 Two styles on your own model.json"])
 def test_the_sd15_workflows_run(client, server, example, checkpoint, adapters, name) -> None:
-    """As committed, but for the files they name and the size."""
+    """As committed, but with adapters chosen, the checkpoint there is, and a small size."""
     folder = server.base / "models" / "styleinject"
     shutil.copy(folder / adapters["style"], folder / "my_style.safetensors")
     shutil.copy(folder / adapters["other"], folder / "my_other_style.safetensors")
+    chosen = iter(["my_style.safetensors", "my_other_style.safetensors"])
     graph = example(name)
+    with pytest.raises(PromptRejected, match="no adapter chosen"):
+        client.queue(graph)
     for node in graph.values():
         inputs = node["inputs"]
         inputs |= {"ckpt_name": checkpoint} if "ckpt_name" in inputs else {}
+        inputs |= {"adapter_name": next(chosen)} if "adapter_name" in inputs else {}
         inputs |= {"width": 64, "height": 64} if "width" in inputs else {}
         inputs |= {"steps": 3} if "steps" in inputs else {}
     run = client.queue(graph)

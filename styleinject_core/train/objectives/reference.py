@@ -26,7 +26,7 @@ from ...deadiff.model import Deadiff
 from ...deadiff.rows import repeats
 from ...override import Override, Tail
 from ..data.batches import Conditioning, conditioning_hash, tensors_hash
-from ..draws import VALIDATION, Draws
+from ..random_numbers import VALIDATION, RandomNumbers
 from ..models.noise import add_noise
 from ..models.training_model import TrainingModel
 from ..settings import TrainSettings
@@ -171,16 +171,16 @@ class ReferenceTask:
 
         return rows
 
-    def loss(self, draws: Draws) -> Tensor:
+    def loss(self, draws: RandomNumbers) -> Tensor:
         return self._batch_loss(self.images, draws)
 
     def validation_loss(self) -> float:
         assert self.validation is not None
         count = self.validation_batches
-        losses = [self._batch_loss(self.validation, Draws(self.settings.seed, VALIDATION - k)) for k in range(count)]
+        losses = [self._batch_loss(self.validation, RandomNumbers(self.settings.seed, VALIDATION - k)) for k in range(count)]
         return sum(float(loss) for loss in losses) / count
 
-    def _batch_loss(self, images: PairedImages, draws: Draws) -> Tensor:
+    def _batch_loss(self, images: PairedImages, draws: RandomNumbers) -> Tensor:
         count, device = self.settings.batch_size, self.model.device
         # one number for the batch, the same in all processes
         task = self.shares.pick(torch.rand((), generator=draws.generator).item())
@@ -274,7 +274,7 @@ def align(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 50, (steps - step) / (0.3 * steps))
-        rows = (Draws(seed, step).uniform(batch) * len(features)).long()
+        rows = (RandomNumbers(seed, step).uniform(batch) * len(features)).long()
         loss = (stream(features[rows]) - texts[rows, :queries]).square().mean()
         optimizer.zero_grad()
         loss.backward()
