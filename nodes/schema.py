@@ -52,7 +52,6 @@ def adapter_name_input() -> io.Combo.Input:
     )
 
 
-<<<<<<< HEAD
 def percent_inputs(what: str, start: str = "", end: str = "") -> list[Any]:
     """The part of the noise schedule that something is active in: start_percent and end_percent, 0 to 1.
 
@@ -84,10 +83,6 @@ def executing_node(node: type[io.ComfyNode]) -> str:
     return str(node_id or "")
 
 
-def strength_input(tooltip: str, name: str = "strength") -> io.Float.Input:
-    """A strength: 0 is the model without the adapter, 1 the adapter as it was trained."""
-    return io.Float.Input(name, default=1.0, tooltip=tooltip, **STRENGTH_RANGE)
-=======
 def strength_input(tooltip: str, name: str = "strength", label: str | None = None) -> io.Float.Input:
     """A strength: 0 is the model without the adapter, 1 the adapter as it was trained.
 
@@ -107,7 +102,6 @@ def trigger_output() -> io.String.Output:
 def trigger_of(adapter: Adapter) -> str:
     """ModelSpec's field for them, or "" where an adapter has none."""
     return adapter.metadata.get("modelspec.trigger_phrase", "")
->>>>>>> main
 
 
 def trace_input(name: str = "trace") -> Any:

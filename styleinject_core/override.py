@@ -89,6 +89,8 @@ class Override:
         out = self._adapted(x, *args, **kwargs)
         if not self.tails:
             return out
+        for tail in self.tails:
+            tail.current.ran = True
         found = (tail.rows(x, out, tail.current.call) for tail in self.tails)
         return torch.cat([out, *(rows for rows in found if rows is not None)], 1)
 
@@ -97,7 +99,7 @@ class Override:
         plan = self._current_plan(x)
         if not plan.active:
             return original(x, *args, **kwargs)
-        for site in sites:
+        for site in plan.active:
             site.current.ran = True
         if self.shape.other:
             with _changed(self.module, plan.active):

@@ -17,21 +17,13 @@ from ..schema import (
     LayerWeightsType,
     RouterControlType,
     adapter_name_input,
-<<<<<<< HEAD
     executing_node,
     percent_inputs,
-    schema,
-    strength_input,
-)
-=======
     schema,
     strength_input,
     trigger_of,
     trigger_output,
 )
-
-_PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
->>>>>>> main
 
 
 class StyleInjectApply(io.ComfyNode):
@@ -139,15 +131,11 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 adapter_name_input(),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
             ],
-<<<<<<< HEAD
-            outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter.")],
-            hidden=[io.Hidden.unique_id],
-=======
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
                 trigger_output(),
             ],
->>>>>>> main
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -161,13 +149,8 @@ class StyleInjectLoadAndApply(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = load_adapter(paths.adapter_path(adapter_name))
-<<<<<<< HEAD
         patched, injection = apply_adapter(model, adapter, strength=strength, node_id=executing_node(cls))
-        return io.NodeOutput(patched, ui=shown(patched, injection))
-=======
-        patched, injection = apply_adapter(model, adapter, strength=strength)
         return io.NodeOutput(patched, trigger_of(adapter), ui=shown(patched, injection))
->>>>>>> main
 
 
 class StyleInjectStrength(io.ComfyNode):
@@ -209,6 +192,8 @@ def shown(model: ModelPatcher, injection: Injection) -> dict[str, Sequence[str]]
         text += f"\n{used} of them chosen by layers"
     if matched.unmatched:
         text += f"\nnot in this model: {', '.join(matched.unmatched[:2])}" + (" ..." if len(matched.unmatched) > 2 else "")
+    if matched.narrowed:
+        text += f"\nmore input channels in this model, changed are those it was made for: {', '.join(matched.narrowed)}"
     if trigger := trigger_of(injection.applied.adapter):
         text += f"\ntrigger: {trigger}"
     return {"styleinject_text": (text,)}
