@@ -55,7 +55,7 @@ def launches(call: Callable[[], Any]) -> list[str]:
 def random_adapter(host: nn.Module, seed: int = 0, **config: Any) -> Adapter:
     """An adapter every parameter of which is away from its initial value, so that no work can be left out."""
     torch.manual_seed(seed)
-    adapter = Adapter.create(host, AdapterConfig(**{"r": 32, "n_styles": 16, "target_modules": ("all",), **config}), f"a{seed}")
+    adapter = Adapter.create(host, AdapterConfig(**{"r": 4, "n_styles": 16, "target_modules": ("all",), **config}), f"a{seed}")
     for parameter in adapter.parameters():
         parameter.data.copy_(torch.randn_like(parameter) * 0.02)
     return adapter.requires_grad_(False)

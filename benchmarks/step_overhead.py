@@ -31,15 +31,18 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from styleinject_core import Adapter, AdapterConfig, attach
+from styleinject_core.config import LayerConfig
 from styleinject_core.functional import reference
 from styleinject_core.functional.host import HostLayer
 from styleinject_core.layers import LayerShape
 from styleinject_core.methods import AdapterLayer
+from styleinject_core.methods.kronecker import KroneckerConfig
 
 QUERY_VALUE, WITH_CONVOLUTIONS = ("to_q", "to_v"), ("to_q", "to_v", "conv")
 STYLEINJECT = AdapterConfig(r=32, n_styles=16, target_modules=QUERY_VALUE)
 LORA = AdapterConfig(r=512, n_styles=1, sta="none", target_modules=QUERY_VALUE)
 ALL = AdapterConfig(r=32, n_styles=16, target_modules=WITH_CONVOLUTIONS)
+KRONECKER = KroneckerConfig((64, 4))  # the paper's layers: to_q, to_k, to_v, to_out.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Variant:
     """A way to run the U-Net: `forward` makes one layer's forward by hand, None means `attach`; no config, no adapter."""
 
     label: str
-    config: AdapterConfig | None = None
+    config: LayerConfig | None = None
     forward: Callable[[Any, AdapterLayer, Tensor], Tensor] | None = None
 
 
@@ -68,6 +71,7 @@ VARIANTS = {
     "naive": Variant("StyleInject, equations as written: to_q, to_v, r = 32, n = 16", STYLEINJECT, naive),
     "lora": Variant("LoRA, unmerged: to_q, to_v, r = 512", LORA, lora),
     "styleinject": Variant("**StyleInject**: to_q, to_v, r = 32, n = 16", STYLEINJECT),
+    "kronecker": Variant("**DiffuseKronA**: to_q, to_k, to_v, to_out.0, factors 64, 4", KRONECKER),
     "all": Variant("**StyleInject**: the same and all convolutions", ALL),
 }
 
@@ -82,7 +86,7 @@ def build_unet(quick: bool, device: str) -> UNet2DConditionModel:
     return unet.eval().requires_grad_(False).to(device)
 
 
-def build_adapter(unet: nn.Module, config: AdapterConfig, device: str) -> Adapter:
+def build_adapter(unet: nn.Module, config: LayerConfig, device: str) -> Adapter:
     """An adapter whose every parameter is away from its initial value, so that no work can be left out."""
     adapter = Adapter.create(unet, config).requires_grad_(False)
     for layer in adapter.layers.values():
@@ -149,7 +153,7 @@ def time_steps(unet: nn.Module, inputs: tuple[Tensor, ...], adapters: dict[str, 
     """Whole steps, under (variant,). One untimed run first."""
     clock, warm_up = Clock(device), Clock(device)
     for run in range(-1, runs):
-        for key in rotated(list(VARIANTS), run):
+        for key in rotated(["frozen", *adapters], run):
             with applied(VARIANTS[key], unet, adapters.get(key)):
                 (warm_up if run < 0 else clock).time((key,), partial(unet, *inputs))
         progress("whole steps", run + 1, runs)
@@ -173,11 +177,11 @@ def time_layers(unet: nn.Module, inputs: tuple[Tensor, ...], adapters: dict[str,
     """Every adapted layer's call, under (variant, layer): sweeps over the U-Net in which the variants take turns at each
     layer, so that weights are as cold as in a step and a disturbance hits all of them alike. One untimed sweep first."""
     clock, warm_up = Clock(device), Clock(device)
-    recorded = record(unet, inputs, list(adapters["all"].layers))
+    recorded = record(unet, inputs, list(dict.fromkeys(name for adapter in adapters.values() for name in adapter.layers)))
     for run in range(-1, runs):
         for index, (name, x) in enumerate(recorded.items()):
             module = unet.get_submodule(name)
-            present = [key for key in VARIANTS if key == "frozen" or name in adapters[key].layers]
+            present = ["frozen", *(key for key, adapter in adapters.items() if name in adapter.layers)]
             for key in rotated(present, run + index):
                 only = Adapter({"": adapters[key].layers[name]}, adapters[key].config) if key in adapters else None
                 with applied(VARIANTS[key], module, only):
@@ -218,7 +222,8 @@ def table(steps: Clock, layers: Clock, adapters: dict[str, Adapter], memory: dic
         "| | whole step | adapted layers | peak memory | of it weights |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for key, variant in VARIANTS.items():
+    for key in ("frozen", *adapters):
+        variant = VARIANTS[key]
         whole = steps.quartile(key) / steps.quartile("frozen")
         own = 1.0
         if key in adapters:
@@ -235,11 +240,12 @@ def table(steps: Clock, layers: Clock, adapters: dict[str, Adapter], memory: dic
 def by_kind(layers: Clock, adapters: dict[str, Adapter]) -> str:
     """The last variant by layer shape, dearest first: the frozen layers in milliseconds, and the ratio to them."""
     groups: dict[LayerShape, list[str]] = defaultdict(list)
-    for name, layer in adapters["all"].layers.items():
+    last = list(adapters)[-1]
+    for name, layer in adapters[last].layers.items():
         groups[layer.shape].append(name)
     rows = []
     for shape, names in groups.items():
-        frozen, adapted = (1e3 * sum(layers.quartile(key, n) for n in names) for key in ("frozen", "all"))
+        frozen, adapted = (1e3 * sum(layers.quartile(key, n) for n in names) for key in ("frozen", last))
         rows.append((frozen, f"{shape!s:24} x{len(names):<3} {frozen:9.1f} ms  {adapted / frozen:6.2f}"))
     return "\n".join(line for _, line in sorted(rows, reverse=True))
 
@@ -251,7 +257,8 @@ def main() -> None:
     parser.add_argument("--step-runs", type=int, help="interleaved runs of whole steps (default 7; 2 with --quick)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="a tiny U-Net, for a smoke test")
-    parser.add_argument("--by-kind", action="store_true", help="also print each layer shape's share")
+    parser.add_argument("--rows", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="and the frozen model")
+    parser.add_argument("--by-kind", action="store_true", help="also print each layer shape's share of the last row")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for option, default, quick in (("size", 64, 16), ("runs", 15, 2), ("step_runs", 7, 2)):
@@ -262,12 +269,13 @@ def main() -> None:
         print(json.dumps(measure_memory(arguments.memory_of, size, arguments.quick, device)))
         return
 
+    rows = [key for key in VARIANTS if key == "frozen" or key in arguments.rows]
     memory = {}
-    for done, key in enumerate(VARIANTS, 1):
+    for done, key in enumerate(rows, 1):
         memory[key] = memory_in_fresh_process(key, arguments)
-        progress("memory", done, len(VARIANTS))
+        progress("memory", done, len(rows))
     unet, inputs = build_unet(arguments.quick, device), build_inputs(size, device)
-    adapters = {key: build_adapter(unet, v.config, device) for key, v in VARIANTS.items() if v.config is not None}
+    adapters = {key: build_adapter(unet, config, device) for key in rows if (config := VARIANTS[key].config) is not None}
     with torch.inference_mode():
         layers = time_layers(unet, inputs, adapters, arguments.runs, device)
         steps = time_steps(unet, inputs, adapters, arguments.step_runs, device)

@@ -1,7 +1,9 @@
-"""What a training step costs: StyleInject beside PEFT's LoRA, and beside its own equations as written, as ratios in one run.
+"""What a training step costs: StyleInject and DiffuseKronA beside PEFT's LoRA, and StyleInject beside its own equations as
+written, as ratios in one run.
 
     python benchmarks/train_step.py                      # the table of benchmarks/README.md; needs diffusers and peft
     python benchmarks/train_step.py --device cuda --dtype bfloat16 --size 64 --batch 8
+    python benchmarks/train_step.py --rows lora_four kronecker
     python benchmarks/train_step.py --quick              # a tiny U-Net: only shows that it runs
 
 A step is forward, backward and AdamW on the adapter's parameters, on SD 1.5's U-Net with random weights; every method
@@ -26,27 +28,38 @@ from functools import partial
 import peft
 import torch
 from diffusers import UNet2DConditionModel
-from step_overhead import QUERY_VALUE, STYLEINJECT, Clock, build_adapter, build_unet, naive, progress, rotated
+from step_overhead import KRONECKER, STYLEINJECT, Clock, build_adapter, build_unet, naive, progress, rotated
 from torch import Tensor, nn
 
 from styleinject_core import attach
+from styleinject_core.config import LayerConfig
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt the U-Net: PEFT's LoRA where `rank` is given, else StyleInject; `naive` as the paper writes it."""
+    """A way to adapt the U-Net: PEFT's LoRA where `rank` is given, else an adapter; `naive` as the paper writes it.
+
+    `beside` is the row that it is measured against: a LoRA on the same layers.
+    """
 
     label: str
     rank: int | None = None
+    config: LayerConfig = STYLEINJECT
     naive: bool = False
+    beside: str = "lora"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return self.config.target_modules
 
 
-BASELINE = "lora"
 METHODS = {
     "lora": Method("PEFT LoRA, r = 512", rank=512),
     "lora_equal": Method("PEFT LoRA, r = 288: StyleInject's number of parameters", rank=288),
     "naive": Method("StyleInject, equations as written: r = 32, n = 16", naive=True),
     "styleinject": Method("**StyleInject**: r = 32, n = 16"),
+    "lora_four": Method("PEFT LoRA, r = 4: to_q, to_k, to_v, to_out.0", rank=4, config=KRONECKER, beside="lora_four"),
+    "kronecker": Method("**DiffuseKronA**, factors 64, 4: the same layers", config=KRONECKER, beside="lora_four"),
 }
 
 
@@ -92,11 +105,11 @@ class Trainee:
 
     def __init__(self, key: str, base: UNet2DConditionModel, setting: Setting):
         method = METHODS[key]
-        self.setting = setting
+        self.setting, self.targets = setting, method.targets
         self.unet = copy.deepcopy(base, {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]})
         torch.manual_seed(0)  # the two ways to train StyleInject get the same adapter
         if method.rank is not None:
-            config = peft.LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=list(QUERY_VALUE))
+            config = peft.LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=list(method.targets))
             peft.inject_adapter_in_model(config, self.unet)
             self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
             for name, parameter in self.unet.named_parameters():
@@ -105,7 +118,7 @@ class Trainee:
                     if "lora_B" in name:
                         nn.init.normal_(parameter, 0, 0.02)
         else:
-            adapter = build_adapter(self.unet, STYLEINJECT, setting.device).requires_grad_(True)
+            adapter = build_adapter(self.unet, method.config, setting.device).requires_grad_(True)
             self.parameters = list(adapter.parameters())
             if method.naive:
                 for name, layer in adapter.layers.items():
@@ -150,7 +163,7 @@ def record(trainee: Trainee, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     hooks = [
         module.register_forward_pre_hook(partial(keep, name))
         for name, module in trainee.unet.named_modules()
-        if name.endswith(QUERY_VALUE)
+        if name.endswith(trainee.targets)
     ]
     trainee.loss(inputs)
     for hook in hooks:
@@ -162,12 +175,15 @@ def time_layers(trainees: dict[str, Trainee], inputs: tuple[Tensor, ...], runs: 
     """Every adapted layer's forward and backward, under (method, layer); the methods take turns at each layer, so that a
     disturbance hits all of them alike. One untimed sweep first."""
     clock, warm_up = Clock(device), Clock(device)
-    recorded = record(trainees[BASELINE], inputs)
+    groups = {
+        METHODS[key].beside: [other for other in trainees if METHODS[other].beside == METHODS[key].beside] for key in trainees
+    }
+    recorded = [(name, x, groups[beside]) for beside in groups for name, x in record(trainees[beside], inputs).items()]
     for run in range(-1, runs):
-        for index, (name, x) in enumerate(recorded.items()):
-            width = trainees["naive"].unet.get_submodule(name).out_features
+        for index, (name, x, keys) in enumerate(recorded):
+            width = trainees[keys[0]].unet.get_submodule(name).out_features
             gradient = torch.randn(*x.shape[:-1], width, device=device)
-            for key in rotated(list(trainees), run + index):
+            for key in rotated(keys, run + index):
                 (warm_up if run < 0 else clock).time((key, name), partial(trainees[key].replay, name, x, gradient))
                 x.grad = None
                 trainees[key].optimizer.zero_grad(set_to_none=True)
@@ -199,7 +215,7 @@ def measure_kept(base: UNet2DConditionModel, trainees: dict[str, Trainee], input
     """
     inputs = (inputs[0].detach().requires_grad_(), *inputs[1:])
     known = [*base.parameters(), *base.buffers(), *inputs]
-    setting = trainees[BASELINE].setting
+    setting = next(iter(trainees.values())).setting
     kept = {"frozen": kept_for_backward(lambda: loss_of(base, inputs, setting), known)}
     for key, trainee in trainees.items():
         kept[key] = kept_for_backward(partial(trainee.loss, inputs), known + trainee.parameters) - kept["frozen"]
@@ -225,22 +241,22 @@ def peak_in_fresh_process(key: str, options: list[str]) -> float:
 
 
 def table(steps: Clock, layers: Clock, trainees: dict[str, Trainee], kept: dict[str, float], peaks: dict[str, float]) -> str:
-    """The results in Markdown; times and the peak relative to LoRA."""
-    names = {key[1] for key in layers.times}
-    own = {key: sum(layers.quartile(key, name) for name in names) for key in trainees}
+    """The results in Markdown; times and the peak relative to LoRA on the same layers."""
+    own = {key: sum(layers.quartile(*timed) for timed in layers.times if timed[0] == key) for key in trainees}
     lines = [
         "| | trained parameters | whole step | adapted layers | kept for backward | peak memory | |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for key, trainee in trainees.items():
+        beside = METHODS[key].beside
         cells = [
             METHODS[key].label,
             f"{sum(p.numel() for p in trainee.parameters):,}",
-            f"{steps.quartile(key) / steps.quartile(BASELINE):.2f}",
-            f"{own[key] / own[BASELINE]:.2f}",
+            f"{steps.quartile(key) / steps.quartile(beside):.2f}",
+            f"{own[key] / own[beside]:.2f}",
             f"+{kept[key]:,.1f} MiB",
             f"{peaks[key]:,.0f} MiB",
-            f"{peaks[key] / peaks[BASELINE]:.2f}",
+            f"{peaks[key] / peaks[beside]:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -256,6 +272,9 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the frozen model")
     parser.add_argument("--quick", action="store_true", help="a tiny U-Net, for a smoke test")
+    parser.add_argument(
+        "--rows", nargs="+", choices=METHODS, default=list(METHODS), help="only these, and what they are beside"
+    )
     parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
     options = sys.argv[1:] if options is None else options
     arguments = parser.parse_args(options)
@@ -268,12 +287,13 @@ def main(options: list[str] | None = None) -> None:
         print(json.dumps(measure_peak(arguments.memory_of, setting)))
         return
 
+    rows = [key for key in METHODS if key in arguments.rows or key in {METHODS[row].beside for row in arguments.rows}]
     peaks = {}
-    for done, key in enumerate(METHODS, 1):
+    for done, key in enumerate(rows, 1):
         peaks[key] = peak_in_fresh_process(key, options)
-        progress("memory", done, len(METHODS))
+        progress("memory", done, len(rows))
     base, inputs = setting.base(), setting.inputs()
-    trainees = {key: Trainee(key, base, setting) for key in METHODS}
+    trainees = {key: Trainee(key, base, setting) for key in rows}
     kept = measure_kept(base, trainees, inputs)
     layers = time_layers(trainees, inputs, arguments.runs, device)
     steps = time_steps(trainees, inputs, arguments.step_runs, device)
@@ -281,7 +301,8 @@ def main(options: list[str] | None = None) -> None:
     print(f"\n{where}, {platform.machine()}, torch {torch.__version__}, peft {peft.__version__}, {arguments.dtype}")
     print(f"{setting.batch} images, latents {setting.size}x{setting.size}; ", end="")
     print(f"runs: {arguments.runs} of layers, {arguments.step_runs} of steps")
-    print(f"a step with {METHODS[BASELINE].label}: {steps.quartile(BASELINE):.2f} s; ", end="")
+    for key in (key for key in rows if METHODS[key].beside == key):
+        print(f"a step with {METHODS[key].label}: {steps.quartile(key):.2f} s; ", end="")
     print(f"kept for backward by the frozen U-Net: {kept['frozen']:,.0f} MiB\n")
     print(table(steps, layers, trainees, kept, peaks))
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..styleinject_core.demo import data
 from ..styleinject_core.demo.autoencoder import LATENT_CHANNELS
-from ..styleinject_core.demo.model import NOISE_SCHEDULE, UNET_CONFIG, load_autoencoder, load_text_encoder, read_unet
+from ..styleinject_core.demo.deadiff import BASE_FILE as FIVE_STYLES_FILE
+from ..styleinject_core.demo.deadiff import FIVE_STYLES
+from ..styleinject_core.demo.model import NOISE_SCHEDULE, UNET_CONFIG, load_autoencoder, load_text_encoder, read_base, read_unet
 from ..styleinject_core.demo.text import TextEncoder, words
 from .patcher import ModelPatcher, wrap
 
@@ -80,10 +82,14 @@ def base_model(state: dict[str, Tensor]) -> comfy.model_base.BaseModel:
     return model
 
 
+def _state(style: str) -> dict[str, Tensor]:
+    return read_base("unet", FIVE_STYLES_FILE)[0] if style == FIVE_STYLES else read_unet(style)
+
+
 def demo_model(style: str = data.BASE_STYLE, disable_dynamic: bool = False) -> ModelPatcher:
-    """The embedded model as a MODEL, or the one that draws another style."""
+    """The embedded model as a MODEL, or the one that draws another style, or all five."""
     load_device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    patcher = wrap(base_model(read_unet(style)), load_device, offload_device, disable_dynamic)
+    patcher = wrap(base_model(_state(style)), load_device, offload_device, disable_dynamic)
     patcher.cached_patcher_init = (demo_model, (style,))
     return patcher
 
@@ -108,8 +114,8 @@ class DemoVAE:
 class DemoCLIP:
     """The embedded text encoder by the two methods that CLIP Text Encode calls, so that a graph made for it fits any model."""
 
-    def __init__(self) -> None:
-        self.encoder = load_text_encoder()
+    def __init__(self, style: str = data.BASE_STYLE) -> None:
+        self.encoder = load_text_encoder(FIVE_STYLES_FILE) if style == FIVE_STYLES else load_text_encoder()
 
     def tokenize(self, text: str, **_others: Any) -> str:
         """The prompt itself.

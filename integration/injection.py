@@ -6,7 +6,8 @@ model, so a model can be freed while a MODEL that once used it lives on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from ..styleinject_core import AdapterMismatchError, Applied, Attachment, MatchReport
 from ..styleinject_core.functional.host import REPLACED
 from ..styleinject_core.hosts.architectures import describe
+from ..styleinject_core.layer_names import parse
 from ..styleinject_core.router.control import Rule, Steering
 from ..styleinject_core.site import HostProgram
 from .places import diffusion_model, find_places
 
 KEY = "styleinject"
+_SUFFIX = ".safetensors"
 _PLAIN_LAYERS = (
     nn.Linear,
     nn.Conv2d,
@@ -44,7 +47,15 @@ _TITLES = {
 
 
 class ComfyProgram(HostProgram):
-    """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch."""
+    """ComfyUI's ways: weights move and are cast at each use, and patches may split an image over rows of the batch.
+
+    Args:
+        layers: the adapter's, by name.
+    """
+
+    def __init__(self, layers: Iterable[str] = ()):
+        # HyperTile splits images over rows in a U-Net's self-attention. More rows in cross-attention are regions' prompts.
+        self._tiled = frozenset(n for n in layers if (name := parse(n)).side and name.attention == "self")
 
     def cast(self, parameter: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         if parameter.dtype == dtype and parameter.device == x.device:
@@ -79,8 +90,8 @@ class ComfyProgram(HostProgram):
         return weight
 
     def samples(self, x: Tensor, layer: str, images: int) -> int:
-        """HyperTile splits images over rows in self-attention. More rows in cross-attention are prompts of regions."""
-        return images if images and ".attn1." in layer else x.shape[0]
+        """Where HyperTile may have split images over rows, as many as the call has."""
+        return images if images and layer in self._tiled else x.shape[0]
 
 
 def _plain(parameter: Tensor | None, x: Tensor) -> bool:
@@ -110,17 +121,10 @@ class Injection:
     node_id: str = ""
     steering: Steering | None = field(init=False, default=None, repr=False)
     _attached: WeakKeyDictionary[nn.Module, Attachment] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
-    _bounds: WeakKeyDictionary[nn.Module, dict] = field(init=False, default_factory=WeakKeyDictionary, repr=False)
+    _bounds: SigmaBounds = field(init=False, default_factory=lambda: SigmaBounds(), repr=False)
 
     def __post_init__(self) -> None:
-        for label in ("start_percent", "end_percent"):
-            value = getattr(self, label)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{self.applied.adapter.name}: {label} is {value}, expected 0 to 1")
-        if self.start_percent > self.end_percent:
-            raise ValueError(
-                f"{self.applied.adapter.name}: start_percent {self.start_percent} is after end_percent {self.end_percent}"
-            )
+        check_percents(self.applied.adapter.name, self.start_percent, self.end_percent)
         if self.control:
             object.__setattr__(self, "steering", Steering(self.control, self.applied.adapter))
 
@@ -138,14 +142,7 @@ class Injection:
         return [self._within(model, timestep, rule.start_percent, rule.end_percent) for rule in self.control]
 
     def _within(self, model: nn.Module, timestep: Tensor, start: float, end: float) -> bool:
-        if start == 0 and end == 1:
-            return True  # without reading the timestep, which would wait for the device
-        sampling = model.model_sampling
-        bounds = self._bounds.setdefault(sampling, {})
-        if (start, end) not in bounds:
-            bounds[start, end] = tuple(_float32(sampling.percent_to_sigma(percent)) for percent in (end, start))
-        lowest, highest = bounds[start, end]
-        return lowest <= _float32(timestep.flatten()[0]) <= highest
+        return self._bounds.within(model, timestep, start, end)
 
     def attachment(self, model: nn.Module) -> Attachment:
         """The adapter matched to the layers of one model, made once per model.
@@ -162,7 +159,7 @@ class Injection:
             adapter = self.applied.adapter
             names = {name: found.place for name, found in find_places(model, adapter).items()}
             try:
-                self._attached[host] = Attachment(host, [self.applied], names, ComfyProgram())
+                self._attached[host] = Attachment(host, [self.applied], names, ComfyProgram(adapter.names))
             except AdapterMismatchError as error:
                 raise AdapterMismatchError(
                     f'adapter "{adapter.name}" was made for {describe(adapter)}, this model is {model_title(model)}. {error}'
@@ -178,20 +175,55 @@ class Injection:
         return self.attachment(model).reports[0]
 
 
+def check_percents(name: str, start: float, end: float) -> None:
+    """Whether two numbers are a part of sampling. Raises ValueError: out of 0 to 1, or the wrong way around."""
+    for label, value in (("start_percent", start), ("end_percent", end)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: {label} is {value}, expected 0 to 1")
+    if start > end:
+        raise ValueError(f"{name}: start_percent {start} is after end_percent {end}")
+
+
+class SigmaBounds:
+    """Which noise levels a part of sampling is, by ComfyUI's convention; worked out once per model."""
+
+    def __init__(self) -> None:
+        self._bounds: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+
+    def within(self, model: nn.Module, timestep: Tensor, start: float, end: float) -> bool:
+        """percent_to_sigma(end) <= sigma <= percent_to_sigma(start), in float32."""
+        if start == 0 and end == 1:
+            return True  # without reading the timestep, which would wait for the device
+        sampling = model.model_sampling
+        bounds = self._bounds.setdefault(sampling, {})
+        if (start, end) not in bounds:
+            bounds[start, end] = tuple(_float32(sampling.percent_to_sigma(percent)) for percent in (end, start))
+        lowest, highest = bounds[start, end]
+        return lowest <= _float32(timestep.flatten()[0]) <= highest
+
+
 def select_adapters(injections: Sequence[Injection], adapter_name: str) -> list[Injection]:
     """The adapters of that name ("all": every one).
 
     Raises:
         ValueError: no adapter is applied, or none of that name.
     """
-    wanted = adapter_name.strip().replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+    wanted = _stems(adapter_name)
+    everyone = adapter_name.strip() in ("all", "")
     if not injections:
         raise ValueError("no StyleInject adapter is applied to this model: connect the output of an Apply StyleInject node")
-    found = [i for i in injections if wanted in ("all", "", i.applied.adapter.name)]
+    found = [i for i in injections if everyone or i.applied.adapter.name in wanted]
     if not found:
         names = ", ".join(dict.fromkeys(i.applied.adapter.name for i in injections))
         raise ValueError(f'no adapter named "{adapter_name}" is applied to this model; there are: {names}')
     return found
+
+
+def _stems(name: str) -> set[str]:
+    """The names an adapter may have that somebody calls by this one: a file's, with or without folders and suffix."""
+    spelled = [name, name.strip()]
+    stems = {s[: -len(_SUFFIX)] if s.lower().endswith(_SUFFIX) else s for s in spelled}
+    return stems | {re.split(r"[\\/]", stem)[-1] for stem in stems} | {stem.rsplit("/", 1)[-1] for stem in stems}
 
 
 def model_title(model: nn.Module) -> str:

@@ -6,8 +6,10 @@ One message of the type EVENT, JSON:
     run                a name for this sampling run, the same in all of its messages
     prompt, workflow   the id of the queued prompt, and of the workflow it was made from; "" where unknown
     layers, styles     how many
-    names              {"layers": [...], "styles": [...], "convolutions": [indices of layers]}; in the first message, in the
-                       last, and about every two seconds
+    names              {"layers": [...], "labels": [...], "blocks": [...], "groups": {...}, "styles": [...]}; in the first
+                       message, in the last, and about every two seconds. Of each layer its name, what to call it for people,
+                       and its block likewise; of each word of the layer selector, "cross" or "down.1", the indices of the
+                       layers it chooses
     steps              how many steps the run will have
     columns            the steps in this message: [{"step": 0, "sigma": 14.6, "roles": ["positive", "negative"]}, ...]
     values             base64 of a byte per column, role, layer and style: 254 times the probability, 255 where there is none
@@ -31,6 +33,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..styleinject_core.layer_names import groups, parse
 
 EVENT = "styleinject.router"
 INTERVAL = 0.1  # seconds between two messages of one feed
@@ -76,8 +80,7 @@ class LiveFeed:
     ) -> None:
         self._server = running_server()
         self._client: str | None = getattr(self._server, "client_id", None)
-        numbers = [k for k, layer in enumerate(layers) if layer in convolutions]
-        self._names = {"layers": list(layers), "styles": list(styles), "convolutions": numbers}
+        self._names = {**_described(layers, convolutions), "styles": list(styles)}
         self._constant = {
             "node": node_id,
             "adapter": adapter,
@@ -188,6 +191,17 @@ class LiveFeed:
         if end:
             message["end"] = end
         return message
+
+
+def _described(layers: Sequence[str], convolutions: Collection[str]) -> dict[str, Any]:
+    """What the browser needs to know of the layers' names, which it does not read itself."""
+    index = {name: number for number, name in enumerate(layers)}
+    return {
+        "layers": list(layers),
+        "labels": [parse(name).label for name in layers],
+        "blocks": [parse(name).block_label for name in layers],
+        "groups": {word: [index[name] for name in names] for word, names in groups(layers, convolutions).items()},
+    }
 
 
 def running_server() -> Any:

@@ -26,6 +26,7 @@ from ..styleinject_core.router.control import Rule
 from .injection import KEY, Injection, select_adapters
 from .monitor import Monitor
 from .places import find_places, fitted
+from .reference import AppliedReference
 from .sampling import ApplyModelWrapper, SampleWrapper, calc_cond_batch_wrapper, predict_noise_wrapper, prepare_state
 from .weight_patches import add_patches, remove_patches
 
@@ -114,6 +115,22 @@ def injections_of(model: ModelPatcher) -> tuple[Injection, ...]:
     return tuple(i for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for i in wrapper.injections)
 
 
+def apply_reference(model: ModelPatcher, applied: AppliedReference) -> ModelPatcher:
+    """A clone of `model` with one more reference image; `model` stays as it is.
+
+    Raises:
+        ReferenceMismatchError: DEADiff does not fit the model.
+    """
+    with without_injections(model):
+        applied.attachment(model.model)  # what does not fit is said now, not in mid-sampling
+    return _with_injections(model, injections_of(model), references=(*references_of(model), applied))
+
+
+def references_of(model: ModelPatcher) -> tuple[AppliedReference, ...]:
+    """The reference images on a MODEL, in the order they were applied."""
+    return tuple(r for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY) for r in wrapper.references)
+
+
 def set_strength(model: ModelPatcher, adapter_name: str, strength: float) -> ModelPatcher:
     """A clone of `model` whose adapters of that name ("all": every one) have another overall strength.
 
@@ -198,11 +215,15 @@ def _monitors_of(model: ModelPatcher) -> tuple[Monitor, ...]:
 
 
 def _with_injections(
-    model: ModelPatcher, injections: tuple[Injection, ...], monitors: tuple[Monitor, ...] | None = None
+    model: ModelPatcher,
+    injections: tuple[Injection, ...],
+    monitors: tuple[Monitor, ...] | None = None,
+    references: tuple[AppliedReference, ...] | None = None,
 ) -> ModelPatcher:
-    """A clone with these adapters; its monitors stay unless others are given."""
+    """A clone with these adapters; its monitors and references stay unless others are given."""
+    references = references_of(model) if references is None else references
     wrappers: dict[str, Any] = {
-        WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections),
+        WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections, references),
         WrappersMP.OUTER_SAMPLE: SampleWrapper(injections, _monitors_of(model) if monitors is None else monitors),
         WrappersMP.PREDICT_NOISE: predict_noise_wrapper,
         WrappersMP.CALC_COND_BATCH: calc_cond_batch_wrapper,

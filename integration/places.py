@@ -7,7 +7,7 @@ with what a model fuses (qkv, linear1) as rows of one weight, and what it keeps 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,13 @@ def find_places(model: nn.Module, adapter: Adapter) -> dict[str, Found]:
         if target is not None and (where := _found(target, modules)) is not None:
             found[name] = where
     return found
+
+
+def unet_modules(model: nn.Module, wanted: Iterable[str]) -> dict[str, str]:
+    """The module names of a U-Net's layers, by their diffusers names; those that are not there are left out."""
+    modules = {name.replace(f"{COMPILED}.", ""): name for name, _ in diffusion_model(model).named_modules()}
+    table = _unet_names(model.model_config.unet_config)
+    return {name: modules[table[name]] for name in wanted if table.get(name) in modules}
 
 
 def _target(table: Mapping[str, Any], unet: Mapping[str, str], name: str, key: str | None) -> Any:

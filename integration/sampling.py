@@ -27,6 +27,7 @@ from ..styleinject_core.router.recorder import Call, Recorder
 from .guidance import Passes
 from .injection import KEY, Injection
 from .monitor import Monitor
+from .reference import AppliedReference, masked_options
 from .taking_part import TakingPart
 
 UNKNOWN = "unknown"  # the role of rows that are not the conditionings ComfyUI was asked for
@@ -145,10 +146,12 @@ class Conditionings:
 
 
 class ApplyModelWrapper:
-    """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters: all of them, on it for the length of a call."""
+    """The WrappersMP.APPLY_MODEL wrapper of a MODEL that has adapters or references: all of them, on it for the length of a
+    call."""
 
-    def __init__(self, injections: Iterable[Injection]):
+    def __init__(self, injections: Iterable[Injection], references: Iterable[AppliedReference] = ()):
         self.injections = tuple(injections)
+        self.references = tuple(references)
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         model, x, timestep = executor.class_obj, args[0], args[1]
@@ -156,7 +159,19 @@ class ApplyModelWrapper:
         if all(wrapper is not self for wrapper in _wrappers_of(model)):
             return executor(*args, **kwargs)
         options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
-        with _adapted(self.injections, model, x, timestep, options):
+        with ExitStack() as stack:
+            stack.enter_context(_adapted(self.injections, model, x, timestep, options))
+            call = model_call(x, timestep, options)
+            active = [reference for reference in self.references if reference.active(model, timestep)]
+            calls = [reference.call(call) for reference in active]
+            for reference, own in zip(active, calls, strict=True):
+                attached = reference.attachment(model)
+                stack.enter_context(attached.in_call(own))
+                stack.enter_context(attached)
+            if any(reference.mask is not None for reference in active):
+                arguments = _Arguments(args, kwargs)
+                arguments[5, "transformer_options"] = masked_options(active, model, x, calls, options)
+                args, kwargs = tuple(arguments.args), arguments.kwargs
             return executor(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:

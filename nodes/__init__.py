@@ -9,7 +9,10 @@ from .adapter.apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjec
 from .adapter.layer_weights import StyleInjectLayerWeights
 from .adapter.load import StyleInjectInfo, StyleInjectLoader
 from .demo.dataset import StyleInjectDemoDataset
-from .demo.drawing import StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
+from .demo.emoji import StyleInjectDemoDecode, StyleInjectDemoModel, StyleInjectDemoPrompt
+from .reference.apply import StyleInjectApplyDeadiff, StyleInjectReference
+from .reference.cards import StyleInjectLoadStyleCard, StyleInjectSaveStyleCard
+from .reference.encode import StyleInjectEncodeReference, StyleInjectLoadDeadiff, StyleInjectMixTokens
 from .router.control import StyleInjectRouterControl, StyleInjectStyleMixer
 from .router.plots import (
     StyleInjectRouterCompare,
@@ -45,6 +48,13 @@ NODES: list[type[io.ComfyNode]] = [
     StyleInjectStyleGrid,
     StyleInjectStyleSheet,
     StyleInjectNameStyles,
+    StyleInjectReference,
+    StyleInjectLoadDeadiff,
+    StyleInjectEncodeReference,
+    StyleInjectMixTokens,
+    StyleInjectApplyDeadiff,
+    StyleInjectSaveStyleCard,
+    StyleInjectLoadStyleCard,
     StyleInjectPictures,
     StyleInjectPrompts,
     StyleInjectTrain,

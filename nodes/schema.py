@@ -17,7 +17,9 @@ AdapterType = io.Custom("STYLEINJECT_ADAPTER")  # a styleinject_core.Adapter
 TraceType = io.Custom("STYLEINJECT_TRACE")  # an integration.monitor.Monitor, or a sequence of the core's RouterTrace
 RouterControlType = io.Custom("STYLEINJECT_ROUTER_CONTROL")  # a sequence of the core's Rule
 LayerWeightsType = io.Custom("STYLEINJECT_LAYER_WEIGHTS")  # text in the core's layer weight language
-OptionsType = io.Custom("STYLEINJECT_TRAIN_OPTIONS")  # a TrainOptions of integration.training.options
+OptionsType = io.Custom("STYLEINJECT_TRAIN_OPTIONS")  # a TrainOptions of integration.training.train_options
+DeadiffType = io.Custom("STYLEINJECT_DEADIFF")  # an integration.reference_encoder.LoadedDeadiff
+TokensType = io.Custom("STYLEINJECT_TOKENS")  # the core's deadiff.Tokens
 LossType = io.Custom("STYLEINJECT_LOSS")  # a LossHistory of integration.training.named_runs
 
 
@@ -52,6 +54,27 @@ def adapter_name_input() -> io.Combo.Input:
     )
 
 
+def strength_input(tooltip: str, name: str = "strength", label: str | None = None) -> io.Float.Input:
+    """A strength: 0 is the model without the adapter, 1 the adapter as it was trained.
+
+    Args:
+        label: what the widget is called, where its id says little.
+    """
+    return io.Float.Input(name, display_name=label, default=1.0, tooltip=tooltip, **STRENGTH_RANGE)
+
+
+def trigger_output() -> io.String.Output:
+    """The words that call an adapter's style, where its file names any."""
+    return io.String.Output(
+        "trigger", display_name="trigger", tooltip="The words that call it in a prompt, where its file names any; else empty."
+    )
+
+
+def trigger_of(adapter: Adapter) -> str:
+    """ModelSpec's field for them, or "" where an adapter has none."""
+    return adapter.metadata.get("modelspec.trigger_phrase", "")
+
+
 def percent_inputs(what: str, start: str = "", end: str = "") -> list[Any]:
     """The part of the noise schedule that something is active in: start_percent and end_percent, 0 to 1.
 
@@ -81,27 +104,6 @@ def executing_node(node: type[io.ComfyNode]) -> str:
     """The execution id of a node that has asked for its hidden unique_id; "" outside of a server."""
     node_id = None if node.hidden is None else node.hidden.unique_id
     return str(node_id or "")
-
-
-def strength_input(tooltip: str, name: str = "strength", label: str | None = None) -> io.Float.Input:
-    """A strength: 0 is the model without the adapter, 1 the adapter as it was trained.
-
-    Args:
-        label: what the widget is called, where its id says little.
-    """
-    return io.Float.Input(name, display_name=label, default=1.0, tooltip=tooltip, **STRENGTH_RANGE)
-
-
-def trigger_output() -> io.String.Output:
-    """The words that call an adapter's style, where its file names any."""
-    return io.String.Output(
-        "trigger", display_name="trigger", tooltip="The words that call it in a prompt, where its file names any; else empty."
-    )
-
-
-def trigger_of(adapter: Adapter) -> str:
-    """ModelSpec's field for them, or "" where an adapter has none."""
-    return adapter.metadata.get("modelspec.trigger_phrase", "")
 
 
 def trace_input(name: str = "trace") -> Any:

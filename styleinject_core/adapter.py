@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ class Adapter(nn.Module):
         skipped: names in the file that are other models' (a LoRA's text encoder part), for the report.
         keys: module name -> how the file spells it, where it came from a file: hosts look it up as it stands there first.
         unused: what in the file is for this model and cannot be used -> why.
+        path: the file it was read from, for what is left in there (`skipped`).
     """
 
     def __init__(
@@ -41,12 +43,13 @@ class Adapter(nn.Module):
         *,
         keys: Mapping[str, str] | None = None,
         unused: Mapping[str, str] | None = None,
+        path: Path | None = None,
     ):
         super().__init__()
         if not layers:
             raise ValueError(f"{name}: an adapter needs at least one layer")
         self.config, self.metadata, self.name, self.skipped = config, dict(metadata or {}), name, skipped
-        self.keys, self.unused = dict(keys or {}), dict(unused or {})
+        self.keys, self.unused, self.path = dict(keys or {}), dict(unused or {}), path
         self.names = tuple(layers)
         self._layers: Any = nn.ModuleList(layers.values())  # module names contain dots, which a ModuleDict refuses
 
@@ -64,7 +67,7 @@ class Adapter(nn.Module):
     def style_names(self) -> tuple[str, ...]:
         """A name per style: those in the metadata, "style 3" where there is none. (A list that cannot be read is none.)"""
         names: Any = None
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             names = json.loads(self.metadata.get(STYLE_NAMES, "[]"))
         count = max(layer.styles for layer in self.layers.values()) or 1
         given = [str(name).strip() for name in names] if isinstance(names, list) else []
@@ -74,8 +77,10 @@ class Adapter(nn.Module):
         """The same adapter, its tensors shared, with a name per style in its metadata; empty names leave styles unnamed.
 
         Raises:
-            ValueError: more names than styles, or two that are the same.
+            ValueError: more names than styles, two that are the same, or an adapter without styles.
         """
+        if not self.routed:
+            raise ValueError(no_router(self, "name"))
         given = [name.strip() for name in names]
         if len(given) > len(self.style_names):
             raise ValueError(f"{self.name}: {len(given)} names for {len(self.style_names)} styles")
@@ -124,7 +129,8 @@ class Adapter(nn.Module):
         return self._like({**self.layers, **layers}, self.metadata)
 
     def _like(self, layers: Mapping[str, AdapterLayer], metadata: Mapping[str, str]) -> Adapter:
-        return Adapter(layers, self.config, metadata, self.name, self.skipped, keys=self.keys, unused=self.unused)
+        kept: Any = {"keys": self.keys, "unused": self.unused, "path": self.path}
+        return Adapter(layers, self.config, metadata, self.name, self.skipped, **kept)
 
     @property
     def routed(self) -> dict[str, AdapterLayer]:
@@ -162,3 +168,8 @@ def host_shapes(host: nn.Module, required: tuple[str, ...] = ()) -> dict[str, La
 def a(kind: str) -> str:
     """A word with its article, for messages: "a LoRA", "an Adapter"."""
     return f"{'an' if kind[:1] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+def no_router(adapter: Adapter, what: str) -> str:
+    """What a tool for style routers says of an adapter that has none; `what` is what it would do."""
+    return f"{adapter.name} has no style router (it is {a(adapter.kind)}): there is nothing to {what}"

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from .adapter import Adapter
@@ -65,11 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         "--styles", type=int, default=AdapterRequest.styles, help="n, parallel down-projections (default %(default)s)"
     )
     init.add_argument("--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)")
+    init.add_argument("--factors", default="64,4", metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)")
     init.add_argument(
-        "--factors", type=_integers, default=kronecker.FACTORS, metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)"
-    )
-    init.add_argument(
-        "--targets", help='layer selector, as in "to_q,to_v" or "attention,conv" (default: the method\'s paper\'s)'
+        "--targets", default="", help='layer selector, as in "to_q,to_v" or "attention,conv" (default: the method\'s paper\'s)'
     )
     init.add_argument("--router-pool", choices=ROUTER_POOLS, default="mean")
     init.add_argument("--sta", choices=STA_FORMS, default="multiplicative", help="the AdaIN step (default multiplicative)")
@@ -88,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=None, help="training steps (default 140, under two minutes on two cores)")
     demo.add_argument("--no-train", action="store_true", help="use the adapter that ships with the demo")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument(
+        "--reference", nargs="?", type=Path, const=True, metavar="IMAGE",
+        help="instead, draw in the style of pictures, and of this one too; nothing is trained",
+    )  # fmt: skip
     demo.set_defaults(run=_demo)
 
     plot = commands.add_parser("plot", help="draw what a router did, from saved traces")
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--method", choices=METHODS, default=METHODS[0], help="of the map")
     plot.set_defaults(run=_plot)
 
-    deadiff = commands.add_parser("deadiff", help="style from a reference image: convert the authors' checkpoint")
+    deadiff = commands.add_parser("deadiff", help="style from a reference image: convert the authors' checkpoint, or train")
     actions = deadiff.add_subparsers(dest="action", required=True, metavar="ACTION")
     convert = actions.add_parser("convert", help="make a small .safetensors file of deadiff_v1.ckpt, for models/deadiff")
     convert.add_argument("checkpoint", type=Path, metavar="FILE.ckpt")
@@ -109,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--with-vision", action="store_true", help="take CLIP ViT-L/14 along, 0.58 GB more")
     convert.add_argument("--force", action="store_true", help="replace an existing file")
     convert.set_defaults(run=_convert_deadiff)
+    learn = actions.add_parser("train", help="train one, from pictures sorted by style and named after what they show")
+    learn.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml", help="its folder is where paths start")
+    learn.add_argument("--template", action="store_true", help="print a config with every field, its default and meaning")
+    learn.add_argument("--dry-run", action="store_true", help="print what it would train; write nothing")
+    learn.set_defaults(run=_train_deadiff)
 
     for name, help_text in (
         ("train", "fine-tune an adapter on images and captions"),
@@ -123,10 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(item) for item in text.split(","))
-
-
 def _init(options: argparse.Namespace) -> int:
     import torch
 
@@ -137,15 +139,12 @@ def _init(options: argparse.Namespace) -> int:
         rank=options.rank,
         styles=options.styles,
         alpha=options.alpha,
-        factors=options.factors,
+        targets=tuple(term.strip() for term in options.targets.split(",") if term.strip()),
+        factors=kronecker.parse_factors(options.factors),
         router_pool=options.router_pool,
         sta=options.sta,
     )
-    if options.targets is None:
-        targets = type(settings.config()).default_targets()
-    else:
-        targets = tuple(term.strip() for term in options.targets.split(",") if term.strip())
-    config = replace(settings, targets=targets).config()
+    config = settings.config()
     torch.manual_seed(options.seed)
     architecture = ARCHITECTURES[options.base]
     metadata = {"modelspec.architecture": f"{architecture.modelspec}/{config.method}"}
@@ -171,8 +170,25 @@ def _convert_deadiff(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train_deadiff(options: argparse.Namespace) -> int:
+    from .commands import config_files, reference
+
+    if options.template:
+        print(config_files.template(reference.ReferenceConfig), end="")
+        return 0
+    if options.config is None:
+        raise ValueError("expected a config file; write one with: styleinject deadiff train --template > my.toml")
+    reference.run(options.config, options.dry_run)
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
-    from .demo.run import run
+    if options.reference is not None:
+        from .demo import references
+
+        references.run(options.out, None if options.reference is True else options.reference, seed=options.seed)
+        return 0
+    from .demo.show import run
 
     run(options.out, options.style, steps=options.steps, train=not options.no_train, seed=options.seed)
     return 0
@@ -202,12 +218,13 @@ _LESS_MEMORY = (
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .commands import config
-    from .commands.run import run
+    from .commands.config_files import DistilConfig, DreamBoothConfig, TrainConfig, template
+    from .commands.training import run
 
-    kind = {"train": config.TrainConfig, "dreambooth": config.DreamBoothConfig, "distill": config.DistilConfig}[options.command]
+    kinds = {"train": TrainConfig, "dreambooth": DreamBoothConfig, "distill": DistilConfig}
+    kind = kinds[options.command]
     if options.template:
-        print(config.template(kind), end="")
+        print(template(kind), end="")
         return 0
     if options.config is None:
         raise ValueError(f"expected a config file; write one with: styleinject {options.command} --template > my.toml")

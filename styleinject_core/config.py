@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 ROUTER_POOLS = ("mean", "sum", "token")
 STA_FORMS = ("multiplicative", "additive", "none")
+_LARGEST = 3.4028234663852886e38  # of float32
 Config = TypeVar("Config", bound="LayerConfig")
 
 
@@ -116,10 +116,10 @@ class AdapterConfig(LayerConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
-        if self.alpha is not None and not (is_number(self.alpha) and math.isfinite(self.alpha)):
-            raise ValueError(f"alpha: expected a finite number, found {self.alpha!r}")
-        if not (is_number(self.eps) and 0 < self.eps < math.inf):
-            raise ValueError(f"eps: expected a positive number, found {self.eps!r}")
+        if self.alpha is not None and not is_finite(self.alpha):
+            raise ValueError(f"alpha: expected a finite number, found {_shown(self.alpha)}")
+        if not (is_finite(self.eps) and self.eps > 0):
+            raise ValueError(f"eps: expected a positive number, found {_shown(self.eps)}")
         if self.router_pool not in ROUTER_POOLS:
             raise ValueError(f"router_pool: expected one of {', '.join(ROUTER_POOLS)}, found {self.router_pool!r}")
         if self.sta not in STA_FORMS:
@@ -144,3 +144,13 @@ class AdapterConfig(LayerConfig):
 def is_number(value: Any) -> bool:
     """Whether a value is an int or a float (JSON and TOML have booleans too, which Python takes for ints)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that float32 can hold: files have been seen with integers of 400 digits."""
+    return is_number(value) and -_LARGEST <= value <= _LARGEST
+
+
+def _shown(value: Any) -> str:
+    text = "a number beyond all bounds" if is_number(value) and not is_finite(value) and isinstance(value, int) else repr(value)
+    return text if len(text) < 100 else f"{text[:100]}..."

@@ -15,6 +15,12 @@ from .layers import LayerShape
 from .site import Rows, Site
 
 
+def _version(parameter: Tensor | None) -> int:
+    """How often it has been changed in place; always 0 for one made in inference mode, as ComfyUI makes them: those have no
+    count, and are changed by nobody."""
+    return 0 if parameter is None or parameter.is_inference() else parameter._version
+
+
 class Plan:
     """The active sites of a module, ready for inputs of one dtype on one device.
 
@@ -54,9 +60,7 @@ class Plan:
         for parameters, part, parameter, version, pointer in self._made_of:
             if parameters[part] is not parameter:
                 return False
-            if parameter is None:
-                continue
-            if (version is not None and parameter._version != version) or parameter.data_ptr() != pointer:
+            if parameter is not None and (_version(parameter) != version or parameter.data_ptr() != pointer):
                 return False
         return True
 
@@ -176,11 +180,6 @@ class _Group:
         for site, s in hearing.used.items():
             _measure(site, s, x, h, host, self.weights[self.sites.index(site)])
         return out
-
-
-def _version(parameter: Tensor | None) -> int | None:
-    """How often it was changed in place; None where nobody counts: hosts load adapters in inference mode."""
-    return None if parameter is None or parameter.is_inference() else parameter._version
 
 
 def _autocast(x: Tensor) -> bool:

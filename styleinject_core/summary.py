@@ -6,8 +6,9 @@ from collections import Counter
 from typing import Any
 
 from .adapter import Adapter
-from .files.names import kind_of_layer
+from .files.sorting import reasons
 from .hosts.architectures import describe
+from .layer_names import parse
 from .methods import METHODS, AdapterLayer, config_to_dict
 
 
@@ -20,30 +21,37 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
         "kind": adapter.kind,
         "method": adapter.config.method,
         "layers": len(layers),
-        "linear_layers": sum(not layer.shape.is_conv for layer in layers.values()),
+        "linear_layers": sum(not layer.shape.is_conv and not layer.shape.other for layer in layers.values()),
         "conv_layers": sum(layer.shape.is_conv for layer in layers.values()),
-        "targets": dict(Counter(map(kind_of_layer, layers))),
+        "targets": dict(Counter(parse(name).target for name in layers)),
         "properties": described(adapter),
         "dtype": str(next(adapter.parameters()).dtype).removeprefix("torch."),
         "parameters": adapter.parameter_count(),
         "bytes": sum(p.numel() * p.element_size() for p in adapter.parameters()),
         "config": config_to_dict(adapter.config),
         "metadata": dict(sorted(adapter.metadata.items())),
+        "other_layers": sum(bool(layer.shape.other) for layer in layers.values()),
         "skipped": list(adapter.skipped),
+        "unused": dict(adapter.unused),
     }
 
 
 def as_text(summary: dict[str, Any]) -> str:
     """A summary for people, one fact a line."""
     targets = ", ".join(f"{name} x{count}" for name, count in summary["targets"].items())
+    kinds = f"{summary['linear_layers']} Linear, {summary['conv_layers']} Conv2d"
+    if summary["other_layers"]:
+        kinds += f", {summary['other_layers']} others"
     lines = [
         f"{summary['name']}: {summary['kind']} for {summary['made_for']}",
-        f"layers       {summary['layers']} ({summary['linear_layers']} Linear, {summary['conv_layers']} Conv2d): {targets}",
+        f"layers       {summary['layers']} ({kinds}): {targets}",
         *(f"{label.ljust(12)} {value}" for label, value in summary["properties"].items()),
         f"parameters   {summary['parameters']:,} ({summary['bytes'] / 2**20:.1f} MiB, {summary['dtype']})",
     ]
     if summary["skipped"]:
-        lines.append(f"not used     {len(summary['skipped'])} tensors that are no U-Net layer")
+        lines.append(f"not used     {len(summary['skipped'])} tensors for another model (a text encoder, a VAE)")
+    if summary["unused"]:
+        lines.append(f"unsupported  {reasons(summary['unused'])}")
     if summary["metadata"]:
         width = max(map(len, summary["metadata"]))
         lines += ["metadata"] + [f"  {key.ljust(width)}  {value}" for key, value in summary["metadata"].items()]

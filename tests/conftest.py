@@ -7,7 +7,9 @@ what did not run is said in one line at the end of the run.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -38,6 +40,7 @@ def tier_of(path: Path) -> comfyui.Tier | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TIERS_MET] = set()
+    config.stash[SKIPPED] = []
     try:
         comfyui.path_from_environment()
     except comfyui.NotAComfyUI as error:
@@ -58,11 +61,25 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return module
 
 
+@pytest.fixture(scope="session")
+def skip_loudly(request: pytest.FixtureRequest) -> Callable[[str], NoReturn]:
+    """Skip what cannot run here, and say so in a line at the end of the run."""
+
+    def skip(reason: str) -> NoReturn:
+        if reason not in request.config.stash[SKIPPED]:
+            request.config.stash[SKIPPED].append(reason)
+        pytest.skip(reason)
+
+    return skip
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     met = config.stash[TIERS_MET]
-    for line in comfyui.summary_lines(tuple(tier for tier in comfyui.TIERS if tier in met)):
+    lines = comfyui.summary_lines(tuple(tier for tier in comfyui.TIERS if tier in met))
+    for line in [*lines, *(f"SKIPPED: {reason}" for reason in config.stash[SKIPPED])]:
         loud = line.startswith("SKIPPED")
         terminalreporter.write_line(line, bold=True, yellow=loud, green=not loud)
 
 
 TIERS_MET: pytest.StashKey[set] = pytest.StashKey()
+SKIPPED: pytest.StashKey[list[str]] = pytest.StashKey()  # reasons of skip_loudly

@@ -65,6 +65,48 @@ def build_tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **unet_c
     )
 
 
+def fp8_model(seed: int = 0):
+    """The tiny model with weights in fp8 that are cast to float32 at each use, and its twin in float32."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    cpu = comfy.model_management.get_torch_device()
+    patchers = []
+    for dtype in (torch.float8_e4m3fn, torch.float32):
+        with torch.inference_mode():
+            config = comfy.supported_models.SD15(dict(UNET_CONFIG))
+            config.unet_config["num_heads"] = 4
+            config.set_inference_dtype(dtype, torch.float32 if dtype != torch.float32 else None)
+            base = config.get_model({}, "", device=torch.device("cpu"))
+            fill(base.diffusion_model, seed)
+            if dtype == torch.float32:
+                for parameter in base.diffusion_model.parameters():
+                    parameter.copy_(parameter.to(torch.float8_e4m3fn))
+        patchers.append(comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu))
+    return patchers
+
+
+def sdxl_model():
+    """Like SDXL: no attention on the first level, two transformer blocks on the second, Linear projections, size labels."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    with torch.inference_mode():
+        config = comfy.supported_models.SDXL(
+            {**UNET_CONFIG, "use_linear_in_transformer": True, "transformer_depth": [0, 2],
+             "transformer_depth_middle": 2, "transformer_depth_output": [0, 0, 2, 2],
+             "adm_in_channels": 64 + 6 * 256, "num_classes": "sequential"}
+        )  # fmt: skip
+        config.unet_config["num_heads"], config.unet_config["num_head_channels"] = -1, 16
+        config.set_inference_dtype(torch.float32, None)
+        base = config.get_model({}, "", device=torch.device("cpu"))
+        fill(base.diffusion_model, 0)
+    cpu = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
+
+
 def fill(module: torch.nn.Module, seed: int) -> None:
     """Fill a module's parameters in place: norms 1, other weights N(0, 1/fan_in), biases N(0, 0.02)."""
     generator = torch.Generator().manual_seed(seed)

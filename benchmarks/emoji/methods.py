@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig
+from styleinject_core.config import LayerConfig
 from styleinject_core.demo.training import DemoTrainingModel
 from styleinject_core.hosts.architectures import ARCHITECTURES
+from styleinject_core.methods.kronecker import KroneckerConfig
 
+PROJECTIONS = KroneckerConfig.default_targets()
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -26,6 +29,8 @@ class Method:
         n: styles; 0 trains no adapter.
         sta: with the AdaIN step; n = 1 without it is a LoRA.
         equal: its rank is raised until it has as many parameters as StyleInject with n = 16.
+        factors: of a DiffuseKronA adapter.
+        four: adapts all four attention projections, as DiffuseKronA's paper does; a LoRA then has half the rank.
         rate: the learning rate, one of RATES, from which the best is looked for; 0 trains nothing.
     """
 
@@ -34,6 +39,13 @@ class Method:
     sta: bool = False
     equal: bool = False
     rate: float = 1e-2
+    factors: tuple[int, int] | None = None
+    four: bool = False
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, rather than the U-Net or nothing."""
+        return bool(self.n or self.factors)
 
 
 METHODS = {
@@ -45,6 +57,10 @@ METHODS = {
     "n1": Method("STA only (StyleInject, n = 1)", 1, sta=True),
     "n4": Method("StyleInject, n = 4", 4, sta=True),
     "n16": Method("StyleInject, n = 16", 16, sta=True),
+    "krona": Method("DiffuseKronA, factors 4, 3", factors=(4, 3)),
+    "krona_small": Method("DiffuseKronA, factors 8, 2", factors=(8, 2)),
+    "lora_four": Method("LoRA, rank r / 2, four projections", 1, four=True),
+    "krona_four": Method("DiffuseKronA, factors 8, 3, four projections", factors=(8, 3), four=True),
 }
 
 
@@ -65,16 +81,20 @@ def trainee(key: str, base: DemoTrainingModel, rank: int, targets: tuple[str, ..
     Returns:
         (the model to train and to sample with, the module whose parameters are trained: an Adapter or a U-Net).
     """
-    if METHODS[key].n:
+    if METHODS[key].adapts:
         torch.manual_seed(seed)
         return base, Adapter.create(ARCHITECTURES["demo"].shapes(), config(key, rank, targets), key)
     unet = copy.deepcopy(base.denoiser).requires_grad_(key == "full")
     return TunedModel(unet, base.text_encoder, base.autoencoder, base.name), unet
 
 
-def config(key: str, rank: int, targets: tuple[str, ...]) -> AdapterConfig:
+def config(key: str, rank: int, targets: tuple[str, ...]) -> LayerConfig:
     """The adapter of a row."""
     method = METHODS[key]
+    if method.four:
+        rank, targets = rank // 2, PROJECTIONS
+    if method.factors:
+        return KroneckerConfig(method.factors, target_modules=targets)
     if method.equal:
         rank = _equal_rank(rank, targets)
     return AdapterConfig(r=rank, n_styles=method.n, sta="multiplicative" if method.sta else "none", target_modules=targets)
@@ -86,7 +106,7 @@ def _equal_rank(rank: int, targets: tuple[str, ...]) -> int:
     return round(_size(config("n16", rank, targets)) / _size(config("lora", 1, targets)))
 
 
-def _size(adapter: AdapterConfig) -> int:
+def _size(adapter: LayerConfig) -> int:
     with torch.device("meta"):
         return Adapter.create(ARCHITECTURES["demo"].shapes(), adapter).parameter_count()
 

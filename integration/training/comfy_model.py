@@ -27,7 +27,7 @@ from ...styleinject_core.train.data.batches import Conditioning, tensors_hash
 from ...styleinject_core.train.models.noise import logit_normal, prediction_of
 from ...styleinject_core.train.models.training_model import TrainingModel
 from ..injection import ComfyProgram, model_title
-from ..patcher import ModelPatcher, compute_dtype, injections_of
+from ..patcher import ModelPatcher, compute_dtype, injections_of, references_of
 from ..places import find_places
 
 _SCALED, _PLAIN = comfy.model_sampling.EPS.calculate_input, comfy.model_sampling.CONST.calculate_input
@@ -99,6 +99,8 @@ class ComfyTrainingModel(TrainingModel):
         ValueError: a model that cannot be trained, or with an adapter on it that is active in a part of sampling only.
     """
 
+    schedule: ComfySchedule
+
     def __init__(self, patcher: ModelPatcher):
         base = patcher.model
         host = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)  # beneath torch.compile
@@ -117,9 +119,16 @@ class ComfyTrainingModel(TrainingModel):
                     "part of sampling, or one that holds: in training there is no such thing. Train without that control"
                 )
 
+        for reference in references_of(patcher):
+            if (reference.start_percent, reference.end_percent) != (0, 1):
+                raise ValueError(
+                    f"a reference image is on this model for {reference.start_percent:.0%} to {reference.end_percent:.0%} of "
+                    "sampling; to train on a model, its references must be active all the time"
+                )
+
     @cached_property
     def fingerprint(self) -> str:
-        """The weights, how it samples, and the adapters that are on it."""
+        """The weights, how it samples, and the adapters and reference images that are on it."""
         sampling = self.schedule.sampling
         numbers = sorted((name, value) for name, value in vars(sampling).items() if type(value) in (int, float))
         parts = [super().fingerprint, self.schedule.prediction_type, tensors_hash(sampling.buffers()), repr(numbers)]
@@ -127,10 +136,14 @@ class ComfyTrainingModel(TrainingModel):
             applied = injection.applied
             how = (applied.strength, applied.dma, applied.sta, applied.layers, applied.layer_weights, injection.control)
             parts += [tensors_hash(applied.adapter.state_dict().values()), repr(how)]
+        for reference in references_of(self.patcher):
+            rows = reference.attachment(self.patcher.model).rows.values()
+            constants = [part for own in rows for part in (own.keys.positive, own.values.positive)]
+            parts.append(tensors_hash([*constants, *([] if reference.mask is None else [reference.mask])]))
         return hashlib.blake2b("/".join(parts).encode(), digest_size=8).hexdigest()
 
     @property
-    def half(self) -> bool:
+    def is_float16(self) -> bool:
         return compute_dtype(self.patcher) == torch.float16
 
     @property
@@ -154,13 +167,16 @@ class ComfyTrainingModel(TrainingModel):
         return {name for name in self.blocks() if _IN_PLACE.search(f"{name}.")}  # see lasting_norms
 
     def held(self) -> ExitStack:
-        """The adapters that are on the MODEL, installed until the stack is closed: a backward pass may run blocks again,
-        outside of the call that they are there for otherwise."""
+        """The adapters and references that are on the MODEL, installed until the stack is closed: a backward pass may run
+        blocks again, outside of the call that they are there for otherwise."""
         stack = ExitStack()
         for injection in injections_of(self.patcher):
             if injection.patched:
                 continue
             stack.enter_context(injection.attachment(self.patcher.model))
+        for reference in references_of(self.patcher):
+            if reference.reference.active:
+                stack.enter_context(reference.attachment(self.patcher.model))
         return stack
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:

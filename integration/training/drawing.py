@@ -87,8 +87,8 @@ def drawn_for_training(
     name = f"{hashlib.blake2b(depends_on.encode(), digest_size=12).hexdigest()}.latents"
 
     def draw_some(start: int, stop: int) -> Tensor:
-        how = {"steps": drawing.steps, "guidance": drawing.guidance}
-        return draw(model.patcher, prompts[start:stop], model.empty, shape, seed=seed + start, **how)
+        some = prompts[start:stop]
+        return draw(model.patcher, some, model.empty, shape, seed=seed + start, steps=drawing.steps, guidance=drawing.guidance)
 
     return draw_once(
         paths.trained_folder() / DRAWN / name,
@@ -101,12 +101,12 @@ def drawn_for_training(
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:
     """A fingerprint of prompts and of all that belongs to them: pooled outputs, sizes, guidance."""
-    tensors, others = [], []
+    tensors, texts = [], []
     for tensor, extras in prompts:
         tensors.append(tensor)
         for key, value in sorted(extras.items()):
             if isinstance(value, Tensor):
                 tensors.append(value)
             else:
-                others.append(f"{key}: {value!r}")
-    return hashlib.blake2b(f"{tensors_hash(tensors)} {others}".encode(), digest_size=8).hexdigest()
+                texts.append(f"{key}: {value!r}")
+    return hashlib.blake2b(f"{tensors_hash(tensors)} {texts}".encode(), digest_size=8).hexdigest()

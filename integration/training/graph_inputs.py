@@ -57,11 +57,11 @@ def flat_prompts(values: Sequence[Sequence[Any]], what: str = "conditioning") ->
                 )
         rows = tensor.shape[0]
         for row in range(rows):
-            own = {
+            row_extras = {
                 key: value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
                 for key, value in extras.items()
             }
-            found.append((tensor[row : row + 1].detach(), own))
+            found.append((tensor[row : row + 1].detach(), row_extras))
     if not found:
         raise ValueError(f"{what}: no prompts")
     return found
@@ -164,8 +164,8 @@ class Encoder:
         tensor, extras = prompt
         blank = torch.zeros(1, *shape)
         height, width = (side * self.pixels_per_latent for side in shape[-2:])
-        given = {"width": width, "height": height, "prompt_type": "positive", "latent_image": blank, "seed": 0, **extras}
-        conds = self.patcher.model.extra_conds(cross_attn=tensor, noise=blank, device=torch.device("cpu"), **given)
+        inputs = {"width": width, "height": height, "prompt_type": "positive", "latent_image": blank, "seed": 0, **extras}
+        conds = self.patcher.model.extra_conds(cross_attn=tensor, noise=blank, device=torch.device("cpu"), **inputs)
         row: Conditioning = {}
         for key, cond in conds.items():
             if not isinstance(cond.cond, Tensor):

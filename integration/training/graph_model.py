@@ -43,5 +43,7 @@ class GraphModel:
             with_empty: whether the empty prompt is needed; None for it where it is not, or where there is none.
         """
         shapes = [tuple(latent.shape) for latent in latents]
-        empties = [self.empty] * len(shapes) if with_empty and self.empty is not None else None
-        return self.encoder.prompts(prompts, shapes), empties and self.encoder.prompts(empties, shapes)
+        conditioning = self.encoder.prompts(prompts, shapes)
+        if self.empty is None or not with_empty:
+            return conditioning, None
+        return conditioning, self.encoder.prompts([self.empty] * len(shapes), shapes)

@@ -20,7 +20,7 @@ from .drawing import draw
 from .graph_inputs import Images
 from .graph_model import GraphModel
 from .named_runs import Outcome, train_in_folder
-from .options import TrainOptions
+from .train_options import TrainOptions
 
 
 @dataclass(frozen=True)

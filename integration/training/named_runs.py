@@ -112,18 +112,18 @@ class Watch(Observer):
             self._bar = comfy.utils.ProgressBar(progress.steps)
         self._mean = progress.loss if self._mean is None else 0.95 * self._mean + 0.05 * progress.loss
         now, last = time.monotonic(), progress.step == progress.steps
-        shown = None
+        view = None
         if now >= self._next_plot or last:
             self._draw_plot()
             self._next_plot = time.monotonic() + max(_PLOT_EVERY, 10 * (time.monotonic() - now))
-            shown = self._live()
+            view = self._live()
         if now >= self._next_text or last:
             self._next_text = now + _TEXT_EVERY
             self.say(
                 f"step {progress.step} of {progress.steps}, loss {self._mean:.4f}, learning rate {progress.rate:.1e}, "
                 f"{progress.seconds_per_step:.2f} s a step, {_duration(progress.seconds_left)} left"
             )
-        self._bar.update_absolute(progress.step, progress.steps, shown)
+        self._bar.update_absolute(progress.step, progress.steps, view)
 
     def sample(self, step: int) -> None:
         if self.pictures is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from ...styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune, check_weights_differ
 from ..patcher import ModelPatcher
 from .drawing import drawn_for_training
-from .graph_inputs import Images, Prompt, a_prompt_each
+from .graph_inputs import Images, Prompt, a_prompt_each, flat_latents, flat_prompts
 from .job import Job
 from .named_runs import Outcome
 
@@ -78,6 +79,18 @@ class Lesson:
     output_weight: float
     feature_weight: float
 
+    @classmethod
+    def of(cls, conditioning: Any, teacher_conditioning: Any, latents: Any, **numbers: Any) -> Lesson:
+        """From a node's inputs. Raises ValueError: see `flat_prompts` and `flat_latents`."""
+        return cls(
+            prompts=flat_prompts(conditioning),
+            teacher_prompts=None
+            if teacher_conditioning is None
+            else flat_prompts(teacher_conditioning, "teacher_conditioning"),
+            latents=None if latents is None else flat_latents(latents),
+            **numbers,
+        )
+
     def __post_init__(self) -> None:
         if self.teacher_prompts is not None:
             each = a_prompt_each(self.teacher_prompts, len(self.prompts), "teacher_conditioning")
@@ -100,7 +113,10 @@ def distill(job: Job, lesson: Lesson) -> Outcome:
     assert job.teacher is not None
     student, teacher, settings = job.student.network, job.teacher.network, job.request.settings
     shared = lesson.teacher_prompts is None
-    weights = {"output_weight": lesson.output_weight, "feature_weight": lesson.feature_weight if shared else 0.0}
+    weights: dict[str, Any] = {
+        "output_weight": lesson.output_weight,
+        "feature_weight": lesson.feature_weight if shared else 0.0,
+    }
     if not shared and (job.student.empty is None) != (job.teacher.empty is None):
         raise ValueError("with teacher_conditioning, connect both empty and teacher_empty, or none of them")
     Distil.check_pair(student, teacher, settings, weights["feature_weight"])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from comfy_api.latest import io
 
 from ...integration import paths
 from ...integration.injection import Injection, model_title
 from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, set_strength
+from ...integration.text_encoder import apply_to_clip
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.hosts.architectures import describe
 from ...styleinject_core.router.control import Rule
+from ...styleinject_core.selector import unmatched_weights
 from ..schema import (
+    STRENGTH_RANGE,
     AdapterType,
     LayerWeightsType,
     RouterControlType,
@@ -62,8 +66,9 @@ class StyleInjectApply(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="all",
-                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, down, mid, up, up.1, '
-                    'to_q. Comma for either, & for both, ! for not: "up & cross, mid".',
+                    tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, image, down, mid, up, '
+                    "up.1, first, block.0-9, to_q. Comma for either, & for both, ! for not: "
+                    '"up & cross, mid".',
                 ),
                 LayerWeightsType.Input(
                     "layer_weights",
@@ -76,12 +81,14 @@ class StyleInjectApply(io.ComfyNode):
                     optional=True,
                     tooltip="What steers the style router, from StyleInject Router Control or Style Mixer.",
                 ),
+                *clip_inputs(),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
                 io.String.Output(
                     "report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."
                 ),
+                clip_output(),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -99,6 +106,8 @@ class StyleInjectApply(io.ComfyNode):
         layers: str,
         layer_weights: str = "",
         control: Sequence[Rule] = (),
+        clip: Any = None,
+        clip_strength: float = 1.0,
     ) -> io.NodeOutput:
         patched, injection = apply_adapter(
             model,
@@ -113,7 +122,8 @@ class StyleInjectApply(io.ComfyNode):
             control=control or (),
             node_id=executing_node(cls),
         )
-        return io.NodeOutput(patched, report(patched, injection), ui=shown(patched, injection))
+        clip, line = with_text_encoder(clip, adapter, clip_strength)
+        return io.NodeOutput(patched, report(patched, injection, line), clip, ui=shown(patched, injection, line))
 
 
 class StyleInjectLoadAndApply(io.ComfyNode):
@@ -130,10 +140,12 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
                 adapter_name_input(),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
+                *clip_inputs(),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
                 trigger_output(),
+                clip_output(),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -147,10 +159,13 @@ class StyleInjectLoadAndApply(io.ComfyNode):
         return paths.fingerprint(adapter_name)
 
     @classmethod
-    def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, adapter_name: str, strength: float, clip: Any = None, clip_strength: float = 1.0
+    ) -> io.NodeOutput:
         adapter = load_adapter(paths.adapter_path(adapter_name))
         patched, injection = apply_adapter(model, adapter, strength=strength, node_id=executing_node(cls))
-        return io.NodeOutput(patched, trigger_of(adapter), ui=shown(patched, injection))
+        clip, line = with_text_encoder(clip, adapter, clip_strength)
+        return io.NodeOutput(patched, trigger_of(adapter), clip, ui=shown(patched, injection, line))
 
 
 class StyleInjectStrength(io.ComfyNode):
@@ -182,24 +197,60 @@ class StyleInjectStrength(io.ComfyNode):
         return io.NodeOutput(set_strength(model, adapter_name, strength))
 
 
-def shown(model: ModelPatcher, injection: Injection) -> dict[str, Sequence[str]]:
+def clip_inputs() -> list[Any]:
+    """The optional CLIP of the nodes that apply an adapter, and the strength of what goes onto it."""
+    return [
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip="The text encoder, for LoRAs that were trained on it too; it is not changed itself. Without it, that part "
+            "of a file is left out.",
+        ),
+        io.Float.Input(
+            "clip_strength",
+            default=1.0,
+            optional=True,
+            tooltip="How much of the text encoder's part: 0 is the text encoder alone, 1 the file as trained.",
+            **STRENGTH_RANGE,
+        ),
+    ]
+
+
+def clip_output() -> Any:
+    """The CLIP, with the text encoder's part of the file."""
+    told = "The text encoder with its part of the file; nothing without clip."
+    return io.Clip.Output("CLIP", display_name="CLIP", tooltip=told)
+
+
+def with_text_encoder(clip: Any, adapter: Adapter, strength: float | None) -> tuple[Any, str]:
+    """The CLIP with its part of the adapter's file, and what the report says of it; nothing where there is nothing to say."""
+    if clip is not None:
+        return apply_to_clip(clip, adapter, 1.0 if strength is None else strength)
+    return None, f"  text encoder: {len(adapter.skipped)} tensors left out, connect clip to use them" if adapter.skipped else ""
+
+
+def shown(model: ModelPatcher, injection: Injection, line: str = "") -> dict[str, Sequence[str]]:
     """What the node itself shows: how many layers matched, and what the model is. Under a key of the pack's own: text under
     ComfyUI's would be listed among the results of a run."""
     matched = injection.report(model.model)
     used = len(injection.applied.layer_scales())
-    text = f"{len(matched.matched)} of {len(matched.matched) + len(matched.unmatched)} layers, {model_title(model.model)}"
+    text = f"{len(matched.matched)} of {matched.total} layers, {model_title(model.model)}"
     if used != len(matched.matched):
         text += f"\n{used} of them chosen by layers"
     if matched.unmatched:
         text += f"\nnot in this model: {', '.join(matched.unmatched[:2])}" + (" ..." if len(matched.unmatched) > 2 else "")
     if matched.narrowed:
         text += f"\nmore input channels in this model, changed are those it was made for: {', '.join(matched.narrowed)}"
+    if matched.unused:
+        text += f"\nnot supported: {len(matched.unused)} layers"
+    if line:
+        text += f"\n{line.strip()}"
     if trigger := trigger_of(injection.applied.adapter):
         text += f"\ntrigger: {trigger}"
     return {"styleinject_text": (text,)}
 
 
-def report(model: ModelPatcher, injection: Injection) -> str:
+def report(model: ModelPatcher, injection: Injection, line: str = "") -> str:
     """What Apply did, for people."""
     applied = injection.applied
     scales = list(applied.layer_scales().values())
@@ -210,8 +261,12 @@ def report(model: ModelPatcher, injection: Injection) -> str:
         f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
         f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
     ]
+    if idle := unmatched_weights(applied.adapter.shapes, applied.layer_weights):
+        lines.append(f"  layer weights for groups that it has no layers of: {'; '.join(idle)}")
     if injection.control:
         lines.append(f"  router steered by {len(injection.control)} control(s)")
+    if line:
+        lines.append(line)
     names = [other.applied.adapter.name for other in injections_of(model)[:-1]]
     if names:
         lines.append(f"  beside {', '.join(names)}")

@@ -10,11 +10,11 @@ from ..schema import LayerWeightsType, schema
 _GROUPS = {
     "self_attention": ("self", "self-attention (shapes and texture of the image with itself)"),
     "cross_attention": ("cross", "cross-attention (where the prompt enters)"),
-    "feed_forward": ("*.ff.net*", "feed-forward layers of the transformer blocks"),
+    "feed_forward": ("feed-forward", "feed-forward layers of the transformer blocks"),
     "convolutions": ("conv", "convolutions (local texture, edges and color)"),
-    "down": ("down", "the first half of the U-Net (what is in the image)"),
-    "mid": ("mid", "the middle of the U-Net (overall composition)"),
-    "up": ("up", "the second half of the U-Net (how it looks)"),
+    "down": ("first", "the first half of the U-Net, or the first third of a transformer's blocks (what is in the image)"),
+    "mid": ("middle", "the middle of the U-Net, or the middle third of a transformer's blocks (overall composition)"),
+    "up": ("last", "the second half of the U-Net, or the last third of a transformer's blocks (how it looks)"),
 }
 
 
@@ -39,7 +39,7 @@ class StyleInjectLayerWeights(io.ComfyNode):
             "StyleInjectLayerWeights",
             display_name="StyleInject Layer Weights",
             description="Strengths for groups of layers, for Apply StyleInject. A layer in two groups (cross-attention, up) "
-            "gets the product of their weights.",
+            "gets the product of their weights. Apply's report says which of them match none of an adapter's layers.",
             search_aliases=["block weight", "lora block weight", "layer strength"],
             inputs=[
                 *weights,
@@ -47,8 +47,8 @@ class StyleInjectLayerWeights(io.ComfyNode):
                     "extra",
                     default="",
                     multiline=True,
-                    tooltip="Single weights, one per line, which replace those "
-                    'above for the layers they name: "up.1 & cross = 0.5". With a * they multiply: "to_v = *0.5".',
+                    tooltip="Single weights, one per line, which replace those above for the layers they name: "
+                    '"up.1 & cross = 0.5", of a transformer "block.0-9 & image = 0.5". With a * they multiply: "to_v = *0.5".',
                 ),
                 LayerWeightsType.Input(
                     "layer_weights", optional=True, tooltip="Weights from another such node; the ones here are multiplied in."

@@ -57,19 +57,8 @@ class StyleInjectDemoDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, style: str, things: str, count: int, prompt: str) -> io.NodeOutput:
-        concepts = data.concepts()
-        places = {concept.name: k for k, concept in enumerate(concepts)}
-        wanted = [name.strip().lower() for name in things.split(",") if name.strip()]
-        if missing := [name for name in wanted if name not in places]:
-            raise ValueError(
-                f"things: there is no drawing of {missing[0]!r}; there are {', '.join(list(places)[::12])} and others"
-            )
-        chosen = [places[name] for name in wanted] or [k for k, concept in enumerate(concepts) if not concept.held_out]
         styles = [name for name in data.styles() if name != data.BASE_STYLE] if style == _OTHERS else [style]
-        pictures = {name: data.images(name) for name in styles}  # (N, 3, 64, 64)
-        drawings = [(pictures[name][k], concepts[k].name) for k in chosen for name in styles]
-        if 0 < count < len(drawings):
-            drawings = [drawings[k * len(drawings) // count] for k in range(count)]
+        drawings = data.drawings(styles, things, count)
         images = [(picture.unsqueeze(0).movedim(1, -1) + 1) / 2 for picture, _ in drawings]  # (1, 64, 64, 3)
         vae, encoder = DemoVAE(), load_text_encoder()
         latents = [{"samples": vae.encode(image)} for image in images]

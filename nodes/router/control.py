@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ...integration.monitor import traces_of
 from ...styleinject_core import Adapter
+from ...styleinject_core.adapter import no_router
 from ...styleinject_core.router.control import ROLES, Rule, parse_styles
 from ...styleinject_core.router.trace import TraceError
 from ..schema import AdapterType, RouterControlType, TraceType, after_input, percent_inputs, schema
@@ -169,6 +170,8 @@ class StyleInjectStyleMixer(io.ComfyNode):
     def execute(
         cls, role: str, layers: str, adapter: Adapter | None = None, control: Sequence[Rule] = (), **sliders: float
     ) -> io.NodeOutput:
+        if adapter is not None and not adapter.routed:
+            raise ValueError(no_router(adapter, "mix"))
         shares = {name.removeprefix("style_"): value for name, value in sliders.items() if value > 0}
         names = adapter.style_names if adapter is not None else ()
         total = sum(shares.values())

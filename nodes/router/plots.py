@@ -68,15 +68,15 @@ class StyleInjectRouterHeatmap(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace: Any, view: str, role: str, image: int, layers: str, after: Any = None) -> io.NodeOutput:
-        chosen, which = _role(role), _image(image)
+        role_name, which = _role(role), _image(image)
         values = {
             plots.VIEWS[0]: analysis.by_layer,
             plots.VIEWS[1]: analysis.timeline,
             plots.VIEWS[2]: analysis.decidedness,
         }[view]
-        shown = _shown(trace, after, layers)
-        numbers = [_numbers(t, chosen, lambda r, t=t: analysis.plain(values(t, r, which))) for t in shown]
-        return _output(cls, [plots.heatmap(t, view, chosen, which) for t in shown], numbers)
+        traces = _traces(trace, after, layers)
+        numbers = [_numbers(t, role_name, lambda r, t=t: analysis.plain(values(t, r, which))) for t in traces]
+        return _output(cls, [plots.heatmap(t, view, role_name, which) for t in traces], numbers)
 
 
 class StyleInjectRouterTimeline(io.ComfyNode):
@@ -98,10 +98,10 @@ class StyleInjectRouterTimeline(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace: Any, role: str, image: int, layers: str, after: Any = None) -> io.NodeOutput:
-        chosen, which = _role(role), _image(image)
-        shown = _shown(trace, after, layers)
-        numbers = [_numbers(t, chosen, lambda r, t=t: analysis.plain(analysis.timeline(t, r, which))) for t in shown]
-        return _output(cls, [plots.timeline(t, chosen, which) for t in shown], numbers)
+        role_name, which = _role(role), _image(image)
+        traces = _traces(trace, after, layers)
+        numbers = [_numbers(t, role_name, lambda r, t=t: analysis.plain(analysis.timeline(t, r, which))) for t in traces]
+        return _output(cls, [plots.timeline(t, role_name, which) for t in traces], numbers)
 
 
 class StyleInjectRouterLayers(io.ComfyNode):
@@ -129,14 +129,14 @@ class StyleInjectRouterLayers(io.ComfyNode):
 
     @classmethod
     def execute(cls, trace: Any, role: str, image: int, layers: str, after: Any = None) -> io.NodeOutput:
-        chosen, which = _role(role), _image(image)
-        shown = _shown(trace, after, layers)
+        role_name, which = _role(role), _image(image)
+        traces = _traces(trace, after, layers)
 
         def statistics(t: RouterTrace, r: str) -> dict[str, Any]:
             return {key: analysis.plain(values) for key, values in analysis.layer_statistics(t, r, which).items()}
 
-        numbers = [_numbers(t, chosen, lambda r, t=t: statistics(t, r)) for t in shown]
-        return _output(cls, [plots.layers(t, chosen, which) for t in shown], numbers)
+        numbers = [_numbers(t, role_name, lambda r, t=t: statistics(t, r)) for t in traces]
+        return _output(cls, [plots.layers(t, role_name, which) for t in traces], numbers)
 
 
 class StyleInjectRouterCompare(io.ComfyNode):
@@ -167,17 +167,17 @@ class StyleInjectRouterCompare(io.ComfyNode):
     def execute(
         cls, trace_a: Any, trace_b: Any, role: str, layers: str, after_a: Any = None, after_b: Any = None
     ) -> io.NodeOutput:
-        chosen = _role(role)
-        pairs = _pairs(_shown(trace_a, after_a, layers), _shown(trace_b, after_b, layers))
+        role_name = _role(role)
+        pairs = _pairs(_traces(trace_a, after_a, layers), _traces(trace_b, after_b, layers))
         numbers = [
             {
                 "traces": [a.title, b.title],
                 "layers": list(a.layers),
-                "distance": analysis.plain(analysis.distance(a, b, chosen)),
+                "distance": analysis.plain(analysis.distance(a, b, role_name)),
             }
             for a, b in pairs
         ]
-        return _output(cls, [plots.compare(a, b, chosen) for a, b in pairs], numbers)
+        return _output(cls, [plots.compare(a, b, role_name) for a, b in pairs], numbers)
 
 
 class StyleInjectRouterMap(io.ComfyNode):
@@ -220,13 +220,13 @@ class StyleInjectRouterMap(io.ComfyNode):
     def execute(
         cls, trace: Any, method: str, color: str, role: str, layers: str, seed: int, after: Any = None
     ) -> io.NodeOutput:
-        shown = _shown(trace, after, layers)
-        points, known = analysis.points(shown, _role(role))
+        traces = _traces(trace, after, layers)
+        points, known = analysis.points(traces, _role(role))
         plane = embed(points, method, seed=seed)
-        title = shown[0].title if len(shown) == 1 else f"The style router of {len(shown)} traces"
+        title = traces[0].title if len(traces) == 1 else f"The style router of {len(traces)} traces"
         subtitle = f"{method} of s over all layers; each point a step of an image, larger is later"
-        picture = plots.scatter(plane, known, color, title, subtitle, shown[0].styles)
-        return _output(cls, [picture], [{"traces": [t.title for t in shown], "points": analysis.plain(plane), **known}])
+        picture = plots.scatter(plane, known, color, title, subtitle, traces[0].styles)
+        return _output(cls, [picture], [{"traces": [t.title for t in traces], "points": analysis.plain(plane), **known}])
 
 
 def _role(role: str) -> str | None:
@@ -237,7 +237,7 @@ def _image(image: int) -> int | None:
     return image - 1 if image else None
 
 
-def _shown(trace: Any, after: Any, layers: str) -> list[RouterTrace]:
+def _traces(trace: Any, after: Any, layers: str) -> list[RouterTrace]:
     found = traces_of(trace, after)
     if not found:
         raise TraceError("there is no trace in what is connected to `trace`")

@@ -89,13 +89,13 @@ class StyleInjectRouterTrace(io.ComfyNode):
     def execute(
         cls, trace: Any, label: str, save: bool, filename_prefix: str, after: Any = None, others: Any = ()
     ) -> io.NodeOutput:
-        own = tuple(t.renamed(label.strip()) if label.strip() else t for t in traces_of(trace, after))
-        files = [_save(t, filename_prefix) for t in own] if save else []
+        traces = tuple(t.renamed(label.strip()) if label.strip() else t for t in traces_of(trace, after))
+        files = [_save(t, filename_prefix) for t in traces] if save else []
         lines = [
-            f"{t.title}: {len(t.roles)} rows, {len(t.layers)} layers" + (f" ({t.remarks})" if t.remarks else "") for t in own
+            f"{t.title}: {len(t.roles)} rows, {len(t.layers)} layers" + (f" ({t.remarks})" if t.remarks else "") for t in traces
         ]
         text: Any = "\n".join([*lines, *(f"saved as {name}" for name in files)])
-        return io.NodeOutput((*traces_of(others or ()), *own), ui=ui.PreviewText(text))
+        return io.NodeOutput((*traces_of(others or ()), *traces), ui=ui.PreviewText(text))
 
 
 class StyleInjectLoadRouterTrace(io.ComfyNode):

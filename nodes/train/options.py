@@ -9,8 +9,9 @@ from comfy_api.latest import io
 
 from ...integration.training.graph_inputs import flat_prompts
 from ...integration.training.named_runs import GO_ON, MUST_GO_ON, NEW
-from ...integration.training.options import TrainOptions
+from ...integration.training.train_options import TrainOptions
 from ...styleinject_core.config import ROUTER_POOLS
+from ...styleinject_core.methods.kronecker import parse_factors
 from ...styleinject_core.train.request import DTYPES
 from ...styleinject_core.train.settings import OPTIMIZERS, SCHEDULES
 from ..schema import OptionsType, schema
@@ -139,11 +140,20 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     tooltip="What the pictures show; several prompts may be combined into one. By default the first prompt of "
                     "the training data.",
                 ),
+                io.String.Input(
+                    "factors",
+                    default=", ".join(map(str, default.factors)),
+                    optional=True,
+                    tooltip="Of the method kronecker (DiffuseKronA), in place of a rank: the sizes of its first factor. The "
+                    "larger their product, the fewer numbers are trained, until it is about a layer's width.",
+                ),
             ],
             outputs=[OptionsType.Output("options", display_name="options", tooltip="For the StyleInject training nodes.")],
         )
 
     @classmethod
-    def execute(cls, vae: Any = None, picture_prompt: Any = None, **values: Any) -> io.NodeOutput:
+    def execute(cls, vae: Any = None, picture_prompt: Any = None, factors: str = "", **values: Any) -> io.NodeOutput:
         pictured = flat_prompts([picture_prompt], "picture_prompt") if picture_prompt is not None else ()
+        if factors.strip():
+            values["factors"] = parse_factors(factors)
         return io.NodeOutput(TrainOptions(**values, vae=vae, pictured=pictured))

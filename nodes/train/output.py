@@ -66,9 +66,9 @@ class StyleInjectSave(io.ComfyNode):
         folder, stem, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, str(root))
         while (path := Path(folder) / f"{stem}_{counter:05}_.safetensors").exists():
             counter += 1
-        given = {"modelspec.title": path.stem}
-        given |= {f"modelspec.{field}": text.strip() for field, text in about.items() if text.strip()}
-        save_adapter(adapter, path, given, getattr(torch, dtype))
+        metadata = {"modelspec.title": path.stem}
+        metadata |= {f"modelspec.{field}": text.strip() for field, text in about.items() if text.strip()}
+        save_adapter(adapter, path, metadata, getattr(torch, dtype))
         name = path.relative_to(root).as_posix()
         return io.NodeOutput(f"output/{name}", ui=ui.PreviewText(f"Saved as output/{paths.TRAINED}/{name}"))
 
@@ -100,5 +100,5 @@ class StyleInjectLossPlot(io.ComfyNode):
         if losses.validation:
             step, value = min(losses.validation, key=lambda entry: entry[1])
             text += f", best validation {value:.4f} at step {step}"
-        shown: dict[str, Any] = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (text,)}
-        return io.NodeOutput(image, ui=shown)
+        preview: dict[str, Any] = {**ui.PreviewImage(image, cls=cls).as_dict(), "text": (text,)}
+        return io.NodeOutput(image, ui=preview)

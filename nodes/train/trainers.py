@@ -15,7 +15,7 @@ from ...integration.training.graph_inputs import (
 from ...integration.training.graph_model import GraphModel
 from ...integration.training.job import Job
 from ...integration.training.named_runs import Outcome
-from ...integration.training.options import TrainOptions
+from ...integration.training.train_options import TrainOptions
 from ...integration.training.trainings import (
     ClassImages,
     Lesson,
@@ -50,7 +50,7 @@ class StyleInjectTrain(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model the adapter is for. It is not changed."),
                 io.Latent.Input("latents", tooltip=f"The images, encoded by the model's VAE. {_SEVERAL}"),
                 io.Conditioning.Input("conditioning", tooltip="A prompt for each image, in the same order, or one for all."),
-                *_settings("my_style", "to_q, to_v", steps=1000),
+                *_settings("my_style", "default", steps=1000),
                 _empty_input(),
                 _options_input(),
                 _trigger_input(),
@@ -88,7 +88,7 @@ class StyleInjectDreamBooth(io.ComfyNode):
                 io.Conditioning.Input(
                     "class_conditioning", tooltip='Its class, as in "a dog"; one for all class images, or one for each.'
                 ),
-                *_settings("my_subject", "to_q, to_v", steps=400),
+                *_settings("my_subject", "default", steps=400),
                 io.Int.Input(
                     "class_images",
                     default=100,
@@ -159,7 +159,7 @@ class StyleInjectDistill(io.ComfyNode):
                     tooltip="Prompts, as the student's text encoder encodes them: one for each image, or any "
                     "where the teacher draws the images.",
                 ),
-                *_settings("my_distilled_style", "to_q, to_v, conv", steps=1000),
+                *_settings("my_distilled_style", "default, conv", steps=1000),
                 io.Float.Input(
                     "output_weight",
                     default=1.0,
@@ -234,18 +234,9 @@ class StyleInjectDistill(io.ComfyNode):
         shared = teacher_conditioning is None  # the teacher reads the student's prompts
         its_empty = student.empty if shared else empty_prompt(teacher_empty, "teacher_empty")
         job = _job(cls, widgets, options, student, GraphModel(teacher[0], its_empty))
-        prompts, images = flat_prompts(conditioning), None if latents is None else flat_latents(latents)
-        its_prompts = None if shared else flat_prompts(teacher_conditioning, "teacher_conditioning")
-        lesson = Lesson(
-            prompts=prompts,
-            teacher_prompts=its_prompts,
-            latents=images,
-            images_per_prompt=images_per_prompt[0],
-            size=size[0],
-            output_weight=output_weight[0],
-            feature_weight=feature_weight[0],
-        )
-        return _output(distill(job, lesson))
+        weights = {"output_weight": output_weight[0], "feature_weight": feature_weight[0]}
+        drawing = {"images_per_prompt": images_per_prompt[0], "size": size[0]}
+        return _output(distill(job, Lesson.of(conditioning, teacher_conditioning, latents, **weights, **drawing)))
 
 
 _TRAINS = {"is_input_list": True, "is_output_node": True, "hidden": [io.Hidden.unique_id]}
@@ -264,7 +255,8 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             "method",
             options=list(choices()),
             default=AdapterRequest.method,
-            tooltip="styleinject is the method whole. lora is plain LoRA, to compare with. dma-only leaves out the statistics, "
+            tooltip="styleinject is the method whole. lora is plain LoRA. kronecker is DiffuseKronA, a small adapter for one "
+            "subject or style, which takes factors (in the options) instead of a rank. dma-only leaves out the statistics, "
             "sta-only the several styles.",
         ),
         io.Int.Input("steps", default=steps, min=1, max=10**6, tooltip="How many steps to train."),
@@ -275,7 +267,8 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             max=10.0,
             step=1e-5,
             round=1e-8,
-            tooltip="How far each step goes. 0.0001 for Stable Diffusion; too high shows as a loss that jumps or becomes NaN.",
+            tooltip="How far each step goes. 0.0001 for Stable Diffusion, 0.0005 with kronecker; too high shows as a loss that "
+            "jumps or becomes NaN.",
         ),
         io.Int.Input(
             "batch_size", default=TrainSettings.batch_size, min=1, max=1024, tooltip="Images per step. More need more memory."
@@ -285,20 +278,20 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             default=AdapterRequest.rank,
             min=1,
             max=1024,
-            tooltip="Size of the learned change per layer. 4 to 32 is common.",
+            tooltip="Size of the learned change per layer. 4 to 32 is common. Unused by kronecker.",
         ),
         io.Int.Input(
             "styles",
             default=AdapterRequest.styles,
             min=1,
             max=256,
-            tooltip="Parallel changes that the style router mixes for each image. Unused by lora and sta-only.",
+            tooltip="Parallel changes that the style router mixes for each image. Unused by lora, kronecker and sta-only.",
         ),
         io.String.Input(
             "layers",
             default=layers,
-            tooltip="Which layers learn, separated by commas: to_q, to_v, attention, conv, or single ones. More layers "
-            "learn more, and make a larger file.",
+            tooltip="Which layers learn, separated by commas: default (queries and values of attention), attention, conv, or "
+            "single ones such as to_k. More layers learn more, and make a larger file. Empty: those of the method's paper.",
         ),
     ]
 

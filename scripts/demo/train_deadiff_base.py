@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from styleinject_core.demo.model import (
     read_unet,
 )
 from styleinject_core.demo.text import TextEncoder
+from styleinject_core.files.atomic import save_tensors
 
 # One word a style, none of them in the names of the drawings
 STYLE_WORDS = {
@@ -90,8 +90,6 @@ def null_rows(unet: nn.Module, count: int) -> Iterator[None]:
 
 def export(work: Path, name: str) -> None:
     """The averaged U-Net and text encoder as one fp16 file; the autoencoder is the base's."""
-    from safetensors.torch import save_file
-
     model = build()
     ema = Ema(model)
     if not load_state(work / f"{name}.pt", ema=ema):
@@ -103,10 +101,7 @@ def export(work: Path, name: str) -> None:
         "style_words": json.dumps(STYLE_WORDS),
         "description": "Text to 64x64 emoji in five styles, trained on the drawings that ATTRIBUTION.md names",
     }
-    temporary = TARGET.with_suffix(".tmp")
-    save_file({k: v.half().contiguous() for k, v in tensors.items()}, temporary, metadata)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, TARGET)
+    save_tensors({k: v.half().contiguous() for k, v in tensors.items()}, TARGET, metadata)
     print(f"{TARGET}: {TARGET.stat().st_size / 1e6:.1f} MB")
 
 

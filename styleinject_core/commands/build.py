@@ -26,7 +26,7 @@ from ..train.objectives.tasks import Distil, DreamBooth, FineTune, check_teacher
 from ..train.parallel import Processes, launched_device
 from ..train.request import TrainingRequest
 from ..train.run.metadata import made_by
-from .config import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
+from .config_files import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"
 _AT_ONCE = 4  # images that a model draws before training
@@ -37,13 +37,11 @@ class Job:
     """A run that is ready to start.
 
     Args:
-        here: the folder that relative paths in the config start from.
         out: the run's folder, which exists.
     """
 
     config: TrainConfig
     request: TrainingRequest
-    here: Path
     out: Path
     processes: Processes
     model: TextToImageModel
@@ -95,7 +93,7 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     task = _task(config, here, None if dry else out, model, processes)
     request = config.request()
     adapter = request.new_adapter(model.denoiser)
-    return Job(config, request, here, out, processes, model, adapter.to(model.device), task)
+    return Job(config, request, out, processes, model, adapter.to(model.device), task)
 
 
 def load_model(table: ModelTable, here: Path) -> TextToImageModel:
@@ -128,18 +126,18 @@ def _distillation(config: DistilConfig, here: Path, out: Path | None, model: Tex
     def read_by_teacher(caption: str) -> Conditioning:
         return teacher.encode_text([_translated(pairs, caption)])
 
-    own_reader = None if table.shared_text_encoder else read_by_teacher
+    its_reader = None if table.shared_text_encoder else read_by_teacher
     validation: dict[str, Any] = {}
     source: Source
     if config.data.folder or config.data.shards:
-        source, validation = _images(config, here, model, processes, encode_teacher_text=own_reader)
+        source, validation = _images(config, here, model, processes, encode_teacher_text=its_reader)
     else:
         prompts = [prompt for prompt in pairs for _ in range(table.images_per_prompt)]
-        spoken = [pairs[prompt] for prompt in prompts]
-        drawn = _generated(config, out, teacher, spoken, table.sampling_steps, table.guidance, processes)
-        own = joined([model.encode_text([p]) for p in prompts])
-        theirs = None if own_reader is None else joined([own_reader(p) for p in prompts])
-        source = _latents(config, drawn, own, processes, theirs)
+        translated = [pairs[prompt] for prompt in prompts]
+        latents = _generated(config, out, teacher, translated, table.sampling_steps, table.guidance, processes)
+        conditioning = joined([model.encode_text([p]) for p in prompts])
+        its_conditioning = None if its_reader is None else joined([its_reader(p) for p in prompts])
+        source = _latents(config, latents, conditioning, processes, its_conditioning)
     return Distil(
         model,
         teacher,
@@ -203,7 +201,7 @@ def _folder(data: DataTable, path: Path, seed: int, caption: str | None) -> Imag
 def _folder_source(
     config: TrainConfig,
     folder: ImageFolder,
-    chosen: Sequence[int] | None,
+    indices: Sequence[int] | None,
     model: TextToImageModel,
     batch_size: int,
     processes: Processes,
@@ -213,7 +211,7 @@ def _folder_source(
         return model.encode_text([caption])
 
     options: dict[str, Any] = {"batch_size": batch_size, "seed": config.train.seed, "processes": processes}
-    return FolderSource(folder, model.encode, read, chosen=chosen, **options, **reading)
+    return FolderSource(folder, model.encode, read, indices=indices, **options, **reading)
 
 
 def _prior(
@@ -232,10 +230,14 @@ def _prior(
 
 
 def _latents(
-    config: TrainConfig, latents: Tensor, own: Conditioning, processes: Processes, theirs: Conditioning | None = None
+    config: TrainConfig,
+    latents: Tensor,
+    conditioning: Conditioning,
+    processes: Processes,
+    teacher: Conditioning | None = None,
 ) -> LatentSource:
     batch_size, seed = config.train.batch_size, config.train.seed
-    return LatentSource(list(latents), own, theirs, batch_size=batch_size, seed=seed, processes=processes)
+    return LatentSource(list(latents), conditioning, teacher, batch_size=batch_size, seed=seed, processes=processes)
 
 
 def _generated(
@@ -293,11 +295,13 @@ def _prompt_pairs(config: DistilConfig, here: Path) -> dict[str, str]:
         if table.teacher_prompts:
             raise ConfigError("distil.teacher_prompts: they translate distil.prompts, which is empty")
         return {}
-    own = _lines(here / table.prompts, "distil.prompts")
-    theirs = _lines(here / table.teacher_prompts, "distil.teacher_prompts") if table.teacher_prompts else own
-    if len(own) != len(theirs):
-        raise ConfigError(f"distil.prompts has {len(own)} lines, distil.teacher_prompts {len(theirs)}: expected as many")
-    return dict(zip(own, theirs, strict=True))
+    prompts = _lines(here / table.prompts, "distil.prompts")
+    translated = _lines(here / table.teacher_prompts, "distil.teacher_prompts") if table.teacher_prompts else prompts
+    if len(prompts) != len(translated):
+        raise ConfigError(
+            f"distil.prompts has {len(prompts)} lines, distil.teacher_prompts {len(translated)}: expected as many"
+        )
+    return dict(zip(prompts, translated, strict=True))
 
 
 def _lines(path: Path, field: str) -> list[str]:

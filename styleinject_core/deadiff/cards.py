@@ -64,7 +64,7 @@ def card_of(tokens: Sequence[Tokens], image: Tensor | None = None) -> StyleCard:
 
 
 def save_card(card: StyleCard, path: str | Path) -> None:
-    """Write a card; it appears whole or not at all. Raises DeadiffFileError."""
+    """Write a card; it appears whole or not at all. Raises DeadiffFileError, WriteError."""
     path = Path(path)
     if path.suffix != SUFFIX:
         raise DeadiffFileError(f"{path.name}: expected a name that ends in {SUFFIX}")

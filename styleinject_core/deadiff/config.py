@@ -86,8 +86,8 @@ class DeadiffConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For the metadata of a file."""
-        return asdict(self)
+        """For the metadata of a file: values as JSON has them."""
+        return {**asdict(self), "layers": [list(layer) for layer in self.layers], "content_layers": list(self.content_layers)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DeadiffConfig:

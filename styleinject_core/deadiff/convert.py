@@ -7,12 +7,9 @@ without. Tensors are copied one at a time, so that it takes no more memory than 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import struct
-import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.atomic import replacing
 from ..files.names import diffusers_name
 from .config import SD15, STREAMS
 from .file import SUFFIX, VISION, DeadiffFileError, expected_tensors, header
@@ -70,7 +68,8 @@ def convert(source: str | Path, target: str | Path, with_vision: bool = False, f
 
     Raises:
         DeadiffFileError: a source that is missing, holds more than tensors, is no DEADiff, or lacks tensors or has them in
-            other shapes; a target that exists or cannot be written.
+            other shapes; a target that exists.
+        WriteError: the disk refuses.
     """
     source, target = Path(source), Path(target)
     if target.suffix != SUFFIX:
@@ -232,7 +231,7 @@ def stream_save(
         value: gives the tensor of a name, float16 and contiguous; called in the order of `shapes`.
 
     Raises:
-        DeadiffFileError: the disk refuses; nothing is left behind.
+        WriteError: the disk refuses; nothing is left behind.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -240,20 +239,7 @@ def stream_save(
         table[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset := offset + 2 * _size(shape)]}
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(prefix=f".{path.stem}-", suffix=".tmp", dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in shapes:
-                file.write(memoryview(value(name).view(torch.uint8).numpy().reshape(-1)))  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise DeadiffFileError(f"{path.name}: could not be written to {path.parent}: {error}") from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in shapes:
+            file.write(memoryview(value(name).view(torch.uint8).numpy().reshape(-1)))  # type: ignore[arg-type]

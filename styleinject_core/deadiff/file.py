@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import AdapterFileError
 from ..files.atomic import save_tensors
 from .config import CLIP_L, STREAMS, DeadiffConfig
 from .model import Deadiff
@@ -32,7 +31,7 @@ _CLASS_EMBEDDING = f"{VISION}class_embedding"
 CONVERT = "styleinject deadiff convert FILE.ckpt OUT.safetensors"
 
 
-class DeadiffFileError(AdapterFileError):
+class DeadiffFileError(ValueError):
     """A file that is no usable DEADiff, or no style card; the message names the file, the tensor and both values."""
 
 
@@ -105,7 +104,8 @@ def save_deadiff(
     """Write a slim file; it appears whole or not at all.
 
     Raises:
-        DeadiffFileError: a wrong suffix, values that are not finite, or a disk that refuses.
+        DeadiffFileError: a wrong suffix, or values that are not finite.
+        WriteError: the disk refuses.
     """
     path = Path(path)
     if path.suffix != SUFFIX:

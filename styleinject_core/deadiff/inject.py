@@ -18,6 +18,7 @@ from ..call import CurrentCall, ModelCall
 from ..layers import LayerShape, UnsupportedLayerError
 from ..override import Override, Tail
 from .config import Site
+from .model import Deadiff
 from .rows import ConstantRows, Reference, repeats
 from .tokens import TokensError
 
@@ -26,6 +27,38 @@ PARTS = ("to_k", "to_v")
 
 class ReferenceMismatchError(ValueError):
     """A host that DEADiff's tokens cannot be given to; the message names both sides."""
+
+
+def matched_layers(
+    host: nn.Module, model: Deadiff, names: Mapping[str, str] | None = None
+) -> list[tuple[Site, str, nn.Module, LayerShape]]:
+    """The host's to_k and to_v of each site, in the order of the sites.
+
+    Args:
+        names: see ReferenceAttachment.
+
+    Raises:
+        ReferenceMismatchError: a cross-attention that is not in the host, or has other sizes.
+    """
+    modules, found = dict(host.named_modules()), []
+    for site in model.config.sites:
+        wanted = LayerShape(model.config.context, site.width)
+        for part in PARTS:
+            layer = f"{site.name}.{part}"
+            module = modules.get((names or {}).get(layer, layer))
+            if module is None:
+                count = len(model.config.layers)
+                raise ReferenceMismatchError(
+                    f"{model.name} has tokens for {count} cross-attentions, this model has none at {layer}"
+                )
+            try:
+                shape: Any = LayerShape.of(module)
+            except UnsupportedLayerError as error:
+                shape = error
+            if shape != wanted:
+                raise ReferenceMismatchError(f"{model.name}: {layer}: made for {wanted}, this model has {shape}")
+            found.append((site, part, module, wanted))
+    return found
 
 
 class _Appended:
@@ -64,29 +97,10 @@ class ReferenceAttachment:
         self.rows = reference.rows()
         self._places: list[tuple[Override, Tail]] = []
         self._installed = 0
-        modules = dict(host.named_modules())
-        for site in reference.model.config.sites:
+        for site, part, module, shape in matched_layers(host, reference.model, names):
             found = self.rows[site.name]
-            for part, source in zip(PARTS, (found.keys, found.values), strict=True):
-                layer = f"{site.name}.{part}"
-                module = modules.get((names or {}).get(layer, layer))
-                shape = LayerShape(reference.model.config.context, site.width)
-                self._check(module, layer, shape)
-                assert module is not None
-                self._places.append((Override(module, shape), Tail(_Appended(source, layer), self.current)))
-
-    def _check(self, module: nn.Module | None, layer: str, wanted: LayerShape) -> None:
-        name, config = self.reference.model.name, self.reference.model.config
-        if module is None:
-            raise ReferenceMismatchError(
-                f"{name} has tokens for {len(config.layers)} cross-attentions, this model has none at {layer}"
-            )
-        try:
-            shape: Any = LayerShape.of(module)
-        except UnsupportedLayerError as error:
-            shape = error
-        if shape != wanted:
-            raise ReferenceMismatchError(f"{name}: {layer}: made for {wanted}, this model has {shape}")
+            source = found.keys if part == "to_k" else found.values
+            self._places.append((Override(module, shape), Tail(_Appended(source, f"{site.name}.{part}"), self.current)))
 
     def added(self, site: Site, length: int) -> int:
         """How many rows a text of this length gets in a layer."""

@@ -70,9 +70,18 @@ class Deadiff(nn.Module):
     @torch.no_grad()
     def key_values(self, tokens: Tokens, place: int) -> tuple[Tensor, Tensor]:
         """The unscaled rows K = Ik img, V = Iv img of the layer at `place` of `config.layers`: (R, S, C) each, float32."""
-        weights: Any = self.to_kv[place]
-        keys, values = (tokens.values @ weights[part].to(tokens.values).T for part in ("i_to_k", "i_to_v"))
+        keys, values = (tokens.values @ self.weight(place, part).to(tokens.values).T for part in ("to_k", "to_v"))
         return keys, values
+
+    def weight(self, place: int, part: str) -> nn.Parameter:
+        """i_to_k or i_to_v (C, width) of the layer at `place`; `part` is "to_k" or "to_v"."""
+        layer: Any = self.to_kv[place]
+        return layer[f"i_{part}"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The cross-attentions by their diffusers names."""
+        return tuple(name for name, _ in self.config.layers)
 
     def stream_id(self, stream: str) -> str:
         """A short hash of what shapes this stream's tokens: tokens of one file mean nothing to another one's i_to_k."""
@@ -93,8 +102,7 @@ class Deadiff(nn.Module):
             raise TokensError(f"expected {stream} tokens, found {tokens.stream} tokens")
         if tokens.width != self.config.width:
             raise TokensError(f"{stream} tokens are {tokens.width} wide, {self.name} has tokens of {self.config.width}")
-        own = self.stream_id(stream)
-        if tokens.model_id and tokens.model_id != own:
+        if tokens.model_id and tokens.model_id != (own := self.stream_id(stream)):
             raise TokensError(
                 f"these {stream} tokens were made by another DEADiff file (id {tokens.model_id}) than {self.name} (id {own}): "
                 "encode the reference again with this one"

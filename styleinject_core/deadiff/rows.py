@@ -9,7 +9,7 @@ softmax's denominator. The model was trained with them, so they stay wherever DE
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from .tokens import Tokens, TokensError
 
 NEGATIVE = "negative"
 MAX_WEIGHT = 2.0
+_NOTHING = -3e4  # a bias whose exp is 0 in every dtype, and which no attention by chunks turns into NaN, as it does -inf
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Reference:
 
         def scaled(tokens: Tokens | None) -> tuple[Tensor, Tensor]:
             if tokens is None:
-                return torch.zeros(1, count, site.width), torch.zeros(1, count, site.width)
+                nothing = torch.zeros(1).expand(1, count, site.width)
+                return nothing, nothing
             missing = (0, 0, 0, count - tokens.count)  # a shorter negative reference: null tokens for the rest
             keys, values = self.model.key_values(tokens, place)
             return pad(key_scale * keys, missing), pad(value_scale * values, missing)
@@ -174,7 +176,8 @@ class LayerRows:
 
     def nbytes(self) -> int:
         """Memory of the constants."""
-        return sum(t.nbytes for rows in (self.keys, self.values) for t in (rows.positive, rows.negative))
+        parts = [t for rows in (self.keys, self.values) for t in (rows.positive, rows.negative)]
+        return sum(part.untyped_storage().nbytes() for part in parts)
 
 
 def repeats(length: int, text_tokens: int) -> int:
@@ -227,11 +230,44 @@ def mask_bias(mask: Tensor, height: int, width: int, text: int, added: int) -> T
         text, added: columns of the text and of the tokens.
 
     Returns:
-        (B, N, text + added), float32, -inf where the mask is 0.
+        (B, N, text + added), float32.
     """
     small = interpolate(mask.float().unsqueeze(1), (height, width), mode="area")
-    columns = small.clamp(0, 1).flatten(1).log().unsqueeze(-1)  # (B, N, 1)
+    columns = small.clamp(0, 1).flatten(1).log().clamp(min=_NOTHING).unsqueeze(-1)  # (B, N, 1)
     return torch.cat([columns.new_zeros(*columns.shape[:2], text), columns.expand(-1, -1, added)], -1)
+
+
+def masked_blend(
+    attend: Callable[[Tensor, Tensor], Tensor],
+    k: Tensor,
+    v: Tensor,
+    length: int,
+    counts: Sequence[int],
+    shares: Sequence[Tensor | None],
+) -> Tensor:
+    """Masked references through an attention that takes no bias: its results with and without them, blended.
+
+    Args:
+        attend: keys and values -> (B, N, C).
+        k, v: (B, length + Σ counts, C): the text's, then each reference's.
+        counts: columns of each reference.
+        shares: (B or 1, N, 1) in [0, 1], the reference's mask; None for one that is everywhere.
+
+    Returns:
+        (B, N, C); the same as a bias of log(mask) gives where the masks are 0 or 1 and do not overlap.
+    """
+    pieces = list(zip(k.split([length, *counts], 1), v.split([length, *counts], 1), strict=True))
+    always = [pieces[0], *(piece for piece, share in zip(pieces[1:], shares, strict=True) if share is None)]
+
+    def attended(*more: tuple[Tensor, Tensor]) -> Tensor:
+        keys, values = zip(*always, *more, strict=True)
+        return attend(torch.cat(keys, 1), torch.cat(values, 1))
+
+    out = attended()
+    for piece, share in zip(pieces[1:], shares, strict=True):
+        if share is not None:
+            out = torch.lerp(out, attended(piece), share.to(out).expand_as(out))
+    return out
 
 
 def check_mask(mask: Tensor) -> None:

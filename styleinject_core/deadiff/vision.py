@@ -33,6 +33,34 @@ def check_image(images: Tensor) -> None:
         raise TokensError("the reference image has NaN or Inf values")
 
 
+def masked_pixels(images: Tensor, mask: Tensor | None, outside: Tensor) -> Tensor:
+    """Images with one color wherever a mask is 0.
+
+    Args:
+        images: (R, H, W, 3) in [0, 1].
+        mask: (R or 1, h, w) in [0, 1]; None leaves the images as they are.
+        outside: the color (3,) in [0, 1].
+
+    Returns:
+        (R, 3, H, W) in [0, 1], float32 on the CPU.
+
+    Raises:
+        TokensError: no image, a mask that is empty or has NaN values, or masks for another number of images.
+    """
+    check_image(images)
+    pixels = images[..., :3].detach().float().cpu().movedim(-1, 1).clamp(0, 1)
+    if mask is None:
+        return pixels
+    mask = mask.detach().float().cpu()
+    mask = mask if mask.ndim == 3 else mask.unsqueeze(0)
+    if not torch.isfinite(mask).all() or not (mask > 0).any():
+        raise TokensError("the reference mask is empty or has NaN values: nothing of the image would be seen")
+    if mask.shape[0] not in (1, pixels.shape[0]):
+        raise TokensError(f"{mask.shape[0]} masks for {pixels.shape[0]} reference images, expected one or as many")
+    inside = F.interpolate(mask.unsqueeze(1), pixels.shape[2:], mode="bilinear", antialias=True).clamp(0, 1)
+    return torch.lerp(outside.view(3, 1, 1).expand_as(pixels), pixels, inside.expand_as(pixels))
+
+
 def squash(images: Tensor, mask: Tensor | None = None, size: int = SIZE) -> Tensor:
     """Images in the size of the encoder: squashed, not cropped, by Pillow's antialiased bicubic filter in 8 bits.
 
@@ -44,20 +72,9 @@ def squash(images: Tensor, mask: Tensor | None = None, size: int = SIZE) -> Tens
         (R, size, size, 3) in [0, 1].
 
     Raises:
-        TokensError: no image, a mask that is empty or has NaN values, or masks for another number of images.
+        TokensError: see `masked_pixels`.
     """
-    check_image(images)
-    pixels = images[..., :3].detach().float().cpu().movedim(-1, 1).clamp(0, 1)  # (R, 3, H, W)
-    if mask is not None:
-        mask = mask.detach().float().cpu()
-        mask = mask if mask.ndim == 3 else mask.unsqueeze(0)
-        if not torch.isfinite(mask).all() or not (mask > 0).any():
-            raise TokensError("the reference mask is empty or has NaN values: nothing of the image would be seen")
-        if mask.shape[0] not in (1, pixels.shape[0]):
-            raise TokensError(f"{mask.shape[0]} masks for {pixels.shape[0]} reference images, expected one or as many")
-        inside = F.interpolate(mask.unsqueeze(1), pixels.shape[2:], mode="bilinear", antialias=True).clamp(0, 1)
-        pixels = torch.lerp(torch.tensor(MEAN).view(3, 1, 1).expand_as(pixels), pixels, inside)
-    levels = (pixels * 255).round().to(torch.uint8)
+    levels = (masked_pixels(images, mask, torch.tensor(MEAN)) * 255).round().to(torch.uint8)
     if levels.shape[2:] != (size, size):
         levels = F.interpolate(levels, (size, size), mode="bicubic", antialias=True)
     return (levels.float() / 255).movedim(1, -1)

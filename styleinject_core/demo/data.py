@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 ADAPTERS = ASSETS / "adapters"
+DEADIFFS = ASSETS / "deadiff"
 BASE_STYLE = "openmoji"
 LICENSES = {
     "twemoji": "CC-BY-4.0",
@@ -67,3 +69,26 @@ def images(style: str) -> Tensor:
     rows = pixels.shape[0] // tile
     tiles = pixels.view(rows, tile, columns, tile, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)  # (rows*columns, 3, tile, tile)
     return tiles[: len(concepts())].float() / 127.5 - 1
+
+
+def drawings(styles: Sequence[str], things: str = "", count: int = 0) -> list[tuple[Tensor, str]]:
+    """Drawings with the names of what they show, thing by thing, each in all of the styles.
+
+    Args:
+        things: names with a comma between them; empty for all that are not held out.
+        count: how many at most, evenly picked; 0 for all.
+
+    Returns:
+        ((3, 64, 64) float32 in [-1, 1], name) of each.
+
+    Raises:
+        ValueError: a thing of which there is no drawing.
+    """
+    places = {concept.name: k for k, concept in enumerate(concepts())}
+    names = [name.strip().lower() for name in things.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in places]:
+        raise ValueError(f"things: there is no drawing of {unknown[0]!r}; there are {', '.join(list(places)[::12])} and others")
+    names = names or [concept.name for concept in concepts() if not concept.held_out]
+    sheets = {style: images(style) for style in styles}  # (N, 3, 64, 64)
+    found = [(sheets[style][places[name]], name) for name in names for style in styles]
+    return [found[k * len(found) // count] for k in range(count)] if 0 < count < len(found) else found

@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..config import is_finite
 from .errors import AdapterFileError
 from .header import parse_json, shortened
 
@@ -168,27 +169,18 @@ def _config(path: Path, source: str, fields: Mapping[str, Any]) -> StatedScales 
     patterns: dict[str, dict[str, Any]] = {}
     for name in ("rank_pattern", "alpha_pattern"):
         value = fields.get(name) or {}
-        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+        if not isinstance(value, dict) or not all(map(is_finite, value.values())):
             raise fail(name, value)
         if name == "rank_pattern" and not all(type(n) is int and 0 < n < 2**31 for n in value.values()):
             raise fail(name, value)
         patterns[name] = value
-    if not _is_number(alpha):
+    if not is_finite(alpha):
         raise fail("lora_alpha", alpha)
     targets = fields.get("target_modules")
     listed = tuple(t for t in targets if isinstance(t, str)) if isinstance(targets, list) else ()
     return StatedScales(
         source, rank, float(alpha), **patterns, rank_stabilized=fields.get("use_rslora") is True, targets=listed
     )
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:
-        return False
 
 
 def _matching(patterns: Iterable[str], module: str) -> str:

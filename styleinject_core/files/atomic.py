@@ -35,6 +35,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         mode = stat.S_IMODE(os.stat(temporary).st_mode)
         try:
             yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # a name must not outlive a power failure that its content does not
             os.chmod(temporary, mode)  # safetensors writes to another file, only the owner's, and renames it to this one
             os.replace(temporary, path)
         finally:

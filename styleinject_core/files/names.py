@@ -13,7 +13,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+from ..layer_names import dotted
+from ..layer_vocabulary import PREFIXES
+
 _KOHYA_PREFIX = "lora_unet_"
 _LYCORIS_PREFIX = "lycoris_"
 _TEXT_ENCODER, _VAE, _EMBEDDING = "a text encoder", "a VAE", "an embedding"
@@ -27,33 +29,13 @@ _OTHER_PARTS = {
     "bundle_emb.": _EMBEDDING,
 }
 
-# Names that contain an underscore themselves, longest first: kohya writes every dot as an underscore too.
-_COMPOUND = sorted(
-    [
-        *("down_blocks", "up_blocks", "mid_block", "transformer_blocks", "proj_in", "proj_out", "conv_in", "conv_out"),
-        *("to_q", "to_k", "to_v", "to_out", "conv_shortcut", "conv_norm_out", "time_emb_proj", "linear_1", "linear_2"),
-        *("time_embedding", "add_embedding", "input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb"),
-        *("in_layers", "out_layers", "emb_layers", "skip_connection"),
-    ],
-    key=len,
-    reverse=True,
-)
-_ROOTS = (
-    *(
-        "down_blocks_",
-        "up_blocks_",
-        "mid_block_",
-        "conv_in",
-        "conv_out",
-        "time_embedding_",
-        "add_embedding_",
-        "class_embedding_",
-    ),
+_UNET_ROOTS = (  # how a U-Net's names begin in kohya's spelling
+    *("down_blocks_", "up_blocks_", "mid_block_", "conv_in", "conv_out"),
+    *("time_embedding_", "add_embedding_", "class_embedding_"),
     *("input_blocks_", "middle_block_", "output_blocks_", "out_2", "time_embed_", "label_emb_"),
 )
 _OTHER_PREFIXES = tuple(_OTHER_PARTS)
 _LDM_BLOCK = re.compile(r"(?:^|[._])(input|output)_blocks[._](\d{1,4})[._]\d{1,2}[._](\w+)")
-_KOHYA_TOKEN = re.compile("(" + "|".join(_COMPOUND) + r"|[^_]+)(?:_|$)")
 
 _RESNET_PARTS = {
     "in_layers.2": "conv1",
@@ -114,12 +96,6 @@ def _is_place(is_input: bool, block: int, rest: str, count: int) -> bool:
     return rest != "conv" or index == count
 
 
-def kind_of_layer(name: str) -> str:
-    """The end of a module name that says what the layer is: "to_q", "conv1", "to_out.0"."""
-    parent, _, last = name.rpartition(".")
-    return f"{parent.rpartition('.')[2]}.{last}" if last.isdigit() else last
-
-
 def diffusers_name(name: str, layers_per_block: int = 2) -> str:
     """The diffusers spelling of a module name in any spelling; unknown names come back with their prefix taken off.
 
@@ -128,10 +104,10 @@ def diffusers_name(name: str, layers_per_block: int = 2) -> str:
     """
     if name.startswith(("lora_unet__", "lora_unet_", "lycoris_")):
         own = name.removeprefix(_LYCORIS_PREFIX).removeprefix(_KOHYA_PREFIX).removeprefix("_")
-        if not own.startswith(_ROOTS):
+        if not own.startswith(_UNET_ROOTS):
             return name  # a DiT, whose names only its program can tell: ComfyUI's table has them in this spelling
-        name = ".".join(m[1] for m in _KOHYA_TOKEN.finditer(own))
-    for prefix in _PREFIXES:
+        name = dotted(own)
+    for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return _from_ldm(name, layers_per_block)
 

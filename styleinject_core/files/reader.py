@@ -5,7 +5,7 @@ header -> sorting (keys) -> tensors -> one layer per module, by its method -> Ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..config import AdapterConfig, LayerConfig
+from ..layer_names import parse
 from ..layers import UnsupportedLayerError
 from ..methods import METHODS, AdapterLayer, config_from_dict
 from ..methods.fixed import alpha_of
-from ..methods.kronecker import KroneckerConfig
 from ..methods.method import Problem
 from .alphas import Scales, scales_beside, stated_scales
 from .errors import AdapterFileError
 from .header import parse_json, read_header, shortened
 from .keys import DIFFERENCE, LOHA, LOKR, LORA, STYLEINJECT
-from .names import kind_of_layer, layer_name, layers_per_block
+from .keys import parse as parse_key
+from .names import layer_name, layers_per_block
 from .sorting import Module, Sorted, sort
 
 FORMAT_VERSION = 1
@@ -64,7 +65,7 @@ def load_adapter(path: str | Path) -> Adapter:
     keys = {names[key]: key for key in found.modules}
     whole = _whole_config(layers, config)
     metadata = {k: v for k, v in header.metadata.items() if k != "format" and not k.startswith("styleinject_")}
-    return Adapter(layers, whole, metadata, path.stem, found.skipped, keys=keys, unused=unused)
+    return Adapter(layers, whole, metadata, path.stem, found.skipped, keys=keys, unused=unused, path=path)
 
 
 class _Reading:
@@ -100,7 +101,7 @@ class _Reading:
             methods.pop(DIFFERENCE)
             difference = {"bias": difference["bias"]}
         if len(methods) > 1:
-            raise self.problem(f"the file has both {' and '.join(methods)} for this layer")
+            raise self.problem(f"the file has both {' and '.join(sorted(methods))} for this layer")
         (method, parts), extra = next(iter(methods.items())), difference if DIFFERENCE not in methods else {}
         readers: dict[str, Callable[[Parts], AdapterLayer]] = {
             STYLEINJECT: self._styleinject,
@@ -224,8 +225,36 @@ class _Reading:
                 raise self.problem(f"DiffuseKronA's {side} factor is missing")
             if parts[side].ndim != 2 or 0 in parts[side].shape:
                 raise self.problem(f"DiffuseKronA's {side} factor has shape {tuple(parts[side].shape)}, expected a matrix")
-        A = parts["down"].mT.contiguous()
-        return self._by("kronecker", {"A": A, "B": parts["up"]}, KroneckerConfig((A.shape[0], A.shape[1]), permuted=True))
+        return self._by("kronecker", {"A_permuted": parts["down"].mT.contiguous(), "B_permuted": parts["up"]})
+
+
+def other_part(adapter: Adapter) -> Parts:
+    """What an adapter's file holds for other models, by its keys: `adapter.skipped`; alphas that only the header states are
+    made tensors of their own, for programs that know no others.
+
+    Raises:
+        AdapterFileError: the file is gone or has changed.
+    """
+    path = adapter.path
+    if path is None:
+        return {}
+    header = read_header(path)
+    if missing := [key for key in adapter.skipped if key not in header.entries]:
+        raise AdapterFileError(f"{path.name}: {shortened(missing[0])} is not in it any more: load it again")
+    tensors = _read_keys(path, adapter.skipped)
+    scales = stated_scales(path, header.metadata)
+    for key, value in list(tensors.items()):
+        found = parse_key(key)
+        if (
+            found is None
+            or (found.method, found.part) != (LORA, "down")
+            or f"{found.module}.alpha" in tensors
+            or not value.ndim
+        ):
+            continue
+        if (stated := scales.of(found.module)) is not None and stated[0].rank_of(stated[1]) == value.shape[0]:
+            tensors[f"{found.module}.alpha"] = torch.tensor(stated[0].scale(stated[1]) * value.shape[0])
+    return tensors
 
 
 def _names(path: Path, found: Sorted) -> dict[str, str]:
@@ -251,6 +280,10 @@ def _read_tensors(path: Path, found: Sorted) -> dict[str, Tensor]:
         for parts in (*module.methods.values(), module.shared)
         for key in parts.values()
     ]
+    return _read_keys(path, wanted)
+
+
+def _read_keys(path: Path, wanted: Iterable[str]) -> dict[str, Tensor]:
     tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -332,7 +365,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> LayerConfig | None:
 
 def _whole_config(layers: Mapping[str, AdapterLayer], stated: LayerConfig | None) -> LayerConfig:
     """The adapter's config: the stated one or the first layer's, with overrides for the layers that differ from it."""
-    targets = tuple(dict.fromkeys(map(kind_of_layer, layers)))
+    targets = tuple(dict.fromkeys(parse(name).target for name in layers))
     base = stated or replace(next(iter(layers.values())).config, target_modules=targets)  # type: ignore[type-var]
     own = {name: layer.config for name, layer in layers.items() if isinstance(layer.config, type(base))}
     return replace(base, layers={name: o for name, config in own.items() if (o := base.override(config))})  # type: ignore[type-var]

@@ -23,11 +23,13 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     for tensor in tensors:
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
         same = tensor.dtype == first.dtype and tensor.device == first.device and tensor.shape == first.shape
+        same = same and tensor.is_inference() == first.is_inference()
         if tensor.requires_grad or not whole or not same or not isinstance(tensor, torch.nn.Parameter):
             return None
     if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
         return None  # one adapter twice
-    with torch.inference_mode(False), torch.no_grad():
+    # In the mode they were made in: an inference tensor with the data of an ordinary one can have no views any more.
+    with torch.inference_mode(first.is_inference()), torch.no_grad():
         stack = torch.stack([tensor.detach() for tensor in tensors])
         for tensor, part in zip(tensors, stack, strict=True):
             tensor.data = part

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..adapter import Adapter
 from ..layers import LayerShape
+from ..methods import AdapterLayer
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,20 @@ def architecture_of(adapter: Adapter) -> UNetArchitecture | None:
             return architecture
     for architecture in ARCHITECTURES.values():
         shapes = architecture.shapes()
-        if all(shapes.get(name) == shape for name, shape in adapter.shapes.items()):
+        layers = adapter.layers
+        if any(name in shapes for name in layers) and all(_is_of(shapes.get(name), layer) for name, layer in layers.items()):
             return architecture
     return None
+
+
+def title_of(modelspec: str) -> str:
+    """The title of an architecture by its ModelSpec id; the id itself where it is none of these."""
+    return next((a.title for a in ARCHITECTURES.values() if a.modelspec == modelspec), modelspec)
+
+
+def _is_of(shape: LayerShape | None, layer: AdapterLayer) -> bool:
+    """Whether an adapter's layer is for a host layer of that shape; norms and the like are in no list of shapes."""
+    return bool(layer.shape.other) if shape is None else layer.on(shape) is not None
 
 
 def describe(adapter: Adapter) -> str:

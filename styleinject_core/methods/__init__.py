@@ -24,10 +24,16 @@ def configure(settings: AdapterSettings) -> LayerConfig:
     Raises:
         ValueError: a method that does not exist (names those that do), or a value out of range.
     """
+    method = chosen(settings.method)
+    return method.configure(settings, method.choices[settings.method])
+
+
+def chosen(choice: str) -> Method:
+    """The method of one of `choices()`. Raises ValueError: a method that does not exist (names those that do)."""
     for method in METHODS.values():
-        if settings.method in method.choices:
-            return method.configure(settings, method.choices[settings.method])
-    raise ValueError(f"method: expected one of {', '.join(choices())}, found {settings.method!r}")
+        if choice in method.choices:
+            return method
+    raise ValueError(f"method: expected one of {', '.join(choices())}, found {choice!r}")
 
 
 def new_layer(shape: Any, config: LayerConfig) -> AdapterLayer:
@@ -66,4 +72,4 @@ def titles(layers: Sequence[AdapterLayer]) -> list[str]:
     return list(dict.fromkeys(METHODS[layer.config.method].title for layer in layers))
 
 
-__all__ = ["METHODS", "AdapterLayer", "AdapterSettings", "Method", "choices", "configure"]
+__all__ = ["METHODS", "AdapterLayer", "AdapterSettings", "Method", "choices", "chosen", "configure"]

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import LayerConfig, is_number
+from ..config import LayerConfig, is_finite
 from ..functional.host import HostLayer
 from ..functional.update import Change, Hear, Prepared, Update
 from ..layers import LayerShape, UnsupportedLayerError
@@ -52,7 +52,7 @@ class FixedConfig(LayerConfig):
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not (is_number(self.alpha) and math.isfinite(self.alpha)):
+        if self.alpha is not None and not is_finite(self.alpha):
             raise ValueError(f"alpha: expected a finite number, found {self.alpha!r}")
         self.check_layers()
 
@@ -137,12 +137,21 @@ class FixedLayer(AdapterLayer):
         """The same parameters on a layer of that shape; None where they are not its numbers."""
         rows, numbers = self.shape.weight[0], math.prod(self.shape.weight)
         only_bias = not any(getattr(self, part) is not None for part in self.PRODUCT)
-        if rows != shape.weight[0] or (numbers != math.prod(shape.weight) and not only_bias):
+        if rows != shape.weight[0] or not self._magnitude_fits(shape) or (numbers != math.prod(shape.weight) and not only_bias):
             return None
         layer = type(self)(shape, self.config, {})
         for part, value in self.tensors().items():
             layer.register_parameter(part, value)  # the same, not a copy: what moves one moves the other
         return layer
+
+    def on(self, shape: LayerShape) -> AdapterLayer | None:
+        """See `AdapterLayer.on`."""
+        return super().on(shape) if self._magnitude_fits(shape) else None
+
+    def _magnitude_fits(self, shape: LayerShape) -> bool:
+        if self.magnitude is None or self.magnitude.shape[0] == shape.weight[0]:
+            return True
+        return len(shape.weight) > 1 and self.magnitude.numel() == shape.weight[1]
 
     def without_bias(self) -> AdapterLayer | None:
         """The same without the change of the bias; None where nothing is left."""
@@ -265,14 +274,14 @@ def alpha_of(parts: Mapping[str, Tensor], problem: Problem) -> float | None:
     if (alpha := parts.get("alpha")) is None:
         return None
     value = float(alpha) if alpha.numel() == 1 and not alpha.is_complex() else math.nan
-    if not math.isfinite(value):
+    if not is_finite(value):
         raise problem(f"alpha is {_shown(alpha)}, expected one finite number")
     return value
 
 
 def check_extras(parts: Mapping[str, Tensor], shape: LayerShape, problem: Problem) -> None:
     """Raise where a bias or magnitudes do not belong to a layer of that shape."""
-    d, *rest = shape.weight
+    d = shape.weight[0]
     bias = parts.get("bias")
     if bias is not None and bias.numel() != d:
         raise problem(f"the change of the bias has shape {tuple(bias.shape)} beside {shape}")
@@ -284,8 +293,8 @@ def check_extras(parts: Mapping[str, Tensor], shape: LayerShape, problem: Proble
         return
     if "peft_magnitude" in parts:
         raise problem("it has both dora_scale and lora_magnitude_vector")
-    along = d if magnitude.shape[:1] == (d,) else rest[0] if rest else 1  # rows, else columns
-    if magnitude.ndim < 2 or magnitude.numel() != along or magnitude.shape[0] not in (1, d):
+    rows = magnitude.shape[:1] == (d,)  # of columns there may be as many as the layer's, or as a convolution's channels
+    if magnitude.ndim < 2 or (magnitude.numel() != d if rows else magnitude.shape[0] != 1 or not magnitude.numel()):
         raise problem(f"dora_scale has shape {tuple(magnitude.shape)} beside {shape}, expected (d, 1) or (1, k)")
 
 

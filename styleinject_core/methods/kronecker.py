@@ -2,8 +2,9 @@
 
     (A ⊗ B)[i·b1 + r, j·b2 + c] = A[i, j] · B[r, c]        A (a1, a2), B (b1, b2[, kh, kw]), a1·b1 = d, a2·b2 = k
 
-With x as X (a2, b2), (A ⊗ B) x is A X Bᵀ: two thin products per token, in the cheaper order. In files these are the full
-factors of LyCORIS' LoKr. The authors' released program computes the same with its rows permuted (`permuted`):
+With x as X (a2, b2), (A ⊗ B) x is A X Bᵀ: two thin products per token, in the cheaper order: k·b1 + a2·d or k·a1 + b2·d
+multiplications instead of k·d. In training they keep x alone for the backward pass. In files these are the full factors of
+LyCORIS' LoKr. The authors' released program computes the same with its rows permuted (`permuted`):
 ΔW[r·a1 + i, j·b2 + c] = A[i, j] · B[r, c].
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..config import LayerConfig
 from ..functional.host import HostLayer
@@ -155,22 +157,52 @@ class KroneckerChange:
 
     def _linear(self, x: Tensor) -> Tensor:
         (a1, a2), (b1, b2) = self.A.shape, self.B.shape
-        X = x.unflatten(-1, (a2, b2))
-        if a2 * b2 * b1 + a1 * a2 * b1 <= a1 * a2 * b2 + a1 * b2 * b1:
-            y = self.A @ (X @ self.B.mT)  # (B, L, a2, b1) -> (B, L, a1, b1)
-        else:
-            y = (self.A @ X) @ self.B.mT  # (B, L, a1, b2) -> (B, L, a1, b1)
+        X = x.unflatten(-1, (a2, b2))  # (..., a2, b2)
+        if a2 * b1 * (a1 + b2) <= a1 * b2 * (a2 + b1):
+            y = _thin(X, self.A, self.B)
+        else:  # (A X) Bᵀ = (B (Xᵀ Aᵀ))ᵀ
+            y = _thin(X.mT, self.B, self.A).mT
         return (y.mT if self.permuted else y).flatten(-2)
 
     def _conv(self, x: Tensor, host: HostLayer) -> Tensor:
-        a2, b2 = self.A.shape[1], self.B.shape[1]
-        low = host.conv(x.reshape(-1, b2, *x.shape[2:]), self.B)  # (B·a2, b1, H', W')
-        y = self.A @ low.reshape(x.shape[0], a2, -1)  # (B, a1, b1·H'·W')
-        y = y.unflatten(2, low.shape[1:])
+        """B mixes b2 channels to b1 and knows the kernel, A mixes a2 groups of channels to a1, in either order."""
+        (a1, a2), (b1, b2), batch = self.A.shape, self.B.shape[:2], x.shape[0]
+        taps, stride = self.B[0, 0].numel(), host.module.stride
+        at_input = stride[0] * stride[1]  # input positions per output position
+        if a2 * b1 * (a1 + b2 * taps) <= a1 * b2 * (a2 * at_input + b1 * taps):
+            low = host.conv(x.reshape(batch * a2, b2, *x.shape[2:]), self.B)  # (batch·a2, b1, H', W')
+            y = (self.A @ low.reshape(batch, a2, -1)).reshape(batch, a1, b1, *low.shape[2:])
+        else:
+            mixed = (self.A @ x.reshape(batch, a2, -1)).reshape(batch * a1, b2, *x.shape[2:])
+            low = host.conv(mixed, self.B)  # (batch·a1, b1, H', W')
+            y = low.reshape(batch, a1, b1, *low.shape[2:])
         return (y.transpose(1, 2) if self.permuted else y).flatten(1, 2)
 
     def onto(self, weight: Tensor, owned: bool) -> Tensor:
         return weight + _product(self.A, self.B, self.permuted).flatten(1)
+
+
+class _Thin(torch.autograd.Function):
+    """P (X Qᵀ) for X (..., p2, q2), P (p1, p2), Q (q1, q2), as autograd has it but that X is all it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+        ctx.save_for_backward(X, P, Q)
+        return P @ (X @ Q.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        X, P, Q = ctx.saved_tensors
+        wants_X, wants_P, wants_Q = ctx.needs_input_grad
+        of_Z = P.mT @ gradient  # Z = X Qᵀ, (..., p2, q1)
+        of_P = torch.einsum("...ir,...jr->ij", gradient, X @ Q.mT) if wants_P else None
+        of_Q = torch.einsum("...jr,...jc->rc", of_Z, X) if wants_Q else None
+        return of_Z @ Q if wants_X else None, of_P, of_Q
+
+
+def _thin(X: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    return _Thin.apply(X, P, Q) if torch.is_grad_enabled() else P @ (X @ Q.mT)
 
 
 def _product(A: Tensor, B: Tensor, permuted: bool) -> Tensor:
@@ -183,15 +215,30 @@ def _product(A: Tensor, B: Tensor, permuted: bool) -> Tensor:
 
 def configure(settings: AdapterSettings, special: Mapping[str, Any]) -> KroneckerConfig:
     """The config of a new adapter; rank, styles and alpha mean nothing here."""
-    return KroneckerConfig(**{"factors": settings.factors or FACTORS, **special}, target_modules=settings.targets)
+    targets = settings.targets or KroneckerConfig.default_targets()
+    return KroneckerConfig(**{"factors": settings.factors or FACTORS, **special}, target_modules=targets)
+
+
+def parse_factors(text: str) -> tuple[int, ...]:
+    """Factors as a person writes them, "64, 4". Raises ValueError."""
+    try:
+        first, second = map(int, text.split(","))
+    except ValueError:
+        raise ValueError(f'factors: expected two whole numbers, as in "64, 4", found {text!r}') from None
+    return first, second
 
 
 def read(parts: dict[str, Tensor], stated: KroneckerConfig | None, problem: Problem) -> KroneckerLayer:
     """A layer from a file's factors; the shapes are the truth, a config that contradicts them is an error."""
     permuted = not parts.keys().isdisjoint({"A_permuted", "B_permuted"})
+    if permuted and not parts.keys().isdisjoint(KroneckerLayer.PARTS):
+        raise problem("it has Kronecker factors in both orders of rows (lokr_w1, lokr_w2 and kronecker_permuted_A, _B)")
     A, B = (parts.get(part + ("_permuted" if permuted else "")) for part in KroneckerLayer.PARTS)
     if A is None or B is None:
-        raise problem(f"the Kronecker factor {'A (lokr_w1)' if A is None else 'B (lokr_w2)'} is missing")
+        part = "A" if A is None else "B"
+        raise problem(
+            f"the Kronecker factor {part} ({METHOD.suffixes[part + ('_permuted' if permuted else '')][1:]}) is missing"
+        )
     if A.ndim != 2 or B.ndim not in (2, 4) or 0 in A.shape or 0 in B.shape:
         raise problem(f"factors have shapes {tuple(A.shape)} and {tuple(B.shape)}, expected (a1, a2) and (b1, b2[, kh, kw])")
     shape = LayerShape(A.shape[1] * B.shape[1], A.shape[0] * B.shape[0], (B.shape[2], B.shape[3]) if B.ndim == 4 else None)
@@ -228,6 +275,7 @@ METHOD = Method(
     },
     read=read,
     describe=describe,
+    paper="https://arxiv.org/abs/2402.17412",
     lora_names=True,
     tensors=tensors,
 )

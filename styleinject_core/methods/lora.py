@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, is_finite
 from ..layers import LayerShape
 from .method import Method, Problem
 from .styleinject import StyleInjectLayer, configure, describe
@@ -46,7 +46,7 @@ def read(parts: dict[str, Tensor], stated: AdapterConfig | None, problem: Proble
 
 def _number(alpha: Tensor, problem: Problem) -> float:
     value = float(alpha) if alpha.numel() == 1 and not alpha.is_complex() else math.nan
-    if not math.isfinite(value):
+    if not is_finite(value):
         raise problem(f"alpha is {alpha.tolist()}, expected one finite number")
     return value
 
@@ -68,6 +68,7 @@ METHOD = Method(
     suffixes={"A": ".lora_down.weight", "B": ".lora_up.weight", "alpha": ".alpha", "mid": ".lora_mid.weight"},
     read=read,
     describe=describe,
+    paper="https://arxiv.org/abs/2106.09685",
     lora_names=True,
     tensors=tensors,
 )

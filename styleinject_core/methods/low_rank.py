@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..functional.update import Change, LowRank
+from ..layers import LayerShape
 from .fixed import EXTRA_SUFFIXES, FixedConfig, FixedLayer, describe, layer_of, not_trained, shape_of_numbers, stored
 from .method import Method, Problem
 
@@ -41,6 +42,11 @@ def _kernel(parts: Mapping[str, Tensor]) -> Tensor:
     """The down-projection with a mid matrix worked into it."""
     down, mid = parts["down"], parts.get("mid")
     return down if mid is None else torch.einsum("rs...,sk->rk...", mid, down.flatten(1))
+
+
+def plain(shape: LayerShape, down: Tensor, up: Tensor, alpha: float | None) -> LowRankLayer:
+    """A LoRA on a layer of any kind: down (r, ...), up (d, r)."""
+    return LowRankLayer(shape, FixedConfig(METHOD.name, alpha), {"down": down, "up": up})
 
 
 def check(parts: Mapping[str, Tensor], problem: Problem) -> tuple[int, ...]:

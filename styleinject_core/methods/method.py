@@ -1,7 +1,7 @@
 """What every method offers: a layer's parameters and what they do, a config, and a place in files.
 
-A method is one file in this folder and one line in `methods.METHODS`; nothing else knows its name. CONTRIBUTING.md, "How
-to add a method", walks through one.
+A method is one file in this folder and one line in `methods.METHODS`; only the reading of other programs' files knows
+some by their names. CONTRIBUTING.md, "How to add a method", walks through one.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class AdapterSettings(Protocol):
     def sta(self) -> str: ...
     @property
     def targets(self) -> tuple[str, ...]:
-        """A layer selector's terms."""
+        """A layer selector's terms; none for what the method's paper adapts."""
 
 
 Problem = Callable[[str], Exception]  # what is wrong with a layer in a file -> the error to raise
@@ -173,6 +173,7 @@ class Method:
         lora_names: whether files name modules as LoRA files do, for other programs, or by their diffusers names.
         read: (tensors by part, the layer's config where the file states one, what makes an error) -> the layer.
         describe: (layers) -> {label: value} for `styleinject info`.
+        paper: its address, for the files of those that can be trained.
         tensors: (layer) -> its tensors by part, as files keep them, where that is not what the layer holds.
     """
 
@@ -185,5 +186,6 @@ class Method:
     suffixes: Mapping[str, str]
     read: Callable[[dict[str, Tensor], Any, Problem], AdapterLayer]
     describe: Callable[[Sequence[Any]], dict[str, str]]
+    paper: str = ""
     lora_names: bool = False
     tensors: Callable[[Any], Mapping[str, Tensor]] = field(default=lambda layer: layer.tensors())

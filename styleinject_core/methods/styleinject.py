@@ -24,6 +24,7 @@ from ..functional.host import HostLayer, statistics_dtype
 from ..functional.stacked import stacked
 from ..functional.update import Hear, LowRank, Prepared, Update
 from ..layers import LayerShape, UnsupportedLayerError
+from . import low_rank
 from .method import AdapterLayer, AdapterSettings, Cast, Method, Problem
 
 PARTS = ("A", "B", "router_weight", "router_bias", "hyper_weight", "hyper_bias")
@@ -69,12 +70,14 @@ class StyleInjectLayer(AdapterLayer):
     def fixed(self) -> bool:
         return self.router_weight is None and self.hyper_weight is None
 
-    def fitted(self, shape: LayerShape) -> StyleInjectLayer | None:
-        """A LoRA whose convolution is stored as a matrix, or the other way round."""
+    def fitted(self, shape: LayerShape) -> AdapterLayer | None:
+        """A LoRA whose convolution is stored as a matrix, or the other way round, or that is for another kind of layer."""
         rows, inputs = self.B.shape[0], self.A[0, 0].numel()
-        if not self.fixed or shape.other or (rows, inputs) != (shape.out_features, math.prod(shape.weight[1:])):
+        if not self.fixed or (rows, inputs) != (shape.out_features, math.prod(shape.weight[1:])):
             return None
         A = self.A.detach().reshape(*self.A.shape[:2], *shape.weight[1:])
+        if shape.other:
+            return low_rank.plain(shape, A[0], self.B.detach(), self.config.alpha)
         return StyleInjectLayer(shape, self.config, {"A": A, "B": self.B.detach()})
 
     @property
@@ -364,7 +367,8 @@ class _ByToken:
 def configure(settings: AdapterSettings, special: Mapping[str, Any]) -> AdapterConfig:
     """The config of a new adapter; `special` replaces what the settings say."""
     values = {"r": settings.rank, "n_styles": settings.styles, "router_pool": settings.router_pool, "sta": settings.sta}
-    return AdapterConfig(**{**values, **special}, alpha=settings.alpha or None, target_modules=settings.targets)
+    targets = settings.targets or AdapterConfig.default_targets()
+    return AdapterConfig(**{**values, **special}, alpha=settings.alpha or None, target_modules=targets)
 
 
 def read(parts: dict[str, Tensor], stated: AdapterConfig | None, problem: Problem) -> StyleInjectLayer:
@@ -373,7 +377,7 @@ def read(parts: dict[str, Tensor], stated: AdapterConfig | None, problem: Proble
         if part not in parts:
             raise problem(f"styleinject_{part} is missing")
     A, B = parts["A"], parts["B"]
-    if A.ndim not in (3, 5) or B.ndim != 2:
+    if A.ndim not in (3, 5) or B.ndim != 2 or 0 in A.shape or 0 in B.shape:
         raise problem(f"A has shape {tuple(A.shape)} and B {tuple(B.shape)}, expected (n, r, k[, kh, kw]) and (d, r)")
     n, r, k = A.shape[:3]
     d = B.shape[0]
@@ -435,4 +439,5 @@ METHOD = Method(
     suffixes=SUFFIXES,
     read=read,
     describe=describe,
+    paper="https://arxiv.org/abs/2401.13942",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from .trace import RouterTrace, TraceError
-
-_BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.")
 
 
 def timeline(trace: RouterTrace, role: str | None = None, image: int | None = None) -> Tensor:
@@ -117,29 +114,6 @@ def points(traces: Sequence[RouterTrace], role: str | None = None) -> tuple[Tens
     if len(coordinates) < 3:
         raise TraceError(f"a map needs at least 3 points, these traces have {len(coordinates)}: sample more steps or prompts")
     return torch.stack(coordinates), known
-
-
-def block_of(layer: str) -> str:
-    """The part of a U-Net a layer is in, as in "down 1", "mid", "up 0"; the beginning of its name in other models."""
-    match = _BLOCK.match(layer)
-    if match is None:
-        return ".".join(layer.split(".")[:2])
-    return "mid" if match[1] is None else f"{match[1]} {match[2]}"
-
-
-def short_name(layer: str) -> str:
-    """A layer's name for people, as in "down 1.0 self to_q"; other models' names as they are."""
-    match = _BLOCK.match(layer)
-    if match is None:
-        return layer
-    rest = layer[match.end() :]
-    numbers = "".join(f".{n}" for n in re.findall(r"(?:attentions|resnets)\.(\d+)", rest))
-    inner = re.search(r"transformer_blocks\.(\d+)", rest)
-    numbers += f".{inner[1]}" if inner and int(inner[1]) else ""
-    words = {"attn1": "self", "attn2": "cross", "ff": "ff", "resnets": "res", "downsamplers": "shrink", "upsamplers": "grow"}
-    kind = next((word for part, word in words.items() if part in rest.split(".")), "")
-    end = next(part for part in reversed(rest.split(".")) if not part.isdigit())
-    return " ".join(part for part in (block_of(layer) + numbers, kind, end) if part)
 
 
 def plain(values: Tensor) -> list[Any]:

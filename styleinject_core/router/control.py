@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, a
+from ..adapter import Adapter, no_router
 from ..call import Listener
 from ..layers import LayerShape
 from ..selector import select
@@ -179,7 +179,7 @@ class _Bound:
         self.rule, styles = rule, adapter.style_names
         routed = adapter.routed
         if not routed:
-            raise ControlError(f"{adapter.name} has no style router (it is {a(adapter.kind)}): there is nothing to control")
+            raise ControlError(no_router(adapter, "control"))
         shapes: dict[str, LayerShape] = {name: layer.shape for name, layer in routed.items()}
         chosen = select(shapes, rule.layers)
         # a layer with another number of styles than the adapter's is left alone: its styles have no names

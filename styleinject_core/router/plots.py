@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..colors import FAINT, PAPER, SHADE, STYLE_COLORS
+from ..layer_names import parse, parse_all
 from . import analysis
 from .canvas import colour_map, figure, patch, picture, shortened, style_look
 from .trace import RouterTrace
@@ -85,7 +86,7 @@ def timeline(trace: RouterTrace, role: str | None = None, image: int | None = No
             _stack(axis, analysis.one_layer(trace, place, name, image))
     names = [trace.layers[0]] if not chosen else ["mean of all layers", *(trace.layers[place] for place in chosen)]
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(shortened(analysis.short_name(name), 24), fontsize=10)
+        axis.set_title(shortened(parse(name).label, 24), fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("sampling step")
     _style_legend(drawn, trace.styles)
@@ -226,13 +227,13 @@ def _step_ticks(axis: Any, steps: int) -> None:
 
 def _layer_ticks(axes: Sequence[Any], names: Sequence[str]) -> None:
     """A label for each layer, or for each block where there are many; lines between the blocks."""
-    blocks = [analysis.block_of(name) for name in names]
+    blocks = [parse(name).block_label for name in names]
     starts = [k for k, block in enumerate(blocks) if k == 0 or block != blocks[k - 1]]
     for axis in axes:
         for start in starts[1:]:
             axis.axhline(start - 0.5, color=PAPER, linewidth=1.2)
     if len(names) <= _LABELLED_ROWS:
-        axes[0].set_yticks(range(len(names)), [shortened(analysis.short_name(name), 30) for name in names], fontsize=9)
+        axes[0].set_yticks(range(len(names)), [shortened(parse(name).label, 30) for name in names], fontsize=9)
         return
     ends = [*starts[1:], len(names)]
     wide = [(start, end) for start, end in zip(starts, ends, strict=True) if end - start > len(names) / _LABELLED_ROWS]
@@ -255,12 +256,13 @@ class _Rows:
 
 def _grouped(names: Sequence[str], statistics: dict[str, Tensor]) -> tuple[_Rows, bool]:
     """One row a layer; of too many, one for the layers of a kind in a block, with fewer kinds if need be."""
+    layers = parse_all(names)
     for level in range(3):
         groups: dict[tuple[str, ...], list[int]] = {}
         for place, name in enumerate(names):
-            words = analysis.short_name(name).split()
-            kind = words[2 if words[0] in ("down", "up") else 1 :]
-            label = (*words, str(place)) if level == 0 else (analysis.block_of(name), *(kind if level == 1 else kind[:1]))
+            layer = layers[name]
+            role = layer.role_label if level == 1 else layer.role_label[:1]
+            label = (layer.label, str(place)) if level == 0 else (layer.block_label, *role)
             groups.setdefault(label, []).append(place)
         if len(groups) <= _LABELLED_ROWS * 1.5:
             break

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, a
+from ..adapter import Adapter, no_router
 from ..attach import Attachment
 from ..call import EVERYWHERE, Listener
 from ..functional.host import HostLayer
@@ -98,7 +98,7 @@ class Recorder:
         self.layers = tuple(name for name in routed if layers is None or name in layers)
         self.convolutions = tuple(name for name in self.layers if adapter.layers[name].shape.is_conv)
         if not routed:
-            raise TraceError(f"{adapter.name} has no style router (it is {a(adapter.kind)}): there is nothing to record")
+            raise TraceError(no_router(adapter, "record"))
         self.note = ""
         self._every, self._index = every, {name: k for k, name in enumerate(self.layers)}
         self._calls = self._bytes = self._pending_bytes = 0

@@ -36,10 +36,11 @@ class AdapterRequest:
     styles: int = field(default=16, metadata=about("n, parallel down-projections; 1 for lora and sta-only."))
     alpha: float = field(default=0.0, metadata=about("the low-rank part is scaled by alpha / rank; 0 means alpha = rank."))
     targets: tuple[str, ...] = field(
-        default=("to_q", "to_v"),
+        default=(),
         metadata=about(
-            'a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; for kronecker the paper has\n'
-            '["to_q", "to_k", "to_v", "to_out.0"].'
+            'a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; "default" is queries and values of attention\n'
+            "by whatever name the model has them; empty for what the method's paper adapts: to_q and to_v; for kronecker\n"
+            "to_q, to_k, to_v and to_out.0."
         ),
     )
     factors: tuple[int, ...] = field(
@@ -52,7 +53,9 @@ class AdapterRequest:
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
 
     def __post_init__(self) -> None:
-        self.config()  # its own checks
+        config = self.config()  # its own checks
+        if not self.targets:
+            object.__setattr__(self, "targets", config.target_modules)
 
     def config(self) -> LayerConfig:
         """The adapter's config."""

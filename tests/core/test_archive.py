@@ -41,7 +41,7 @@ def tracked(folder: str) -> set[str]:
 
 
 def test_everything_that_runs_is_in_it(files: set[str]) -> None:
-    for folder in ("web", "nodes", "styleinject_core", "example_workflows"):
+    for folder in ("web", "nodes", "integration", "styleinject_core", "example_workflows"):
         missing = tracked(folder) - files
         assert not missing, f"not in the archive: {sorted(missing)[:5]}"
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"} <= files

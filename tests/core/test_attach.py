@@ -247,3 +247,22 @@ def test_applied_carries_its_own_strengths(host, x):
         host(x)
         assert {s.dma for s in attachment.sites[0]} == {0.0, 0.5}
         assert {(s.dma, s.sta) for s in attachment.sites[1]} == {(0.0, 1.0)}
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_adapters_loaded_in_inference_mode_run_in_and_out_of_it(inference: bool) -> None:
+    """As in ComfyUI, whose nodes run in that mode: one alone, two side by side, the first alone, both again."""
+    with torch.inference_mode():
+        host = Host().requires_grad_(False)
+        adapters = [trained(host, seed).requires_grad_(False) for seed in (1, 2)]
+    x = torch.randn(2, 4, 6, 6)
+
+    def run(*numbers: int) -> torch.Tensor:
+        with torch.inference_mode(inference), torch.no_grad(), attach(host, [adapters[k] for k in numbers]):
+            return host(x).clone()
+
+    alone = run(0)
+    both = run(0, 1)
+    assert not torch.allclose(alone, both)
+    torch.testing.assert_close(run(0), alone)
+    torch.testing.assert_close(run(0, 1), both)

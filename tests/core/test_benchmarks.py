@@ -56,8 +56,9 @@ def test_measurements_and_table(bench, problem):
     base, trainees, inputs = problem
     kept = bench.measure_kept(base, trainees, inputs)
     assert 0 < kept["styleinject"] < kept["lora_equal"] < kept["lora"] < kept["naive"]
+    assert 0 < kept["kronecker"] < kept["lora_four"]
     steps = bench.time_steps(trainees, inputs, 1, "cpu")
     layers = bench.time_layers(trainees, inputs, 1, "cpu")
-    assert len(layers.times) == 4 * 64, "every to_q and to_v, by every method"
+    assert len(layers.times) == 4 * 64 + 2 * 128, "every to_q and to_v, and every projection, by every method that adapts it"
     rows = bench.table(steps, layers, trainees, kept, dict.fromkeys(trainees, math.nan)).splitlines()
-    assert len(rows) == 2 + 4 and rows[2].startswith("| PEFT LoRA, r = 512 | 9,388,032 | 1.00 | 1.00 |")
+    assert len(rows) == 2 + 6 and rows[2].startswith("| PEFT LoRA, r = 512 | 9,388,032 | 1.00 | 1.00 |")

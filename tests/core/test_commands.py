@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from styleinject_core import load_adapter
 from styleinject_core.cli import main
-from styleinject_core.commands import run as run_module
-from styleinject_core.commands.config import (
+from styleinject_core.commands import training as run_module
+from styleinject_core.commands.config_files import (
     ConfigError,
     DistilConfig,
     DreamBoothConfig,
@@ -274,8 +274,8 @@ def test_every_held_out_image_is_measured_once(here):
     read = folder.read
     folder.read = lambda index, *rest: seen.append(index) or read(index, *rest)
     task.validation_loss()
-    assert sorted(seen) == sorted(task.validation.chosen) and len(seen) == 4
-    assert not {*task.source.chosen} & {*seen}
+    assert sorted(seen) == sorted(task.validation.indices) and len(seen) == 4
+    assert not {*task.source.indices} & {*seen}
 
 
 def test_baselines(here):
@@ -287,6 +287,61 @@ def test_baselines(here):
         layer = next(iter(adapter.layers.values()))
         assert layer.config.n_styles == styles
         assert parts is None or set(layer.tensors()) == parts
+
+
+def test_kronecker(here, capsys):
+    """Factors and the paper's layers from a config, the file's header, going on, and what a changed method says."""
+    size = {"rank": 2, "styles": 2, "factors": [8, 3]}
+    kronecker = {"model": {"path": "demo"}, "adapter": {"method": "kronecker", "targets": [], **size}}
+    path = write(here, **kronecker)
+    assert main(["train", str(path)]) == 0
+    adapter = load_adapter(here / "run" / "noto style.safetensors")
+    assert adapter.config.method == "kronecker" and adapter.config.factors == (8, 3)
+    assert adapter.config.target_modules == ("to_q", "to_k", "to_v", "to_out.0") and len(adapter.names) == 56
+    assert {tuple(layer.A.shape) for layer in adapter.layers.values()} == {(8, 3), (8, 2)}, "of inputs 96 and 192, and 128"
+    assert all(layer.B.any() for layer in adapter.layers.values())
+    assert adapter.metadata["modelspec.architecture"] == "styleinject-demo/kronecker"
+    assert adapter.metadata["modelspec.implementation"] == "https://arxiv.org/abs/2402.17412"
+    losses = [json.loads(line)["loss"] for line in (here / "run" / "loss.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+
+    changed = {"adapter": {"method": "lora", "targets": ["to_q", "to_k", "to_v", "to_out.0"], **size}, "train": {"steps": 5}}
+    assert main(["train", str(write(here, **changed))]) == 1
+    told = capsys.readouterr().err
+    assert "another run" in told and "adapter.method: was kronecker, is lora" in told
+    other = {"adapter": {"method": "kronecker", "targets": [], "factors": [4, 4]}, "train": {"steps": 5}}
+    assert main(["train", str(write(here, **other))]) == 1
+    assert "adapter.factors: was [8, 3], is [4, 4]" in capsys.readouterr().err
+    assert main(["train", str(write(here, **kronecker, train={"steps": 5}))]) == 0, "it goes on"
+    again = [json.loads(line)["loss"] for line in (here / "run" / "loss.jsonl").read_text().splitlines()]
+    assert again[:3] == losses and len(again) == 5
+
+
+def test_a_state_that_does_not_say_its_method_goes_on(here):
+    """As version 0.1.0 wrote them."""
+    from safetensors.torch import load_file, save_file
+
+    assert main(["train", str(write(here))]) == 0
+    state = here / "run" / "resume.state"
+    with safe_open(state, framework="pt") as file:
+        header = json.loads(file.metadata()["styleinject_training"])
+    assert header["plan"]["adapter"].pop("method") == "styleinject"
+    save_file(load_file(state), state, {"styleinject_training": json.dumps(header)})
+    assert main(["train", str(write(here, train={"steps": 4}))]) == 0
+    assert len((here / "run" / "loss.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ([4], r"adapter.factors: expected two integers of at least 1, found \(4,\)"),
+        ([0, 4], r"adapter.factors: expected two integers of at least 1, found \(0, 4\)"),
+        (["a", "b"], r"adapter.factors: expected a list of whole numbers, found \['a', 'b'\]"),
+    ],
+)
+def test_factors_that_are_none(here, factors, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(TrainConfig, write(here, adapter={"method": "kronecker", "factors": factors}))
 
 
 def test_bad_pictures(here, capsys):

@@ -371,4 +371,5 @@ def test_the_constants_are_small_and_stand_alone():
     rows = Reference(model, tokens()).rows()
     del model.to_kv
     total = sum(r.nbytes() for r in rows.values())
-    assert total == 2 * 2 * 4 * 4 * sum(width for _, width in TINY.layers)  # K and V, both prompts, 4 tokens, 4 bytes
+    style = sum(site.width for site in TINY.sites if site.stream == "style")
+    assert 2 * 4 * 4 * style <= total < 2 * 4 * 4 * style + 200  # K and V, 4 tokens, 4 bytes; zeros are one number

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from styleinject_core import load_adapter
-from styleinject_core.demo import data, pictures, run, styles
+from styleinject_core.demo import data, pictures, show, styles
 from styleinject_core.demo.classifier import load_classifier, recognised
 from styleinject_core.hosts.architectures import ARCHITECTURES, architecture_of
 
@@ -34,11 +34,22 @@ def test_data_is_whole():
         data.images("apple")
 
 
+def test_drawings_by_name_and_evenly():
+    named = data.drawings(["noto", "twemoji"], "turtle, Owl")
+    assert [name for _, name in named] == ["turtle", "turtle", "owl", "owl"] and not torch.equal(named[0][0], named[1][0])
+    everything = data.drawings(["noto"])
+    assert len(everything) == sum(not concept.held_out for concept in data.concepts())
+    some = data.drawings(["noto"], count=7)
+    assert [name for _, name in some] == [everything[k * len(everything) // 7][1] for k in range(7)]
+    with pytest.raises(ValueError, match="there is no drawing of 'sheriff'"):
+        data.drawings(["noto"], "owl, sheriff")
+
+
 def test_the_base_model_draws_its_concepts(model):
     """Not a quality bar: far above chance (1 in 223), which a broken file, sampler or text encoder is not."""
     chosen = list(range(0, len(data.concepts()), 15))
     names = [data.concepts()[k].name for k in chosen]
-    images = run._images(model, None, names, seed=0)
+    images = show._images(model, None, names, seed=0)
     concept, in_style = recognised(load_classifier(), images, chosen, data.BASE_STYLE)
     assert concept > 0.5
     assert in_style > 0.5
@@ -59,11 +70,11 @@ def test_shipped_adapters(style):
 
 
 def test_training_and_drawing_write_their_files(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "SHOWN", 1)
-    adapter = run._train(model, tmp_path, "noto", 2, seed=0)
+    monkeypatch.setattr(show, "SHOWN", 1)
+    adapter = show._train(model, tmp_path, "noto", 2, seed=0)
     assert adapter.metadata["styleinject.steps"] == "2"
     assert all("forward" not in m.__dict__ for m in model.unet.modules())
-    run._draw(model, tmp_path, adapter, "noto", seed=0)
+    show._draw(model, tmp_path, adapter, "noto", seed=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "noto.safetensors", "router.png", "strengths.png"]
     for picture in tmp_path.glob("*.png"):
         assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -72,14 +83,14 @@ def test_training_and_drawing_write_their_files(model, tmp_path, monkeypatch, ca
 
 def test_strength_zero_draws_the_base_model_bit_for_bit(model):
     adapter = load_adapter(styles.adapter_path("noto"))
-    base = run._images(model, None, ["cat face"], seed=3)
-    assert torch.equal(run._images(model, adapter, ["cat face"], 3, strength=0.0), base)
-    assert not torch.allclose(run._images(model, adapter, ["cat face"], 3, strength=1.0), base)
+    base = show._images(model, None, ["cat face"], seed=3)
+    assert torch.equal(show._images(model, adapter, ["cat face"], 3, strength=0.0), base)
+    assert not torch.allclose(show._images(model, adapter, ["cat face"], 3, strength=1.0), base)
 
 
 def test_an_image_does_not_depend_on_the_others_in_its_batch(model):
-    alone = run._images(model, None, ["cat face"], seed=5)
-    beside = run._images(model, None, ["cat face", "red apple"], seed=5)
+    alone = show._images(model, None, ["cat face"], seed=5)
+    beside = show._images(model, None, ["cat face", "red apple"], seed=5)
     torch.testing.assert_close(alone[0], beside[0], rtol=1e-3, atol=1e-3)
 
 

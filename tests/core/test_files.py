@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from styleinject_core import Adapter, AdapterConfig, AdapterFileError, LayerShape, attach, load_adapter, save_adapter
-from styleinject_core.files.names import diffusers_name, kind_of_layer
+from styleinject_core.files.names import diffusers_name
 from styleinject_core.hosts.architectures import ARCHITECTURES, architecture_of
+from styleinject_core.layer_names import parse
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "up_blocks.1.resnets.2.conv1"
@@ -289,11 +290,11 @@ def test_lora_parameter_counts_are_the_papers(rank, count):
     assert made.parameter_count() == count
 
 
-def test_kind_of_layer():
-    assert kind_of_layer(TO_Q) == "to_q"
-    assert kind_of_layer("mid_block.resnets.0.conv1") == "conv1"
-    assert kind_of_layer("a.attn1.to_out.0") == "to_out.0"
-    assert kind_of_layer("conv_in") == "conv_in"
+def test_target():
+    assert parse(TO_Q).target == "to_q"
+    assert parse("mid_block.resnets.0.conv1").target == "conv1"
+    assert parse("a.attn1.to_out.0").target == "to_out.0"
+    assert parse("conv_in").target == "conv_in"
 
 
 def test_golden_output(tmp_path):

@@ -310,3 +310,29 @@ def test_dispatch_folds_only_where_it_may():
     assert not dispatch.prefers_fold(x[:, :20], host_of(module), prepare([weights(layer, x)]))
     conv, image = conv_case(*CONVS[1])
     assert not dispatch.prefers_fold(image, host_of(conv.requires_grad_(False)), prepare([weights(trained_layer(conv), image)]))
+
+
+@pytest.mark.parametrize("made_in", [True, False], ids=["inference", "ordinary"])
+@pytest.mark.parametrize("used_in", [True, False], ids=["inference", "ordinary"])
+def test_what_was_stacked_can_be_used_alone(made_in: bool, used_in: bool) -> None:
+    """Two adapters at some steps and one of them at others, loaded in inference mode, as ComfyUI does."""
+    from styleinject_core.functional.stacked import stacked
+
+    with torch.inference_mode(made_in):
+        values = [torch.randn(3, 4) for _ in range(2)]
+        parameters = [torch.nn.Parameter(value.clone(), requires_grad=False) for value in values]
+    with torch.inference_mode(used_in), torch.no_grad():
+        both = stacked(parameters)
+        assert both is not None and torch.equal(both, torch.stack(values))
+        assert both.data_ptr() == parameters[0].data_ptr(), "one storage"
+        for parameter, value in zip(parameters, values, strict=True):
+            assert torch.equal(stacked([parameter])[0], value)
+            assert torch.equal(parameter.T, value.T), "it can be viewed"
+
+
+def test_parameters_made_in_different_modes_are_not_stacked() -> None:
+    from styleinject_core.functional.stacked import stacked
+
+    with torch.inference_mode():
+        one = torch.nn.Parameter(torch.randn(3, 4), requires_grad=False)
+    assert stacked([one, torch.nn.Parameter(torch.randn(3, 4), requires_grad=False)]) is None

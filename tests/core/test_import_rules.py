@@ -1,4 +1,4 @@
-"""Who may import whom: docs/decisions/0001-two-packages.md, 0007-floors.md, held by reading every import."""
+"""Who may import whom: docs/decisions/0001-two-packages.md, 0008-floors.md, held by reading every import."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ CORE = ROOT / "styleinject_core"
 FLOORS = ["styleinject_core", "integration", "nodes"]
 # Within a package, its parts likewise: modules, or sub-packages.
 ORDER = {
-    "styleinject_core": ["config", "layers", "functional", "methods", "selector", "adapter", "call", "site", "plan", "override", "attach", "files",
-                         "hosts", "summary", "colors", "router", "deadiff", "train", "demo", "commands", "cli"],
-    "styleinject_core/train": ["settings", "request", "parallel", "draws", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "places", "injection", "monitor", "sampling", "weight_patches", "patcher", "demo_model", "training"],
-    "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "options", "drawing", "job", "trainings"],
-    "nodes": ["schema", "adapter", "router", "train", "demo"],
+    "styleinject_core": ["config", "layers", "functional", "methods", "layer_vocabulary", "layer_names", "selector", "adapter",
+                         "call", "site", "plan", "override", "attach", "files", "hosts", "summary", "colors", "router", "deadiff", "train", "demo",
+                         "commands", "cli"],
+    "styleinject_core/train": ["settings", "request", "parallel", "random_numbers", "data", "models", "objectives", "run"],
+    "integration": ["paths", "live", "places", "injection", "monitor", "guidance", "taking_part", "reference", "sampling", "weight_patches", "patcher",
+                    "reference_encoder", "text_encoder", "demo_model", "training"],
+    "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "train_options", "drawing", "job", "trainings"],
+    "nodes": ["schema", "adapter", "reference", "router", "train", "demo"],
 }  # fmt: skip
 HOST_PROGRAM = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 OPTIONAL = {  # packages that need not be there, and the files of the core that import them, inside a function
     "diffusers": {"demo/model.py", "train/models/pipeline.py"},
     "matplotlib": {"demo/pictures.py", "train/run/watch.py", "router/canvas.py"},
-    "tqdm": {"demo/run.py", "train/run/watch.py", "commands/build.py"},
-    "PIL": {"deadiff/cards.py", "demo/data.py", "commands/run.py", "train/data/images.py"},
-    "numpy": {"deadiff/cards.py", "demo/data.py", "train/data/images.py"},
+    "tqdm": {"demo/show.py", "train/run/watch.py", "commands/build.py"},
+    "PIL": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "commands/training.py", "train/data/images.py"},
+    "numpy": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "train/data/images.py"},
     "peft": set(),
     "accelerate": {"train/parallel.py"},
     "sklearn": {"router/embedding.py"},
@@ -39,12 +41,12 @@ OPTIONAL = {  # packages that need not be there, and the files of the core that 
 }
 COMMAND_LINE = {("styleinject_core", "commands"), ("styleinject_core", "cli")}  # of the core; ComfyUI has its own ways in
 FUNCTIONAL_SEES = {"layers", "functional"}
-PICTURES = {"analysis", "embedding", "canvas", "plots"}  # of the router: they see traces, colors and how to write a file
+PICTURES = {"analysis", "embedding", "canvas", "plots"}  # of the router: they see traces, names, colors and how to write a file
 # Attributes and arguments of __init__ that are `Any`, and what they are. Only what belongs to other programs may be, or
 # what torch types too narrowly: `Any` for a type of this pack would hide an import that the rules above forbid.
 FOREIGN = {
     "styleinject_core/adapter.py Adapter._layers": "a ModuleList, whose items torch types as Module",
-    "styleinject_core/commands/run.py _Watch.board": "tensorboard's SummaryWriter",
+    "styleinject_core/commands/training.py _Watch.board": "tensorboard's SummaryWriter",
     "styleinject_core/functional/host.py HostLayer.module": "a Module, whose attributes torch types as Tensor or Module",
     "styleinject_core/override.py Override.module": "a Module, whose attributes torch types as Tensor or Module",
     "styleinject_core/train/models/pipeline.py PipelineModel.pipeline": "diffusers' pipeline",
@@ -52,7 +54,7 @@ FOREIGN = {
     "integration/sampling.py Run.guider": "ComfyUI's CFGGuider, or what a custom node has in its place",
     "integration/training/comfy_model.py ComfySchedule.sampling": "ComfyUI's ModelSampling",
     "integration/training/named_runs.py Watch._bar": "ComfyUI's ProgressBar",
-    "integration/training/options.py TrainOptions.vae": "ComfyUI's VAE, or what has its decode",
+    "integration/training/train_options.py TrainOptions.vae": "ComfyUI's VAE, or what has its decode",
 }
 
 
@@ -122,7 +124,7 @@ def test_the_core_knows_no_host_program_and_imports_optional_packages_where_they
         elif relative.parts[0] == "functional":
             assert module[1] in FUNCTIONAL_SEES, f"{relative} imports {'.'.join(module)}"
         elif relative.parts[0] == "router" and path.stem in PICTURES:
-            seen = {"colors", "files.atomic", *(f"router.{name}" for name in ("trace", *PICTURES))}
+            seen = {"colors", "files.atomic", "layer_names", *(f"router.{name}" for name in ("trace", *PICTURES))}
             assert ".".join(module[1:]) in seen, f"{relative} imports {'.'.join(module)}"
 
 

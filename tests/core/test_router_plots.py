@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from styleinject_core.layer_names import parse
 from styleinject_core.router import analysis, canvas, plots
 from styleinject_core.router.embedding import METHODS, embed
 from styleinject_core.router.trace import RouterTrace, TraceError
@@ -193,5 +194,5 @@ def test_unknown_views_and_colours():
     ("transformer_blocks.3.attn.to_q", "transformer_blocks.3.attn.to_q", "transformer_blocks.3"),
 ])  # fmt: skip
 def test_names_for_people(layer, short, block):
-    assert analysis.short_name(layer) == short
-    assert analysis.block_of(layer) == block
+    assert parse(layer).label == short
+    assert parse(layer).block_label == block

@@ -22,7 +22,7 @@ from styleinject_core.train.settings import OPTIMIZERS, TrainSettings
 class Restyle:
     """A frozen layer, and outputs in another style: channels rescaled, and a low-rank change of what they show."""
 
-    half = False
+    is_float16 = False
     advice = ""
 
     def __init__(self, width=8):
@@ -45,12 +45,12 @@ class Restyle:
         with attach(self.host, adapter):
             yield
 
-    def loss(self, draws):
+    def loss(self, rng):
         self.seen += 1
-        happening = self.fail_at.pop(draws.index, None)
+        happening = self.fail_at.pop(rng.index, None)
         if isinstance(happening, BaseException):
             raise happening
-        noise = draws.normal(self.x)
+        noise = rng.normal(self.x)
         loss = (self.host["to_q"](self.x + 0.01 * noise) - self.target).square().mean()
         return loss * (happening if happening is not None else 1.0)
 
@@ -106,9 +106,9 @@ def test_accumulation_averages_over_a_batch(task):
     train(whole, task, TrainSettings(1, learning_rate=1e-2))
 
     class Halves(Restyle):
-        def loss(self, draws):
-            part = slice(8 * draws.index, 8 * draws.index + 8)
-            noise = type(draws)(0, 0).normal(x)
+        def loss(self, rng):
+            part = slice(8 * rng.index, 8 * rng.index + 8)
+            noise = type(rng)(0, 0).normal(x)
             return (self.host["to_q"](x + 0.01 * noise)[part] - target[part]).square().mean()
 
     train(halves, Halves(), TrainSettings(1, learning_rate=1e-2, accumulation=2))
@@ -265,10 +265,10 @@ def test_pictures_are_asked_for_without_changing_the_run(task):
 
 def test_half_precision_scales_the_loss(task):
     """Gradients that float16 would lose: the same steps as without, to rounding."""
-    task.half = True
+    task.is_float16 = True
     scaled, plain = task.adapter(), task.adapter()
     train(scaled, task, TrainSettings(5))
-    task.half = False
+    task.is_float16 = False
     train(plain, task, TrainSettings(5))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(scaled.state_dict()[name], value)
@@ -285,7 +285,7 @@ def test_another_processes_overflow_is_everyones(task):
                 tensors[0].flatten()[0] = torch.inf
             object.__setattr__(self, "overflow", False)
 
-    task.half = True
+    task.is_float16 = True
     adapter, before, after = task.adapter(), task.adapter(), []
     watch = Observer()
     watch.progress = lambda p: after.append({k: v.clone() for k, v in adapter.state_dict().items()})
@@ -296,9 +296,9 @@ def test_another_processes_overflow_is_everyones(task):
 
 
 def test_overflows_without_end_are_an_error(task):
-    task.half = True
+    task.is_float16 = True
     loss = task.loss
-    task.loss = lambda draws: (lambda value: value + (0 * value).sqrt())(loss(draws))  # finite, and its gradients are not
+    task.loss = lambda rng: (lambda value: value + (0 * value).sqrt())(loss(rng))  # finite, and its gradients are not
     adapter = task.adapter()
     before = {k: v.clone() for k, v in adapter.state_dict().items()}
     with pytest.raises(TrainingError, match="gradient became .* at step 40 of 100"):

@@ -668,7 +668,9 @@ def test_pictures_with_a_colour_profile_are_brought_to_srgb(tmp_path) -> None:
     swapped = srgb.replace(b"rXYZ", b"tXYZ").replace(b"gXYZ", b"rXYZ").replace(b"tXYZ", b"gXYZ")
     for mode, red in (("RGB", (255, 0, 0)), ("RGBA", (255, 0, 0, 255))):
         for name, profile in (("swapped", swapped), ("same", srgb), ("broken", b"x" * 200), ("none", None)):
-            Image.new(mode, (64, 64), red).save(tmp_path / f"{mode}-{name}.png", **({"icc_profile": profile} if profile else {}))
+            Image.new(mode, (64, 64), red).save(
+                tmp_path / f"{mode}-{name}.png", **({"icc_profile": profile} if profile else {})
+            )
     folder = ImageFolder(tmp_path, 64, caption="")
     found = {folder.name(k): folder[k].pixels[:, 0, 0].tolist() for k in range(len(folder))}
     for name, pixel in found.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +11,10 @@ from torch import nn
 from styleinject_core import Adapter, AdapterConfig, attach
 from styleinject_core.train.data.batches import joined, rows, where
 from styleinject_core.train.data.source import LatentSource
-from styleinject_core.train.draws import Draws
 from styleinject_core.train.models.noise import (
     DiscreteSchedule,
-    FlowSchedule,
     add_noise,
+    logit_normal,
     matching_times,
     min_snr_weight,
     predicted_sample,
@@ -25,10 +26,28 @@ from styleinject_core.train.models.training_model import TrainingModel
 from styleinject_core.train.objectives.losses import block_features, checkpointed, distil_loss, fine_tune_loss
 from styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
 from styleinject_core.train.parallel import Processes
+from styleinject_core.train.random_numbers import RandomNumbers
 from styleinject_core.train.run.loop import train
 from styleinject_core.train.settings import TrainSettings
 
 ALPHAS = torch.linspace(0.99, 0.01, 100)
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Rectified flow: z_t = (1 - t) x0 + t ε, the model predicts ε - x0; times are shifted logit-normal ones."""
+
+    shift: float = 1.0
+    prediction_type: str = "flow"
+
+    def coefficients(self, times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 1 - times.float(), times.float()
+
+    def times(self, uniform: torch.Tensor) -> torch.Tensor:
+        t = logit_normal(uniform)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+
 SCHEDULES = [DiscreteSchedule(ALPHAS, kind) for kind in ("epsilon", "v_prediction", "sample")] + [FlowSchedule(3.0)]
 
 
@@ -105,12 +124,12 @@ def test_schedules_are_diffusers(config):
 
 def test_draws_are_shared_between_processes():
     like = torch.zeros(6, 2, 3)
-    whole = Draws(7, 3)
-    parts = [Draws(7, 3, Processes(rank, 3)) for rank in range(3)]
+    whole = RandomNumbers(7, 3)
+    parts = [RandomNumbers(7, 3, Processes(rank, 3)) for rank in range(3)]
     assert torch.equal(whole.uniform(6), torch.cat([d.uniform(2) for d in parts]))
     assert torch.equal(whole.normal(like), torch.cat([d.normal(like[:2]) for d in parts]))
-    assert not torch.equal(Draws(7, 4).uniform(6), Draws(7, 3).uniform(6))
-    assert not torch.equal(Draws(8, 3).uniform(6), Draws(7, 3).uniform(6))
+    assert not torch.equal(RandomNumbers(7, 4).uniform(6), RandomNumbers(7, 3).uniform(6))
+    assert not torch.equal(RandomNumbers(8, 3).uniform(6), RandomNumbers(7, 3).uniform(6))
 
 
 class Tiny(TrainingModel):
@@ -146,19 +165,19 @@ EMPTY = {"context": torch.zeros(1, 2, 3)}
 def test_fine_tuning_is_the_formula():
     model, settings = Tiny(0), TrainSettings(batch_size=3, caption_dropout=0)
     task = FineTune(model, source(), settings, EMPTY)
-    batch, draws = source().batch(5), Draws(0, 5)
-    times = (draws.uniform(3) * 100).long()
-    noise = draws.normal(batch.latents)
+    batch, rng = source().batch(5), RandomNumbers(0, 5)
+    times = (rng.uniform(3) * 100).long()
+    noise = rng.normal(batch.latents)
     alpha = ALPHAS[times].view(-1, 1, 1, 1)
     prediction = model.predict(alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * noise, times, batch.conditioning)
-    torch.testing.assert_close(task.loss(Draws(0, 5)), (noise - prediction).square().mean())
+    torch.testing.assert_close(task.loss(RandomNumbers(0, 5)), (noise - prediction).square().mean())
 
 
 def test_captions_are_dropped_by_their_share():
     model = Tiny(0)
     task = FineTune(model, source(64, batch_size=64), TrainSettings(batch_size=64, caption_dropout=0.25), EMPTY)
     for k in range(20):
-        task.loss(Draws(0, k))
+        task.loss(RandomNumbers(0, k))
     seen = [p for prompts in model.prompts for p in prompts]
     assert 0.2 < sum(p == 0 for p in seen) / len(seen) < 0.3
 
@@ -177,43 +196,43 @@ def test_dreambooth_adds_the_class():
     prior = LatentSource([torch.randn(4, 8, 8)], {"context": torch.full((1, 2, 3), 9.0)}, batch_size=3)
     both = DreamBooth(model, source(), settings, EMPTY, prior=prior, prior_weight=0.5)
     only = FineTune(model, source(), settings, EMPTY)
-    assert both.loss(Draws(0, 0)) > only.loss(Draws(0, 0))
+    assert both.loss(RandomNumbers(0, 0)) > only.loss(RandomNumbers(0, 0))
     assert model.prompts[1] == [9.0, 9.0, 9.0]
     assert both.plan()["prior"]["weight"] == 0.5
 
 
 def test_distilling_a_model_into_itself_has_no_loss():
     task = Distil(Tiny(0), Tiny(0), source(), TrainSettings(batch_size=3), EMPTY)
-    assert task.loss(Draws(0, 0)) == 0
+    assert task.loss(RandomNumbers(0, 0)) == 0
 
 
 def test_distillation_is_the_formula():
     student, teacher = Tiny(0), Tiny(1)
     out, features = (Distil(student, teacher, source(), TrainSettings(batch_size=3), EMPTY, output_weight=w, feature_weight=f)
                      for w, f in ((2.0, 0.0), (0.0, 3.0)))  # fmt: skip
-    batch, draws = source().batch(0), Draws(0, 0)
-    times = (draws.uniform(3) * 100).long()
-    noisy = add_noise(student.schedule, batch.latents, draws.normal(batch.latents), times)
-    prompts = where(draws.uniform(3) < 0.1, batch.conditioning, EMPTY)
+    batch, rng = source().batch(0), RandomNumbers(0, 0)
+    times = (rng.uniform(3) * 100).long()
+    noisy = add_noise(student.schedule, batch.latents, rng.normal(batch.latents), times)
+    prompts = where(rng.uniform(3) < 0.1, batch.conditioning, EMPTY)
     with block_features(student.blocks()) as f_s, block_features(teacher.blocks()) as f_t:
         s, t = student.predict(noisy, times, prompts), teacher.predict(noisy, times, prompts)
     assert sorted(f_s) == ["blocks.0", "blocks.1"]
-    torch.testing.assert_close(out.loss(Draws(0, 0)), 2 * (s - t).square().mean())
+    torch.testing.assert_close(out.loss(RandomNumbers(0, 0)), 2 * (s - t).square().mean())
     expected = 3 * sum((f_s[k] - f_t[k]).square().mean() for k in f_s)
-    torch.testing.assert_close(features.loss(Draws(0, 0)), expected)
+    torch.testing.assert_close(features.loss(RandomNumbers(0, 0)), expected)
 
 
 def test_a_teacher_that_predicts_something_else():
     """The same network output read as v by the teacher: compared in what the student predicts."""
     student, teacher = Tiny(0), Tiny(1, "v_prediction")
     task = Distil(student, teacher, source(), TrainSettings(batch_size=3, caption_dropout=0), feature_weight=0)
-    batch, draws = source().batch(0), Draws(0, 0)
-    times = (draws.uniform(3) * 100).long()
-    noisy = add_noise(student.schedule, batch.latents, draws.normal(batch.latents), times)
+    batch, rng = source().batch(0), RandomNumbers(0, 0)
+    times = (rng.uniform(3) * 100).long()
+    noisy = add_noise(student.schedule, batch.latents, rng.normal(batch.latents), times)
     a, b = (c.view(-1, 1, 1, 1) for c in student.schedule.coefficients(times))
     eps = b * noisy + a * teacher.predict(noisy, times, batch.conditioning)
     wanted = (student.predict(noisy, times, batch.conditioning) - eps).square().mean()
-    torch.testing.assert_close(task.loss(Draws(0, 0)), wanted)
+    torch.testing.assert_close(task.loss(RandomNumbers(0, 0)), wanted)
 
 
 def test_unshared_text_encoders_drop_the_same_captions():
@@ -222,7 +241,7 @@ def test_unshared_text_encoders_drop_the_same_captions():
     task = Distil(student, teacher, source(teacher=True), TrainSettings(batch_size=3, caption_dropout=0.5), EMPTY,
                   teacher_empty, feature_weight=0)  # fmt: skip
     for k in range(10):
-        task.loss(Draws(0, k))
+        task.loss(RandomNumbers(0, k))
     assert [[-p for p in prompts] for prompts in student.prompts] == teacher.prompts
     assert any(0 in prompts for prompts in student.prompts)
 
@@ -273,7 +292,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         task = FineTune(model, source(), TrainSettings(**{**vars(settings), "gradient_checkpointing": checkpointing}), EMPTY)
         train(adapter, task, task.settings)
         with task.installed(adapter):
-            saved[checkpointing] = saved_numbers(lambda: task.loss(Draws(0, 0)))  # noqa: B023 - called at once
+            saved[checkpointing] = saved_numbers(lambda: task.loss(RandomNumbers(0, 0)))  # noqa: B023 - called at once
     assert all(torch.equal(v, small.state_dict()[k]) for k, v in plain.state_dict().items())
     assert saved[True] < saved[False]
     assert all("forward" not in m.__dict__ for m in model.denoiser.modules())
@@ -378,11 +397,11 @@ def test_a_teacher_with_another_schedule_of_noise():
     predict = teacher.predict
     teacher.predict = lambda noisy, times, prompts: asked.append(times) or predict(noisy, times, prompts)
     task = Distil(student, teacher, source(), TrainSettings(batch_size=3, caption_dropout=0), feature_weight=0)
-    loss = task.loss(Draws(0, 0))
-    batch, draws = source().batch(0), Draws(0, 0)
-    times = (draws.uniform(3) * 100).long()
+    loss = task.loss(RandomNumbers(0, 0))
+    batch, rng = source().batch(0), RandomNumbers(0, 0)
+    times = (rng.uniform(3) * 100).long()
     assert torch.equal(asked[0], matching_times(student.schedule, times, teacher.schedule))
-    noisy = add_noise(student.schedule, batch.latents, draws.normal(batch.latents), times)
+    noisy = add_noise(student.schedule, batch.latents, rng.normal(batch.latents), times)
     x0 = predicted_sample(teacher.schedule, predict(noisy, asked[0], batch.conditioning), noisy, asked[0])
     eps = prediction_of(student.schedule, x0, noisy, times)
     torch.testing.assert_close(loss, (student.predict(noisy, times, batch.conditioning) - eps).square().mean())
@@ -393,8 +412,8 @@ def test_a_student_that_starts_at_pure_noise():
     student, teacher = Tiny(0), Tiny(1)
     student.schedule = DiscreteSchedule(zero_terminal_snr(ALPHAS), "v_prediction")
     task = Distil(student, teacher, source(), TrainSettings(batch_size=3, caption_dropout=0), feature_weight=0)
-    losses = [float(task.loss(Draws(0, k))) for k in range(100)]
-    last = torch.cat([(Draws(0, k).uniform(3) * 100).long() for k in range(100)]) == 99
+    losses = [float(task.loss(RandomNumbers(0, k))) for k in range(100)]
+    last = torch.cat([(RandomNumbers(0, k).uniform(3) * 100).long() for k in range(100)]) == 99
     assert last.any() and max(losses) < 100 * sorted(losses)[50]
 
 
@@ -429,7 +448,7 @@ def test_gradients_of_two_processes_average_to_those_of_one():
         task = FineTune(model, source(batch_size=batch_size, processes=processes), TrainSettings(caption_dropout=0.5), EMPTY)
         adapter.zero_grad()
         with task.installed(adapter):
-            task.loss(Draws(0, 3, processes)).backward()
+            task.loss(RandomNumbers(0, 3, processes)).backward()
         return [p.grad.clone() for p in adapter.parameters()]
 
     whole = gradients(6, Processes())

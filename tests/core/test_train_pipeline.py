@@ -18,9 +18,9 @@ from styleinject_core import Adapter, AdapterConfig, load_adapter
 from styleinject_core.cli import main
 from styleinject_core.hosts.architectures import describe
 from styleinject_core.train.data.source import LatentSource
-from styleinject_core.train.draws import Draws
 from styleinject_core.train.models.pipeline import ModelError, PipelineModel
 from styleinject_core.train.objectives.tasks import FineTune
+from styleinject_core.train.random_numbers import RandomNumbers
 from styleinject_core.train.settings import TrainSettings
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_a_pipeline_trains(models, kind, dtype):
     source = LatentSource(list(latents), prompts, batch_size=2)
     task = FineTune(model, source, TrainSettings(batch_size=2, caption_dropout=0.5), model.encode_text([""]))
     with task.installed(adapter):
-        task.loss(Draws(0, 0)).backward()
+        task.loss(RandomNumbers(0, 0)).backward()
     gradients = [p.grad for layer in adapter.layers.values() for p in (layer.B, layer.hyper_weight)]
     assert all(g is not None and g.dtype == torch.float32 and g.abs().sum() > 0 for g in gradients)
 

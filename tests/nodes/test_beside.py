@@ -211,30 +211,8 @@ def test_layers_inside_of_compiled_blocks_are_found(pack, model, adapter) -> Non
     assert {name: value.replace("_orig_mod.", "") for name, value in compiled.items()} == plain
 
 
-def fp8_model(seed: int = 0):
-    """The tiny model with weights in fp8 that are cast to float32 at each use, and its twin in float32."""
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    cpu = comfy.model_management.get_torch_device()
-    patchers = []
-    for dtype in (torch.float8_e4m3fn, torch.float32):
-        with torch.inference_mode():
-            config = comfy.supported_models.SD15(dict(tiny_model.UNET_CONFIG))
-            config.unet_config["num_heads"] = 4
-            config.set_inference_dtype(dtype, torch.float32 if dtype != torch.float32 else None)
-            base = config.get_model({}, "", device=torch.device("cpu"))
-            tiny_model.fill(base.diffusion_model, seed)
-            if dtype == torch.float32:
-                for parameter in base.diffusion_model.parameters():
-                    parameter.copy_(parameter.to(torch.float8_e4m3fn))
-        patchers.append(comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu))
-    return patchers
-
-
 def test_fp8_weights_cast_at_use(pack, apply, sample) -> None:
-    fp8, twin = fp8_model()
+    fp8, twin = tiny_model.fp8_model()
     adapter = random_adapter(pack, twin, "to_q", "to_v", "conv1")
     patched = apply(fp8, adapter)
     (weights,) = patched.get_additional_models_with_key("styleinject")
@@ -293,7 +271,7 @@ def test_partially_loaded_models(model, adapter, lora, apply, sample, monkeypatc
 
 
 def test_sdxl_type_unet(pack, apply, sample) -> None:
-    model = sdxl_model()
+    model = tiny_model.sdxl_model()
     adapter = random_adapter(pack, model, "to_q", "to_v", "conv", "proj_in")
     assert any("transformer_blocks.1." in name for name in adapter.names)
     assert adapter.shapes["mid_block.attentions.0.proj_in"].kernel is None
@@ -301,23 +279,3 @@ def test_sdxl_type_unet(pack, apply, sample) -> None:
     styled = sample(apply(model, adapter), steps=2)
     assert torch.isfinite(styled).all() and not close(styled, vanilla, 0.01)
     assert torch.equal(sample(model, steps=2), vanilla)
-
-
-def sdxl_model():
-    """Like SDXL: no attention on the first level, two transformer blocks on the second, Linear projections, size labels."""
-    import comfy.model_management
-    import comfy.model_patcher
-    import comfy.supported_models
-
-    with torch.inference_mode():
-        config = comfy.supported_models.SDXL(
-            {**tiny_model.UNET_CONFIG, "use_linear_in_transformer": True, "transformer_depth": [0, 2],
-             "transformer_depth_middle": 2, "transformer_depth_output": [0, 0, 2, 2],
-             "adm_in_channels": 64 + 6 * 256, "num_classes": "sequential"}
-        )  # fmt: skip
-        config.unet_config["num_heads"], config.unet_config["num_head_channels"] = -1, 16
-        config.set_inference_dtype(torch.float32, None)
-        base = config.get_model({}, "", device=torch.device("cpu"))
-        tiny_model.fill(base.diffusion_model, 0)
-    cpu = comfy.model_management.get_torch_device()
-    return comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)

@@ -10,6 +10,7 @@ from typing import Any
 import adapter_files as files
 import dit_models
 import pytest
+import tiny_model
 import torch
 from random_adapters import close
 from safetensors.torch import save_file
@@ -72,7 +73,7 @@ def report(put, run_node) -> Callable[..., str]:
     """``report(model, tensors)``: what Apply says of such a file."""
 
     def apply(model: Any, tensors: dict[str, torch.Tensor], **written: Any) -> str:
-        (adapter,) = run_node("StyleInjectLoader", adapter_name=put(tensors, **written))
+        adapter = run_node("StyleInjectLoader", adapter_name=put(tensors, **written))[0]
         return run_node("StyleInjectApply", model=model, adapter=adapter)[1]
 
     return apply
@@ -216,3 +217,308 @@ def test_files_that_extract_and_save_writes(model, tiny_unet_model, ours, sample
         )
     for strength in STRENGTHS:
         assert_same(sample, ours(model, tensors, strength), native(model, tensors, strength), model)
+
+
+# --- weights or calls: both ways onto a model --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", files.KINDS)
+def test_patched_into_weights_or_installed_for_calls_is_the_same(model, layers, put, run_node, sample, kind) -> None:
+    """A schedule over all but nothing makes a change one for calls: 0 to 0.999 of sampling holds for every step here."""
+    adapter = run_node("StyleInjectLoader", adapter_name=put(files.file_of(layers, kind)))[0]
+    patched = run_node("StyleInjectApply", model=model, adapter=adapter, strength=-0.5)[0]
+    scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, strength=-0.5, end_percent=0.999)[0]
+    assert patched.patches and not scheduled.patches
+    expected = sample(patched)
+    assert not close(expected, sample(model), 0.02)
+    assert close(sample(scheduled), expected, 2e-3)
+
+
+@pytest.mark.parametrize("family", dit_models.MODELS)
+@pytest.mark.parametrize("kind", ["LoRA, alpha", "LoKr, both factored", "DoRA, output axis"])
+def test_slices_for_calls(put, run_node, family, kind) -> None:
+    model = dit_models.MODELS[family]()
+    tensors = {}
+    for name, (_, shape) in dit_models.diffusers_layers(model).items():
+        for part, value in files.KINDS[kind](shape, files.Draw(len(name))).items():
+            tensors[f"transformer.{name}" + files.LORA_PARTS["PEFT"].get(part, f".{part}")] = value * (
+                0.3 if "up" in part else 1
+            )
+    adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
+    patched = run_node("StyleInjectApply", model=model, adapter=adapter)[0]
+    scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
+    assert patched.patches and not scheduled.patches
+    assert close(dit_models.draw(scheduled), dit_models.draw(patched), 2e-3)
+
+
+def test_norms_for_calls(model, put, run_node, sample) -> None:
+    draw = files.Draw(3)
+    tensors = {}
+    for name, (_, shape) in files.norms(model).items():
+        tensors |= {
+            f"diffusion_model.{name}.diff": draw(*shape, std=0.3),
+            f"diffusion_model.{name}.diff_b": draw(*shape, std=0.3),
+        }
+    adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
+    before = {name: id(p) for name, p in model.model.named_parameters()}
+    scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
+    assert close(sample(scheduled), sample(native(model, tensors)), 1e-3)
+    assert {name: id(p) for name, p in model.model.named_parameters()} == before
+
+
+def test_strength_selector_and_layer_weights_reach_the_patches(model, layers, put, run_node, sample) -> None:
+    tensors = files.file_of(layers, "LoRA, alpha")
+    adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
+    given = {"adapter": adapter, "layers": "attention", "layer_weights": "to_q = 0.5; cross = *-2"}
+    patched = run_node("StyleInjectApply", model=model, strength=0.7, **given)[0]
+    scheduled = run_node("StyleInjectApply", model=model, strength=0.7, end_percent=0.999, **given)[0]
+    assert close(sample(patched), sample(scheduled), 2e-3)
+    later = run_node(
+        "StyleInjectStrength",
+        model=run_node("StyleInjectApply", model=model, strength=3.0, **given)[0],
+        adapter_name="all",
+        strength=0.7,
+    )[0]
+    assert torch.equal(sample(later), sample(patched))
+    gone = run_node("StyleInjectStrength", model=patched, adapter_name="people", strength=0.0)[0]
+    assert torch.equal(sample(gone), sample(model)) and not gone.patches
+    assert torch.equal(sample(patched), sample(later)), "a clone's strength is its own"
+
+
+def test_two_files_beside_a_lora_of_comfyui(model, layers, put, run_node, sample) -> None:
+    first, second = (files.file_of(layers, kind, seed=5) for kind in ("LoRA", "LoHa"))
+    expected = native(native(native(model, first, 0.5), second, -0.5), first, 0.2)
+    ours = run_node(
+        "StyleInjectLoadAndApply", model=native(model, first, 0.2), adapter_name=put(second, "second"), strength=-0.5
+    )[0]
+    ours = run_node("StyleInjectLoadAndApply", model=ours, adapter_name=put(first, "first"), strength=0.5)[0]
+    assert_same(sample, ours, expected, model)
+
+
+# --- what is in the file and not in the model --------------------------------------------------------------------------
+
+
+def test_a_text_encoders_part_is_left_out_and_said(model, layers, report, put, run_node) -> None:
+    unet = files.file_of(layers, "LoRA")
+    for kind in ("LoRA", "LoHa", "LoKr", "OFT"):
+        other = (
+            {"lora_te_text_model_encoder_layers_0_self_attn_q_proj.oft_blocks": torch.ones(2, 3, 3)}
+            if kind == "OFT"
+            else files.text_encoder_part(kind)
+        )
+        text = report(model, {**unet, **other})
+        assert f"{len(layers)} of {len(layers)} layers matched\n" in text
+        assert f"for another model (a text encoder, a VAE) ({len(other)})" in text
+        assert f"text encoder: {len(other)} tensors left out, connect clip to use them" in text
+    with pytest.raises(ValueError, match="all are of a text encoder"):
+        run_node("StyleInjectLoader", adapter_name=put(files.text_encoder_part()))
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """A CLIP of the real class with two narrow layers, weights random."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.sd1_clip
+
+    class Small:
+        def __init__(self) -> None:
+            config = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2,
+                      "max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407}  # fmt: skip
+            with torch.inference_mode():
+                self.cond_stage_model = comfy.sd1_clip.SD1ClipModel(
+                    dtype=torch.float32, clip_model=comfy.sd1_clip.SDClipModel, textmodel_json_config=config
+                )
+                tiny_model.fill(self.cond_stage_model, 3)
+            cpu = comfy.model_management.get_torch_device()
+            self.patcher = comfy.model_patcher.ModelPatcher(self.cond_stage_model, load_device=cpu, offload_device=cpu)
+
+        def clone(self) -> Small:
+            made = Small.__new__(Small)
+            made.cond_stage_model, made.patcher = self.cond_stage_model, self.patcher.clone()
+            return made
+
+        def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+            return self.patcher.add_patches(patches, strength_patch, strength_model)
+
+    return Small()
+
+
+@pytest.mark.parametrize("kind", ["LoRA, alpha", "LoHa", "LoKr, both factored", "difference"])
+def test_a_text_encoders_part_goes_onto_a_clip(model, layers, put, run_node, clip, kind) -> None:
+    import comfy.sd
+
+    tensors = {**files.file_of(layers, "LoRA"), **files.text_encoder_part(kind, width=64)}
+    expected = comfy.sd.load_lora_for_models(model, clip, dict(tensors), 1.0, 0.6)[1].patcher
+    name = put(tensors)
+    adapter = run_node("StyleInjectLoader", adapter_name=name)[0]
+    _, text, through_apply = run_node("StyleInjectApply", model=model, adapter=adapter, clip=clip, clip_strength=0.6)
+    through_one = run_node(
+        "StyleInjectLoadAndApply", model=model, adapter_name=name, strength=1.0, clip=clip, clip_strength=0.6
+    )[2]
+    assert "text encoder: 4 of 4 layers matched, strength 0.6" in text
+    assert expected.patches
+    for found in (through_apply.patcher, through_one.patcher):
+        assert found.patches.keys() == expected.patches.keys()
+        for key in expected.patches:
+            weights = [p.patch_weight_to_device(key, return_weight=True) for p in (found, expected, clip.patcher)]
+            assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert not clip.patcher.patches
+    assert run_node("StyleInjectApply", model=model, adapter=adapter)[2] is None
+
+
+def test_what_is_not_supported_is_in_the_report_and_in_the_node(pack, model, layers, put, run_node, report) -> None:
+    tensors = files.file_of(layers, "LoRA")
+    tensors["lora_unet_mid_block_attentions_0_proj_in.oft_blocks"] = torch.ones(2, 3, 3)
+    del (
+        tensors["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"],
+        tensors["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"],
+    )
+    tensors["lora_unet_magic.sorcery"] = torch.ones(1)
+    text = report(model, tensors)
+    total = len(layers) + 1
+    assert f"{total - 2} of {total} layers matched ({(total - 2) / total:.0%})" in text
+    assert "OFT or BOFT is not supported (1): lora_unet_mid_block_attentions_0_proj_in" in text
+    assert "a tensor of a kind that is not known (1): lora_unet_magic.sorcery" in text
+    with torch.inference_mode():
+        output = pack["StyleInjectLoadAndApply"].execute(model=model, adapter_name=put(tensors), strength=1.0)
+    assert f"{total - 2} of {total} layers" in str(output.ui) and "not supported: 2 layers" in str(output.ui)
+
+
+def test_less_than_half_is_an_error_that_says_why(model, layers, ours) -> None:
+    one = dict(list(layers.items())[:1])
+    tensors = files.file_of(one, "LoRA") | {
+        f"lora_unet_double_blocks_{n}_img_attn_qkv.diff": torch.ones(3, 3) for n in range(2)
+    }
+    with pytest.raises(ValueError, match=r"1 of 3 layers matched \(33%\), which is less than half.*not in this model \(2\)"):
+        ours(model, tensors)
+
+
+def test_one_layer_in_two_spellings_of_comfyuis_table(model, layers, ours) -> None:
+    one = dict(list(layers.items())[:1])
+    for second in ("ComfyUI", "LyCORIS", "kohya, LDM names"):
+        with pytest.raises(ValueError, match="two spellings of one layer"):
+            ours(model, {**files.file_of(one, "LoRA"), **files.file_of(one, "LoKr", second)})
+    flux = dit_models.flux()
+    double = {
+        f"{key}.diff": torch.ones(128, 64)
+        for key in ("transformer.norm_out.linear", "diffusion_model.final_layer.adaLN_modulation.1")
+    }
+    with pytest.raises(ValueError, match="are one layer of the model"):
+        ours(flux, double)
+
+
+# --- families, names and other programs --------------------------------------------------------------------------------
+
+
+def test_a_family_with_one_block_per_level_by_its_ldm_names(model, ours, sample) -> None:
+    """The tiny model has one residual block a level, where Stable Diffusion has two: LDM's numbers mean other blocks."""
+    for spelling in ("ComfyUI", "kohya, LDM names"):
+        tensors = files.file_of(files.unet_layers(model), "LoRA, alpha", spelling)
+        assert_same(sample, ours(model, tensors), native(model, tensors), model)
+
+
+def test_layers_that_have_no_diffusers_name(tiny_unet_model, ours, report, sample) -> None:
+    """SVD's temporal layers, by a stand-in: layers that ComfyUI knows by their own names alone."""
+    model = tiny_unet_model(seed=4)
+    block = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
+    with torch.inference_mode():
+        block.time_stack = torch.nn.Linear(32, 32)
+        original = block.forward
+        block.forward = lambda x, *args, **kwargs: original(x, *args, **kwargs) + block.time_stack(x)
+        key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.time_stack"
+        for spelled in (key, "lora_unet_" + key.removeprefix("diffusion_model.").replace(".", "_")):
+            tensors = {f"{spelled}.lora_up.weight": files.Draw(1)(32, 2), f"{spelled}.lora_down.weight": files.Draw(2)(2, 32)}
+            assert "1 of 1 layers matched" in report(model, tensors)
+            assert_same(sample, ours(model, tensors), native(model, tensors), model)
+
+
+def test_xlabs_files(ours) -> None:
+    """Processors of Flux: as ComfyUI's loader has the same layers of USO's files, by its own names."""
+    model = dit_models.flux()
+    draw, theirs, plain = files.Draw(4), {}, {}
+    places = {"double_blocks.0.processor.qkv_lora1": ("double_blocks.0.img_attn.qkv", 192), "double_blocks.1.processor.proj_lora2": ("double_blocks.1.txt_attn.proj", 64),
+              "single_blocks.1.processor.qkv_lora": ("single_blocks.1.linear1_qkv", 192)}  # fmt: skip
+    for key, (name, rows) in places.items():
+        down, up = draw(4, 64, std=0.2), draw(rows, 4, std=0.2)
+        theirs |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+        plain |= {f"diffusion_model.{name}.lora_down.weight": down, f"diffusion_model.{name}.lora_up.weight": up}
+    assert_same(dit_models.draw, ours(model, theirs), native(model, plain), model)
+
+
+def test_alphas_that_only_a_header_or_a_file_beside_states(model, layers, ours, sample) -> None:
+    tensors = files.file_of(layers, "LoRA", "diffusers", "PEFT")
+    stated = {"r": files.RANK, "lora_alpha": 1.0, "use_rslora": True, "target_modules": []}
+    scaled = files.file_of(layers, "LoRA") | {
+        f"lora_unet_{name.replace('.', '_')}.alpha": torch.tensor(files.RANK**0.5) for name in layers
+    }
+    header = json.dumps({f"unet.{key}": value for key, value in stated.items()})
+    assert_same(sample, ours(model, tensors, lora_adapter_metadata=header), native(model, scaled), model)
+    assert_same(sample, ours(model, tensors, name="folder/adapter_model", beside=stated), native(model, scaled), model)
+
+
+def test_our_loras_are_loras_for_comfyui_too(pack, model, run_node, put, sample, tmp_path) -> None:
+    from random_adapters import random_adapter
+    from safetensors.torch import load_file
+
+    core = pack.submodule("styleinject_core")
+    made = random_adapter(pack, model, "attention, conv", n_styles=1, sta="none", alpha=2.0, scale=0.3)
+    core.save_adapter(made, tmp_path / "ours.safetensors")
+    tensors = load_file(tmp_path / "ours.safetensors")
+    found = run_node("StyleInjectApply", model=model, adapter=made, strength=-0.5)[0]
+    assert_same(sample, found, native(model, tensors, -0.5), model)
+
+
+def test_matching_is_against_the_model_without_what_others_inject(model, layers, ours, sample, report) -> None:
+    """As AnimateDiff does: modules are put between a U-Net's own, which shifts their names, and stay after a run."""
+    from comfy.patcher_extension import PatcherInjection
+
+    tensors = files.file_of(files.unet_layers(model), "LoRA")
+    expected = sample(native(model, tensors))
+    blocks = model.model.diffusion_model.output_blocks
+    place = next(n for n, block in enumerate(blocks) if any(hasattr(m, "conv") for m in block))
+
+    def inject(_patcher):
+        blocks[place].insert(0, torch.nn.Identity())
+
+    def eject(_patcher):
+        del blocks[place][0]
+
+    other = model.clone()
+    other.set_injections("motion", [PatcherInjection(inject=inject, eject=eject)])
+    try:
+        sample(other, steps=1)
+        if not other.is_injected:
+            other.inject_model()
+        assert isinstance(blocks[place][0], torch.nn.Identity), "the stand-in is not in the model"
+        total = len(files.unet_layers(model))
+        found = ours(model, tensors)
+        text = report(model, tensors)
+        assert isinstance(blocks[place][0], torch.nn.Identity), "it was not put back"
+    finally:
+        other.eject_model()
+    assert close(sample(found), expected, 1e-3)
+    assert "layers matched\n" in text and f"{total} of " not in text.split("\n")[0].replace(f"{total} of {total}", "")
+
+
+@pytest.mark.skipif("\\" in str(Path.cwd()), reason="names that Windows does not allow")
+@pytest.mark.parametrize("name", ["a:b", "a\\b", "C:\\x", "sub/a:b", "..hidden", "a..b", "世界", "a b", "100%", "a'\"b", "all"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".SAFETENSORS", ".SafeTensors"])
+def test_every_name_that_is_listed_can_be_loaded(pack, model, comfy_base, run_node, layers, name, suffix) -> None:
+    import folder_paths
+
+    path = comfy_base / "models" / "loras" / f"{name}{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(files.file_of(layers, "LoRA"), path)
+    try:
+        folder_paths.filename_list_cache.clear()
+        listed = pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"]
+        assert f"loras/{name}{suffix}" in listed
+        assert pack["StyleInjectLoader"].validate_inputs(adapter_name=f"loras/{name}{suffix}") is True
+        adapter = run_node("StyleInjectLoader", adapter_name=f"loras/{name}{suffix}")[0]
+        patched = run_node("StyleInjectApply", model=model, adapter=adapter)[0]
+        for called in (adapter.name, f"loras/{name}{suffix}"):
+            assert run_node("StyleInjectStrength", model=patched, adapter_name=called, strength=0.5)[0].patches
+    finally:
+        path.unlink()
+        folder_paths.filename_list_cache.clear()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import sys
 import threading
 import time
@@ -106,7 +107,28 @@ def test_ten_messages_a_second_and_names_seldom(live, server) -> None:
     named = [index for index, message in enumerate(messages) if "names" in message]
     assert named[0] == 0 and named[-1] == len(messages) - 1
     assert len(named) <= seconds / live.NAMES_INTERVAL + 2
-    assert messages[0]["names"] == {"layers": LAYERS, "styles": STYLES, "convolutions": []}
+    assert messages[0]["names"]["layers"] == LAYERS and messages[0]["names"]["styles"] == STYLES
+
+
+def test_the_browser_is_told_what_layers_are_called_and_which_words_choose_them(live, server) -> None:
+    layers = [
+        "conv_in",
+        "down_blocks.1.attentions.0.transformer_blocks.2.attn1.to_q",
+        "mid_block.resnets.0.conv1",
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_v",
+        "transformer_blocks.3.attn.to_q",
+    ]
+    feed = live.LiveFeed("1", "ink", layers, STYLES, convolutions={"conv_in", "mid_block.resnets.0.conv1"})
+    feed.close(finished=True)
+    names = json.loads(json.dumps(server.messages()[0]["names"]))
+    assert names["layers"] == layers
+    assert names["labels"] == ["conv_in", "down 1.0.2 self to_q", "mid.0 res conv1", "up 0.1 cross to_v", layers[4]]
+    assert names["blocks"] == ["conv_in", "down 1", "mid", "up 0", "transformer_blocks.3"]
+    groups = names["groups"]
+    assert (groups["all"], groups["conv"], groups["linear"]) == ([0, 1, 2, 3, 4], [0, 2], [1, 3, 4])
+    assert (groups["attention"], groups["self"], groups["cross"], groups["feed-forward"]) == ([1, 3, 4], [1, 4], [3], [])
+    assert (groups["down"], groups["mid"], groups["up"]) == ([1], [2], [3])
+    assert (groups["down.1"], groups["up.0"], groups["block.3"]) == ([1], [3], [4])
 
 
 def test_missing_layers_and_images(live, server) -> None:

@@ -86,6 +86,32 @@ def test_layers_match_by_comfyuis_and_by_diffusers_names(pack, flux, run_node) -
     assert torch.equal(draw(flux), vanilla)
 
 
+SQUARES = ["double_blocks.0.img_attn.proj", "double_blocks.1.txt_attn.proj", "transformer_blocks.1.attn.to_out.0"]
+
+
+def test_layer_weights_say_which_sliders_match_nothing(pack, flux, run_node) -> None:
+    core = pack.submodule("styleinject_core")
+    shapes = dict.fromkeys(SQUARES, core.LayerShape(WIDTH, WIDTH))
+    adapter = core.Adapter.create(shapes, core.AdapterConfig(r=4, n_styles=3, target_modules=("all",)), "ink")
+
+    def applied(**sliders: float) -> tuple[str, list[float]]:
+        (weights,) = run_node("StyleInjectLayerWeights", **sliders)
+        patched, report = run_node("StyleInjectApply", model=flux, adapter=adapter, layer_weights=weights)
+        (injection,) = pack.submodule("integration.patcher").injections_of(patched)
+        return report, list(injection.applied.layer_scales().values())
+
+    sliders = ["self_attention", "cross_attention", "feed_forward", "convolutions", "down", "mid", "up"]
+    report, scales = applied(**dict.fromkeys(sliders, 0.0))
+    assert scales == [0, 0, 0] and "weights 0 to 0" in report
+    assert "groups that it has no layers of: feed-forward = *0.0; conv = *0.0; middle = *0.0" in report
+    report, scales = applied(self_attention=0.5, down=0.5, cross_attention=0.25)
+    assert scales == [0.25, 0.25, 0.5], "image side first third; prompt's side last; image side last"
+    assert "no layers of" not in report
+    assert applied(extra="block.1 & text = 2")[1] == [1, 2, 1]
+    with pytest.raises(core.SelectorError, match=r"'down' matches none.*image, first, last, block\.0-1"):
+        applied(extra="down = 0.5")
+
+
 def images() -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         return {"samples": torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))}

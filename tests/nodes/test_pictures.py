@@ -149,7 +149,10 @@ def test_connected_images_take_the_folders_place(run_node) -> None:
 
 
 def test_prompts_by_line(run_node) -> None:
-    assert run_node("StyleInjectPrompts", text=" a cat \n\n a dog", before="zwx ") == (["zwx, a cat", "zwx, a dog"], ["a cat", "a dog"])
+    assert run_node("StyleInjectPrompts", text=" a cat \n\n a dog", before="zwx ") == (
+        ["zwx, a cat", "zwx, a dog"],
+        ["a cat", "a dog"],
+    )
     assert run_node("StyleInjectPrompts", text="a cat", before="")[0] == ["a cat"]
     with pytest.raises(ValueError, match="no prompts"):
         run_node("StyleInjectPrompts", text="\n ", before="zwx")
@@ -171,7 +174,9 @@ def test_the_samples_train_the_demo_model_and_the_word_is_saved(pack, run_node, 
         **{name: [value] for name, value in widgets.items()},
     )  # fmt: skip
     assert adapter.metadata["modelspec.trigger_phrase"] == "inkline7"
-    listed = next(name for name in pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"] if "samples" in name)
+    listed = next(
+        name for name in pack["StyleInjectLoader"].INPUT_TYPES()["required"]["adapter_name"][1]["options"] if "samples" in name
+    )
     assert run_node("StyleInjectLoader", adapter_name=listed)[1] == "inkline7"
     assert run_node("StyleInjectLoadAndApply", model=model, adapter_name=listed, strength=1.0)[1] == "inkline7"
 

@@ -313,7 +313,7 @@ def test_loss_plot(model, train, run_node) -> None:
 
 def test_the_options_node_has_the_defaults_that_hold_without_it(pack, run_node) -> None:
     (options,) = run_node("StyleInjectTrainOptions")
-    assert options == pack.submodule("integration.training.options").TrainOptions()
+    assert options == pack.submodule("integration.training.train_options").TrainOptions()
 
 
 def test_nodes_and_command_line_ask_for_the_same_by_default(pack, run_node) -> None:
@@ -325,3 +325,38 @@ def test_nodes_and_command_line_ask_for_the_same_by_default(pack, run_node) -> N
     }
     assert options.request(**widgets) == core.TrainingRequest(name=schema["name"])
     assert options.drawing == core.Drawing()
+
+
+@pytest.mark.parametrize(("client", "sent"), [("tab", [("a line", "7", "tab")]), (None, [])])
+def test_the_line_of_progress_is_for_the_browser_that_queued(pack, tmp_path, monkeypatch, client, sent) -> None:
+    """Of a run that none has queued, it would appear in another one's workflow, in the node of that number there."""
+    runs = pack.submodule("integration.training.named_runs")
+    told: list[tuple] = []
+
+    class Server:
+        client_id = client
+
+        def send_progress_text(self, text: str, node_id: str, sid: str | None = None) -> None:
+            told.append((text, node_id, sid))
+
+    monkeypatch.setattr(runs, "running_server", Server)
+    runs.Watch(None, "title", "7", None).say("a line")
+    assert told == sent
+
+
+def test_a_training_says_how_to_use_what_it_made(model, pack, train, monkeypatch) -> None:
+    runs = pack.submodule("integration.training.named_runs")
+    told: list[str] = []
+    monkeypatch.setattr(runs.Watch, "say", lambda self, text: told.append(text))
+    outcomes = []
+    original = runs.train_in_folder
+    monkeypatch.setattr(
+        pack.submodule("integration.training.job"),
+        "train_in_folder",
+        lambda *a, **k: outcomes.append(original(*a, **k)) or outcomes[-1],
+    )
+    train(model=model, name="fine", steps=2, trigger="zwx")
+    message = outcomes[0].message
+    assert "Saved as output/styleinject/fine/fine.safetensors" in message
+    assert "choose output/fine/fine.safetensors" in message and "strength 1" in message and '"zwx"' in message
+    assert told[-1] == message.split("\n")[0], "the line of progress is one line"

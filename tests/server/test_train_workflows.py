@@ -11,13 +11,19 @@ import pytest
 from client import Client, Event, Prompt
 from comfy_process import ComfyProcess
 
-TRAINING = {"train_fine_tune.json": "line_art", "train_dreambooth.json": "my_owl", "train_distill.json": "distilled_line_art"}
+FINE_TUNE = "7 Train on drawings with every setting.json"
+TRAINING = {
+    FINE_TUNE: "line_art",
+    "6 Train one subject from a few pictures.json": "my_owl",
+    "8 Turn a checkpoint into a small adapter.json": "distilled_line_art",
+}
+MY_PICTURES = "4 Train a style from your pictures.json"
 NODES = ("StyleInjectTrain", "StyleInjectDreamBooth", "StyleInjectDistill")
 
 
 @pytest.fixture
 def short(example: Callable[[str], Prompt]) -> Callable[..., Prompt]:
-    """``short("train_fine_tune.json", steps=4)``: a committed workflow, made to run in seconds."""
+    """``short(FINE_TUNE, steps=4)``: a committed workflow, made to run in seconds."""
 
     def load(file: str, /, **changes: Any) -> Prompt:
         graph = example(file)
@@ -56,8 +62,24 @@ def test_the_training_workflows_run(client: Client, server: ComfyProcess, short,
     assert f"output/{TRAINING[name]}/{TRAINING[name]}.safetensors" in json.dumps(listed)
 
 
+def test_the_template_for_ones_own_pictures_runs(client: Client, server: ComfyProcess, short) -> None:
+    """From the samples to an adapter and a sheet before and after; a graph for another model differs in the loader alone."""
+    graph = short(MY_PICTURES)
+    run = client.queue(graph)
+    text = " ".join(run.shown("text"))
+    assert "40 pictures: 40 of 64x64" in text
+    assert "choose output/my_style/my_style.safetensors" in text and 'Prompts call it by "inkline7"' in text
+    before, after = (client.fetch_image(image) for image in run.images)
+    assert before.shape == after.shape and (before != after).any() and before.std() > 5
+    asking = {
+        "1": {"class_type": "StyleInjectLoader", "inputs": {"adapter_name": "output/my_style/my_style.safetensors"}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}},
+    }
+    assert client.queue(asking).shown("text") == ["inkline7"], "the loader gives the trigger word"
+
+
 def test_an_interrupted_training_says_where_it_is_and_goes_on(client: Client, server: ComfyProcess, short) -> None:
-    graph = short("train_fine_tune.json", steps=400, name="stopped")
+    graph = short(FINE_TUNE, steps=400, name="stopped")
     (training,) = [key for key, node in graph.items() if node["class_type"] in NODES]
 
     def interrupt(event: Event) -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import deadiff_models
 import pytest
 import torch
 from client import Client, Event, ExecutionError, Prompt, PromptRejected
 from comfy_process import ComfyProcess
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from styleinject_core import Adapter, AdapterConfig, LayerShape, save_adapter
+from styleinject_core import Adapter, AdapterConfig, LayerShape, deadiff, save_adapter
+from styleinject_core.deadiff.config import DEMO_ENCODER
 from styleinject_core.files.names import diffusers_name
 from styleinject_core.hosts.architectures import ARCHITECTURES
 
@@ -205,7 +208,7 @@ def test_a_bad_file_name_is_refused_when_queued(client, checkpoint, adapters, na
 
 def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     """As committed, with fewer steps: the same seed with and without the adapter."""
-    graph = example("emoji_demo.json")
+    graph = example("1 First look - one picture with and without a style.json")
     for node in graph.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 6
@@ -220,21 +223,78 @@ def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     assert saturation[False] < 0.5 * saturation[True], "line art has less colour than the base model's drawings"
 
 
-@pytest.mark.parametrize("name", ["sd15_one_adapter.json", "sd15_two_adapters.json"])
+@pytest.mark.parametrize("name", ["2 A style on your own model.json", "3 Two styles on your own model.json"])
 def test_the_sd15_workflows_run(client, server, example, checkpoint, adapters, name) -> None:
-    """As committed, but for the files they name and the size."""
+    """As committed, but with adapters chosen, the checkpoint there is, and a small size."""
     folder = server.base / "models" / "styleinject"
     shutil.copy(folder / adapters["style"], folder / "my_style.safetensors")
     shutil.copy(folder / adapters["other"], folder / "my_other_style.safetensors")
+    chosen = iter(["my_style.safetensors", "my_other_style.safetensors"])
     graph = example(name)
+    with pytest.raises(PromptRejected, match="no adapter chosen"):
+        client.queue(graph)
     for node in graph.values():
         inputs = node["inputs"]
         inputs |= {"ckpt_name": checkpoint} if "ckpt_name" in inputs else {}
+        inputs |= {"adapter_name": next(chosen)} if "adapter_name" in inputs else {}
         inputs |= {"width": 64, "height": 64} if "width" in inputs else {}
         inputs |= {"steps": 3} if "steps" in inputs else {}
     run = client.queue(graph)
     assert len(run.images) == 1
     assert client.fetch_image(run.images[0]).std() > 5
+
+
+def test_the_deadiff_demo_workflow_draws_like_its_references(client, example) -> None:
+    """As committed, with fewer steps: one prompt and noise, three references, four pictures each."""
+    graph = example("deadiff_demo.json")
+    for node in graph.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 8
+    run = client.queue(graph)
+    colors = {}
+    for image in run.images:
+        picture = client.fetch_image(image).astype(int)
+        assert picture.shape == (256, 256, 3) and picture.std() > 5
+        colors.setdefault(image["filename"].rsplit("_", 2)[0], []).append((picture.max(2) - picture.min(2)).mean())
+    assert {name: len(values) for name, values in colors.items()} == {
+        "deadiff_openmoji-line": 4, "deadiff_fluent3d": 4, "deadiff_twemoji": 4,
+    }  # fmt: skip
+    assert sum(colors["deadiff_openmoji-line"]) < 0.5 * sum(colors["deadiff_twemoji"]), "line art has less color"
+
+
+@pytest.mark.parametrize("name", ["sd15_deadiff.json", "sd15_deadiff_controlnet_lora.json"])
+def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, name) -> None:
+    """As committed, but for the size and the models: a DEADiff for the small checkpoint whose vision encoder is the demo's,
+    without the ControlNet and the LoRA that nobody has here."""
+    layers = tuple((layer, checkpoints.CHANNELS) for layer, _ in deadiff_models.TINY_LAYERS)
+    sizes = {"context": checkpoints.CONTEXT, "layers": layers, "vision_tokens": 64, "vision_width": 128}
+    config = deadiff_models.tiny_config(deadiff, encoder=DEMO_ENCODER, **sizes)
+    folder = server.base / "models" / "deadiff"
+    folder.mkdir(parents=True, exist_ok=True)
+    deadiff.save_deadiff(deadiff_models.random_model(deadiff, config), folder / "deadiff_v1.safetensors")
+    Image.effect_noise((96, 64), 90).convert("RGB").save(server.base / "input" / "example.png")
+    graph = example(name)
+    by_type = {node["class_type"]: key for key, node in graph.items()}
+    instead = {}  # (node, output) -> what takes its place
+    if name != "sd15_deadiff.json":
+        control, lora = graph[by_type["ControlNetApplyAdvanced"]]["inputs"], by_type["CheckpointLoaderSimple"]
+        instead = {(by_type["ControlNetApplyAdvanced"], 0): control["positive"], (by_type["ControlNetApplyAdvanced"], 1): control["negative"],
+                   (by_type["LoraLoader"], 0): [lora, 0], (by_type["LoraLoader"], 1): [lora, 1]}  # fmt: skip
+    left_out = {
+        by_type.get(kind) for kind in ("CLIPVisionLoader", "LoraLoader", "ControlNetLoader", "ControlNetApplyAdvanced", "Canny")
+    }
+    graph = {key: node for key, node in graph.items() if key not in left_out}
+    for node in graph.values():
+        inputs = node["inputs"]
+        inputs.pop("clip_vision", None)
+        inputs |= {"ckpt_name": checkpoint} if "ckpt_name" in inputs else {}
+        inputs |= {"width": 64, "height": 64} if "width" in inputs else {}
+        inputs |= {"steps": 2} if "steps" in inputs else {}
+        inputs |= {
+            key: instead[tuple(value)] for key, value in inputs.items() if isinstance(value, list) and tuple(value) in instead
+        }
+    run = client.queue(graph)
+    assert len(run.images) == 1 and client.fetch_image(run.images[0]).std() > 5
 
 
 def test_example_workflows_have_thumbnails() -> None:

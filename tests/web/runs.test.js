@@ -56,9 +56,12 @@ test("there are numbers until names come", () => {
   const runs = new Runs();
   const run = runs.receive(message());
   assert.deepEqual(run.layers, ["layer 1", "layer 2"]);
-  runs.receive(message({ columns: [1], names: { layers: LAYERS, styles: STYLES } }));
-  assert.deepEqual(run.layers, LAYERS);
-  assert.deepEqual(run.styles, STYLES);
+  assert.deepEqual([run.labels, run.blocks, run.groups], [run.layers, run.layers, {}]);
+  const names = { layers: LAYERS, labels: ["down 0.0 self to_q", "mid.0 res conv1"], blocks: ["down 0", "mid"],
+    groups: { all: [0, 1], conv: [1] }, styles: STYLES };
+  runs.receive(message({ columns: [1], names }));
+  const { layers, labels, blocks, groups, styles } = run;
+  assert.deepEqual({ layers, labels, blocks, groups, styles }, names);
 });
 
 test("a new run replaces the one before; another prompt also replaces other adapters of its node", () => {

@@ -9,7 +9,7 @@ function run() {
   const bytes = [254, 0, 127, 127, 255, 255, 0, 254, 0, 254, 255, 255];
   return new Runs().receive({
     run: "r", node: "1", adapter: "a", prompt: "p", workflow: "w", layers: 3, styles: 2, steps: 4,
-    names: { layers: ["one", "two", "three"], styles: ["ink", "gold"] },
+    names: { layers: ["a.one", "a.two", "b.three"], labels: ["one", "two", "three"], blocks: ["a", "a", "b"], groups: {}, styles: ["ink", "gold"] },
     columns: [0, 1].map((step) => ({ step, sigma: 1, roles: ["positive"] })),
     values: Buffer.from(bytes).toString("base64"),
   });
@@ -19,14 +19,14 @@ const shown = (table) => [...table.values].map((value) => (Number.isNaN(value) ?
 
 test("all styles: the mean over the chosen layers that have a value", () => {
   const table = makeTable(run(), "styles", "positive", [0, 1, 2]);
-  assert.deepEqual(table.rows, ["ink", "gold"]);
+  assert.deepEqual([table.rows, table.blocks], [["ink", "gold"], ["ink", "gold"]]);
   assert.deepEqual(shown(table), [0.75, 0, null, null, 0.25, 1, null, null]);
   assert.deepEqual(shown(makeTable(run(), "styles", "positive", [1])), [0.5, 0, null, null, 0.5, 1, null, null]);
 });
 
 test("one style, per layer", () => {
   const table = makeTable(run(), 1, "positive", [1, 2]);
-  assert.deepEqual(table.rows, ["two", "three"]);
+  assert.deepEqual([table.rows, table.blocks], [["two", "three"], ["a", "b"]]);
   assert.deepEqual(shown(table), [0.5, 1, null, null, null, null, null, null]);
 });
 

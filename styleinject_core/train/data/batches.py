@@ -66,10 +66,10 @@ def joined(conditionings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
 def where(mask: Tensor, conditioning: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Conditioning:
     """Each row from `conditioning`, or where mask (B,) is set from `other`, which has as many rows, or one for all."""
     count = len(mask)
-    own, others = torch.arange(count), torch.arange(count) % len(next(iter(other.values())))
+    rows_of_first, rows_of_other = torch.arange(count), torch.arange(count) % len(next(iter(other.values())))
     if mask.all():
-        return rows(other, others)
-    return rows(joined([conditioning, other]), torch.where(mask, count + others, own))
+        return rows(other, rows_of_other)
+    return rows(joined([conditioning, other]), torch.where(mask, count + rows_of_other, rows_of_first))
 
 
 def conditioning_hash(conditioning: Mapping[str, Tensor]) -> str:

@@ -26,11 +26,11 @@ def caption_in(entry: object) -> str:
     return one_line(text)
 
 
-def folder_captions(root: Path, pictures: list[str], others: list[str]) -> tuple[str, dict[str, str]]:
+def folder_captions(root: Path, pictures: list[str], other_files: list[str]) -> tuple[str, dict[str, str]]:
     """Captions of a folder of pictures.
 
     Args:
-        pictures, others: names of all files below `root`, relative to it.
+        pictures, other_files: names of all files below `root`, relative to it.
 
     Returns:
         The kind of file captions come from, and picture name -> caption.
@@ -38,8 +38,8 @@ def folder_captions(root: Path, pictures: list[str], others: list[str]) -> tuple
     Raises:
         DataError: pictures without captions, captions without pictures, or a caption file that cannot be read.
     """
-    tables = [name for name in others if PurePosixPath(name).name == METADATA]
-    texts = {name[:-4]: name for name in others if name.lower().endswith(".txt")}
+    tables = [name for name in other_files if PurePosixPath(name).name == METADATA]
+    texts = {name[:-4]: name for name in other_files if name.lower().endswith(".txt")}
     found: dict[str, str] = {}
     if tables:
         for table in tables:

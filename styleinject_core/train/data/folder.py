@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from .buckets import Size, bucket_sizes, nearest_bucket
 from .captions import folder_captions, one_line
-from .images import SUFFIXES, Broken, CorruptError, DataError, Example, OnCorrupt, View, decode, first_names, read_size
+from .images import SUFFIXES, CorruptError, CorruptImages, DataError, Example, OnCorrupt, View, decode, first_names, read_size
 
 _TAIL = 4096  # bytes of a file that go into the content hash: its end, because its start may be one camera's header
 
@@ -70,11 +70,11 @@ class ImageFolder:
     ) -> None:
         self.root = Path(folder)
         self.resolution, self.center_crop, self.flip, self.seed = resolution, center_crop, flip, seed
-        self._broken = Broken(on_corrupt, warn)
+        self._corrupt = CorruptImages(on_corrupt, warn)
         sizes = bucket_sizes(resolution, bucket_step, bucket_ratio) if buckets else bucket_sizes(resolution, resolution, 1)
-        names, others = _pictures_and_others(self.root)
+        names, other_files = _pictures_and_others(self.root)
         if caption is None:
-            self._captions_from, captions = folder_captions(self.root, names, others)
+            self._captions_from, captions = folder_captions(self.root, names, other_files)
         else:
             self._captions_from, captions = "one for all", dict.fromkeys(names, one_line(caption))
         content = hashlib.sha256()
@@ -87,14 +87,14 @@ class ImageFolder:
                     file.seek(-min(_TAIL, file.tell()), os.SEEK_END)
                     content.update(file.read())
             except CorruptError as error:
-                self._broken.add(name, error)
+                self._corrupt.add(name, error)
                 continue
             size = nearest_bucket(sizes, width, height)
             self._entries.append(_Entry(name, captions[name], size, enlarged=height < size[0] or width < size[1]))
-        self._content, self._left_out = content.hexdigest(), len(self._broken.names)
+        self._content, self._left_out = content.hexdigest(), len(self._corrupt.names)
         if not self._entries:
             raise DataError(
-                f"{folder}: none of the {len(names)} images can be read: {first_names(self._broken.names.values())}"
+                f"{folder}: none of the {len(names)} images can be read: {first_names(self._corrupt.names.values())}"
             )
 
     def _open(self, name: str) -> BinaryIO:
@@ -122,7 +122,7 @@ class ImageFolder:
     @property
     def skipped(self) -> dict[str, str]:
         """Pictures that could not be decoded so far, and why."""
-        return dict(self._broken.names)
+        return dict(self._corrupt.names)
 
     def __getitem__(self, index: int) -> Example:
         return self.read(index)
@@ -139,15 +139,15 @@ class ImageFolder:
         """
         view = View.draw(f"{self.seed}/{index}/{step}", self.center_crop, self.flip)
         for entry in self._candidates(index, among):
-            if entry.name in self._broken.names:
+            if entry.name in self._corrupt.names:
                 continue
             try:
                 with self._open(entry.name) as file:
                     return Example(decode(file, entry.name, entry.size, view), entry.caption, entry.name)
             except CorruptError as error:
-                self._broken.add(entry.name, error)
+                self._corrupt.add(entry.name, error)
         height, width = self.size(index)
-        raise DataError(f"none of the {width}x{height} images can be decoded: {first_names(self._broken.names.values())}")
+        raise DataError(f"none of the {width}x{height} images can be decoded: {first_names(self._corrupt.names.values())}")
 
     def _candidates(self, index: int, among: Container[int] | None) -> Iterator[_Entry]:
         """The example itself, then those that stand in for it."""
@@ -185,13 +185,13 @@ def _pictures_and_others(root: Path) -> tuple[list[str], list[str]]:
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder, found {'a file' if root.exists() else 'nothing'}")
     pictures: list[str] = []
-    others: list[str] = []
+    other_files: list[str] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in files:
             name = (Path(folder) / file).relative_to(root).as_posix()
             if not file.startswith("."):
-                (pictures if name.lower().endswith(SUFFIXES) else others).append(name)
+                (pictures if name.lower().endswith(SUFFIXES) else other_files).append(name)
     if not pictures:
         raise DataError(f"{root}: no images; looked for {', '.join(SUFFIXES)}, in subfolders too")
-    return sorted(pictures), sorted(others)
+    return sorted(pictures), sorted(other_files)

@@ -68,7 +68,7 @@ class View:
         return cls(mirrored=mirrored) if center_crop else cls(x, y, mirrored)
 
 
-class Broken:
+class CorruptImages:
     """What could not be used so far, by name, and whether to go on without it.
 
     Args:

@@ -69,16 +69,18 @@ class LatentSource:
         if not latents:
             raise ValueError("no training images: expected at least one latent")
         self.latents = list(latents)
-        given = {"conditioning": conditioning, "teacher": teacher, "empty": empty, "teacher_empty": teacher_empty}
-        self.prompts = {name: _a_row_each(value, len(self.latents), name) for name, value in given.items() if value is not None}
+        by_name = {"conditioning": conditioning, "teacher": teacher, "empty": empty, "teacher_empty": teacher_empty}
+        self.prompts = {
+            name: _a_row_each(value, len(self.latents), name) for name, value in by_name.items() if value is not None
+        }
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in self.latents]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
         self.advice = self.order.advice
 
     def batch(self, index: int) -> Batch:
-        chosen = self.order.batch(index)
-        latents = torch.stack([self.latents[k].float() for k in chosen])
-        return Batch(latents, **{name: joined([each[k] for k in chosen]) for name, each in self.prompts.items()})
+        members = self.order.batch(index)
+        latents = torch.stack([self.latents[k].float() for k in members])
+        return Batch(latents, **{name: joined([each[k] for k in members]) for name, each in self.prompts.items()})
 
     def summary(self) -> dict[str, Any]:
         return dict(self._summary)
@@ -123,9 +125,9 @@ class _Encoding:
                 with torch.no_grad():
                     teacher = self._encode_teacher_text(caption) if self._encode_teacher_text else None
                     self._prompts[caption] = (self._encode_text(caption), teacher)
-        own = [self._prompts[caption] for caption in captions]
-        teachers = [teacher for _, teacher in own if teacher is not None]
-        return Batch(torch.stack(list(latents)), joined([c for c, _ in own]), joined(teachers) if teachers else None)
+        prompts = [self._prompts[caption] for caption in captions]
+        teachers = [teacher for _, teacher in prompts if teacher is not None]
+        return Batch(torch.stack(list(latents)), joined([c for c, _ in prompts]), joined(teachers) if teachers else None)
 
     def forget_prompts(self) -> None:
         self._prompts.clear()
@@ -137,7 +139,7 @@ class FolderSource:
     Args:
         encode: (1, 3, H, W) in [-1, 1] -> latents (1, C, h, w).
         encode_text, encode_teacher_text: a caption -> its conditioning, one row.
-        chosen: which of the folder's images; None takes all.
+        indices: which of the folder's images; None takes all.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class FolderSource:
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
         *,
-        chosen: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
         batch_size: int = 1,
         seed: int = 0,
         processes: Processes = Processes(),  # noqa: B008 - frozen
@@ -155,29 +157,29 @@ class FolderSource:
         self.folder = folder
         self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
         self._kept: dict[int, tuple[Tensor, str]] = {}
-        self.chosen = list(range(len(folder))) if chosen is None else list(chosen)
-        self._among = frozenset(self.chosen)
-        sizes = [folder.sizes[k] for k in self.chosen]
+        self.indices = list(range(len(folder))) if indices is None else list(indices)
+        self._among = frozenset(self.indices)
+        sizes = [folder.sizes[k] for k in self.indices]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
         self.advice = self.order.advice
 
     def batch(self, index: int) -> Batch:
-        seen = [self._example(self.chosen[k], index) for k in self.order.batch(index)]
-        return self._encoding.batch([latents for latents, _ in seen], [caption for _, caption in seen])
+        examples = [self._example(self.indices[k], index) for k in self.order.batch(index)]
+        return self._encoding.batch([latents for latents, _ in examples], [caption for _, caption in examples])
 
     def _example(self, k: int, index: int) -> tuple[Tensor, str]:
         if k in self._kept:
             return self._kept[k]
         example = self.folder.read(k, index, self._among)
-        own = (self._encoding.latents(example), example.caption)
+        encoded = (self._encoding.latents(example), example.caption)
         if self.folder.center_crop and not self.folder.flip:
-            self._kept[k] = own
-        return own
+            self._kept[k] = encoded
+        return encoded
 
     def summary(self) -> dict[str, Any]:
         known = self.folder.summary()
-        if len(self.chosen) < len(self.folder):
-            known["chosen"] = len(self.chosen)
+        if len(self.indices) < len(self.folder):
+            known["chosen"] = len(self.indices)
         return known
 
     def state_dict(self) -> dict[str, Any]:

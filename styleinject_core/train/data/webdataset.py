@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from .buckets import Size, bucket_sizes, check_share, nearest_bucket
 from .captions import caption_in, one_line
-from .images import SUFFIXES, Broken, CorruptError, DataError, Example, OnCorrupt, View, decode, first_names, read_size
+from .images import SUFFIXES, CorruptError, CorruptImages, DataError, Example, OnCorrupt, View, decode, first_names, read_size
 
 _HEAD = 65536  # bytes of a shard that go into the content hash
 _HOPELESS = 100  # broken samples at the start, or batches without one good picture, before it is the data's fault
@@ -102,7 +102,7 @@ class ImageStream:
         self._sizes = (
             bucket_sizes(resolution, bucket_step, bucket_ratio) if buckets else bucket_sizes(resolution, resolution, 1)
         )
-        self._broken = Broken(on_corrupt, warn)
+        self._corrupt = CorruptImages(on_corrupt, warn)
         self._content = _content(self.shards)
 
         self.epoch = 0
@@ -115,7 +115,7 @@ class ImageStream:
     @property
     def skipped(self) -> dict[str, str]:
         """Samples and shards that could not be used so far, and why."""
-        return dict(self._broken.names)
+        return dict(self._corrupt.names)
 
     def next_batch(self) -> list[Example]:
         """This process's pictures of the next batch, all of one size.
@@ -144,7 +144,7 @@ class ImageStream:
     def _decode_row(self, rows: list[tuple[int, _Sample]], row: int) -> Example | None:
         """The picture of a row, or the next that can be decoded; None if there is none in the whole batch."""
         for drawn, sample in rows[row:] + rows[:row]:
-            if sample.name in self._broken.names:
+            if sample.name in self._corrupt.names:
                 continue
             view = View.draw(f"{self.seed}/{drawn}", self.center_crop, self.flip)
             offset, length = sample.image
@@ -154,7 +154,7 @@ class ImageStream:
             try:
                 return Example(decode(content, sample.name, sample.size, view), sample.caption, sample.name)
             except CorruptError as error:
-                self._broken.add(sample.name, error)
+                self._corrupt.add(sample.name, error)
         return None
 
     def _shuffled(self) -> Iterator[_Sample]:
@@ -190,15 +190,15 @@ class ImageStream:
                     if sample := self._usable(shard, group):
                         yield sample
             except CorruptError as error:
-                self._broken.add(self.shards[shard].name, error)
+                self._corrupt.add(self.shards[shard].name, error)
             self._turn, self._offset = self._turn + 1, 0
 
     def _usable(self, shard: int, group: _Group) -> _Sample | None:
         try:
             return self._sample(shard, group)
         except CorruptError as error:
-            self._broken.add(f"{self.shards[shard].name}/{group.key}", error)
-        if len(self._broken.names) >= _HOPELESS and not (self._drawn or self._buffer):
+            self._corrupt.add(f"{self.shards[shard].name}/{group.key}", error)
+        if len(self._corrupt.names) >= _HOPELESS and not (self._drawn or self._buffer):
             raise DataError(f"the first {_HOPELESS} samples are all unusable: {first_names(self.skipped.values())}")
         return None
 

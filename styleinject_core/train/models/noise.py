@@ -79,26 +79,6 @@ class DiscreteSchedule:
         return cls(alphas_cumprod, prediction_type)
 
 
-@dataclass(frozen=True)
-class FlowSchedule:
-    """Rectified flow: z_t = (1 - t) x0 + t ε, the model predicts ε - x0; times are t in (0, 1), drawn logit-normally
-    and shifted (Esser et al., arXiv 2403.03206).
-
-    Args:
-        shift: the model's timestep shift; 1 leaves times as drawn.
-    """
-
-    shift: float = 1.0
-    prediction_type: str = "flow"
-
-    def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - times.float(), times.float()
-
-    def times(self, uniform: Tensor) -> Tensor:
-        t = logit_normal(uniform)
-        return self.shift * t / (1 + (self.shift - 1) * t)
-
-
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """ᾱ (T,) shifted and scaled so that the last time is pure noise (Lin et al., arXiv 2305.08891, algorithm 1)."""
     root = alphas_cumprod.sqrt()
@@ -139,10 +119,10 @@ def matching_times(schedule: NoiseSchedule, times: Tensor, other: NoiseSchedule)
     """The times (B,) at which the noise of another schedule of the same kind is closest to this one's at `times` (B,)."""
     if not (isinstance(schedule, DiscreteSchedule) and isinstance(other, DiscreteSchedule)):
         return times  # sigmas, or t: the noise level itself
-    theirs, own = (s.alphas_cumprod.cpu().double().logit(1e-9) for s in (other, schedule))  # log SNR
-    if theirs.shape == own.shape and torch.equal(theirs, own):
+    other_snr, snr = (s.alphas_cumprod.cpu().double().logit(1e-9) for s in (other, schedule))  # log SNR
+    if other_snr.shape == snr.shape and torch.equal(other_snr, snr):
         return times
-    return (own[times.cpu()].unsqueeze(1) - theirs).abs().argmin(1).to(times.device)
+    return (snr[times.cpu()].unsqueeze(1) - other_snr).abs().argmin(1).to(times.device)
 
 
 def predicted_sample(schedule: NoiseSchedule, prediction: Tensor, noisy: Tensor, times: Tensor) -> Tensor:

@@ -103,14 +103,14 @@ class PipelineModel(TextToImageModel):
         return self.denoiser.dtype  # type: ignore[return-value]
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        own = {key: value.to(self.device, self.dtype) for key, value in conditioning.items()}
+        embeddings = {key: value.to(self.device, self.dtype) for key, value in conditioning.items()}
         added = None
         if self.is_xl:
             height, width = (side * self.pixels_per_latent for side in noisy.shape[-2:])
             ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
-            added = {"text_embeds": own["pooled"], "time_ids": ids.expand(len(noisy), -1)}
+            added = {"text_embeds": embeddings["pooled"], "time_ids": ids.expand(len(noisy), -1)}
         noisy, times = noisy.to(self.device, self.dtype), times.to(self.device)
-        return self.denoiser(noisy, times, own["context"], added_cond_kwargs=added).sample
+        return self.denoiser(noisy, times, embeddings["context"], added_cond_kwargs=added).sample
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -138,15 +138,15 @@ class PipelineModel(TextToImageModel):
         from diffusers import DPMSolverMultistepScheduler
 
         prompt, empty = self.encode_text(prompts), rows(self.encode_text([""]), [0] * len(prompts))
-        own = {"prompt_embeds": prompt["context"], "negative_prompt_embeds": empty["context"]}
+        embeddings = {"prompt_embeds": prompt["context"], "negative_prompt_embeds": empty["context"]}
         if self.is_xl:
-            own |= {"pooled_prompt_embeds": prompt["pooled"], "negative_pooled_prompt_embeds": empty["pooled"]}
+            embeddings |= {"pooled_prompt_embeds": prompt["pooled"], "negative_pooled_prompt_embeds": empty["pooled"]}
         former = self.pipeline.scheduler
         self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(former.config)
         self.pipeline.set_progress_bar_config(disable=True)
         try:
             return self.pipeline(
-                **{key: value.to(self.device, self.dtype) for key, value in own.items()},
+                **{key: value.to(self.device, self.dtype) for key, value in embeddings.items()},
                 height=resolution,
                 width=resolution,
                 num_inference_steps=steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,16 +12,9 @@ from torch import Tensor, nn
 
 from ...adapter import Adapter
 from ...attach import Applied, Attachment
+from ...layer_names import is_block
 from ..data.batches import Conditioning, tensors_hash
 from .noise import NoiseSchedule
-
-_BLOCK = re.compile(
-    r"(down_blocks|up_blocks)\.\d+\.(resnets|attentions|motion_modules|downsamplers|upsamplers)\.\d+"
-    r"|mid_block\.(resnets|attentions)\.\d+"
-    r"|(input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+"  # LDM's and ComfyUI's spelling of the same
-    r"|((single_|visual_|text_)?transformer_blocks|(joint|double|single|double_stream|single_stream)_blocks|(double|single)_layers)\.\d+"
-    r"|layers\.\d+|blocks\.(block)?\d+|(down_blocks|up_blocks)\.\d+\.\d+"
-)
 
 
 class TrainingModel(ABC):
@@ -37,7 +29,7 @@ class TrainingModel(ABC):
         self.denoiser, self.schedule = denoiser, schedule
 
     @property
-    def half(self) -> bool:
+    def is_float16(self) -> bool:
         """Whether it computes in float16."""
         return next(self.denoiser.parameters()).dtype == torch.float16
 
@@ -66,11 +58,7 @@ class TrainingModel(ABC):
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks whose features teacher and student are compared by, and that are checkpointed."""
-        found: dict[str, nn.Module] = {}
-        for name, module in self.denoiser.named_modules():
-            if _BLOCK.fullmatch(name):
-                found[name] = module
-        return found
+        return {name: module for name, module in self.denoiser.named_modules() if is_block(name)}
 
     def in_place_blocks(self) -> set[str]:
         """Those of the blocks that may write into their inputs, as nothing in them keeps these for the backward pass."""

@@ -169,5 +169,5 @@ def _on_copies(run: Any, checked: str | None, /, *args: Any, **kwargs: Any) -> A
 
 def _versions(args: Any, kwargs: Mapping[str, Any]) -> list[int]:
     """How often tensors have been written to."""
-    given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    return [0 if tensor.is_inference() else tensor._version for tensor in given]
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

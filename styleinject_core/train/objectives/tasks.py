@@ -12,9 +12,9 @@ from torch import Tensor
 from ...adapter import Adapter
 from ..data.batches import Batch, Conditioning, conditioning_hash, where
 from ..data.source import Source
-from ..draws import VALIDATION, Draws
 from ..models.noise import add_noise, matching_times, predicted_sample, prediction_of
 from ..models.training_model import TrainingModel
+from ..random_numbers import VALIDATION, RandomNumbers
 from ..settings import TrainSettings
 from .losses import block_features, checkpointed, distil_loss, fine_tune_loss
 
@@ -59,8 +59,8 @@ class FineTune:
             raise ValueError("gradient_checkpointing: this model has no blocks by a name that is known here, set it to false")
 
     @property
-    def half(self) -> bool:
-        return self.model.half
+    def is_float16(self) -> bool:
+        return self.model.is_float16
 
     @property
     def advice(self) -> str:
@@ -74,36 +74,36 @@ class FineTune:
                 stack.enter_context(checkpointed(self.model.blocks(), self.model.in_place_blocks()))
             yield
 
-    def loss(self, draws: Draws) -> Tensor:
-        loss = self._batch_loss(self.source.batch(draws.index), draws)
+    def loss(self, rng: RandomNumbers) -> Tensor:
+        loss = self._batch_loss(self.source.batch(rng.index), rng)
         if self.prior is not None:
-            loss = loss + self.prior_weight * self._batch_loss(self.prior.batch(draws.index), draws)
+            loss = loss + self.prior_weight * self._batch_loss(self.prior.batch(rng.index), rng)
         return loss
 
     def validation_loss(self) -> float:
         assert self.validation is not None
         losses = []
         for k in range(self.validation_batches):
-            draws = Draws(self.settings.seed, VALIDATION - k)
-            losses.append(float(self._batch_loss(self.validation.batch(k), draws, dropout=0.0)))
+            rng = RandomNumbers(self.settings.seed, VALIDATION - k)
+            losses.append(float(self._batch_loss(self.validation.batch(k), rng, dropout=0.0)))
         return sum(losses) / len(losses)
 
-    def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
+    def _batch_loss(self, batch: Batch, rng: RandomNumbers, dropout: float | None = None) -> Tensor:
         latents = batch.latents.to(self.model.device)
-        times, noise, noisy = self._noisy(latents, draws)
-        conditioning = _captions(batch.conditioning, batch.empty or self.empty, self._dropped(batch, draws, dropout))
+        times, noise, noisy = self._noisy(latents, rng)
+        conditioning = _captions(batch.conditioning, batch.empty or self.empty, self._dropped(batch, rng, dropout))
         prediction = self.model.predict(noisy, times, conditioning)
         return fine_tune_loss(prediction, self.model.schedule, latents, noise, times, self.settings.min_snr_gamma)
 
-    def _noisy(self, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+    def _noisy(self, latents: Tensor, rng: RandomNumbers) -> tuple[Tensor, Tensor, Tensor]:
         schedule = self.model.schedule
-        times = schedule.times(draws.uniform(len(latents))).to(latents.device)
-        noise = draws.normal(latents)
+        times = schedule.times(rng.uniform(len(latents))).to(latents.device)
+        noise = rng.normal(latents)
         return times, noise, add_noise(schedule, latents, noise, times)
 
-    def _dropped(self, batch: Batch, draws: Draws, dropout: float | None) -> Tensor:
+    def _dropped(self, batch: Batch, rng: RandomNumbers, dropout: float | None) -> Tensor:
         """Which captions of a batch are replaced by the empty one, (B,)."""
-        return draws.uniform(len(batch.latents)) < (self.settings.caption_dropout if dropout is None else dropout)
+        return rng.uniform(len(batch.latents)) < (self.settings.caption_dropout if dropout is None else dropout)
 
     def plan(self) -> dict[str, Any]:
         plan: dict[str, Any] = {"objective": self.objective, "model": self.model.fingerprint, "data": self.source.summary()}
@@ -179,9 +179,9 @@ class Distil(FineTune):
         if feature_weight and not (model.blocks() and teacher.blocks()):
             raise ValueError("feature_weight: no blocks by a name that is known here to compare, set it to 0")
 
-    def _batch_loss(self, batch: Batch, draws: Draws, dropout: float | None = None) -> Tensor:
-        times, _, noisy = self._noisy(batch.latents.to(self.model.device), draws)
-        dropped = self._dropped(batch, draws, dropout)
+    def _batch_loss(self, batch: Batch, rng: RandomNumbers, dropout: float | None = None) -> Tensor:
+        times, _, noisy = self._noisy(batch.latents.to(self.model.device), rng)
+        dropped = self._dropped(batch, rng, dropout)
         conditioning = for_teacher = _captions(batch.conditioning, batch.empty or self.empty, dropped)
         if batch.teacher is not None:
             for_teacher = _captions(batch.teacher, batch.teacher_empty or self.teacher_empty, dropped)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,8 @@ class RunFolder:
                 state = TrainState(header["step"], header["plan"], _unpack(header["parts"], file))
         except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{name}: damaged, or no training state ({error}): delete it to start anew") from None
+        with suppress(KeyError, AttributeError):  # version 0.1.0 did not say the method: other fields tell it
+            state.plan["adapter"].setdefault("method", plan["adapter"]["method"])
         if different := _differences(state.plan, plan):
             lines = "\n".join(f"  {field}: was {was}, is {now}" for field, was, now in different[:8])
             raise CheckpointError(

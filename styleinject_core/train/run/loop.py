@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter import Adapter
-from ..draws import Draws
 from ..parallel import Processes
+from ..random_numbers import RandomNumbers
 from ..settings import TrainSettings
 from .checkpoints import RunFolder, TrainState, validations
 from .optimizers import evaluating, make_optimizer, set_rate
@@ -31,7 +31,7 @@ class Task(Protocol):
     """What is trained for: where the adapter goes, and its loss."""
 
     @property
-    def half(self) -> bool:
+    def is_float16(self) -> bool:
         """Whether the model computes in float16, whose small gradients vanish unless the loss is scaled."""
         ...
 
@@ -44,8 +44,8 @@ class Task(Protocol):
         """The adapter on the model; held open over forward and backward passes."""
         ...
 
-    def loss(self, draws: Draws) -> Tensor:
-        """The scalar loss of forward pass `draws.index`."""
+    def loss(self, rng: RandomNumbers) -> Tensor:
+        """The scalar loss of forward pass `rng.index`."""
         ...
 
     def validation_loss(self) -> float:
@@ -124,9 +124,9 @@ def train(
         TrainingError: a loss or gradient that is NaN or Inf; the parameters are those of the last good step.
         CheckpointError: the run folder holds the state of another plan, or of a later step, or another run trains in it.
     """
-    own = run if processes.is_main else None
-    loop = _Loop(adapter, task, settings, own, observer or Observer(), processes)
-    with nullcontext() if own is None else own.locked():
+    folder = run if processes.is_main else None
+    loop = _Loop(adapter, task, settings, folder, observer or Observer(), processes)
+    with nullcontext() if folder is None else folder.locked():
         if run is not None:
             loop.resume(run)
         with torch.inference_mode(False), torch.enable_grad(), task.installed(adapter):
@@ -143,7 +143,7 @@ def run_plan(
     """What decides which adapter comes out of a run; a state is resumed by a run of the same plan only."""
     return {
         "settings": settings.result_fields(),
-        "adapter": {**adapter.config.to_dict(), "layer_names": len(adapter.names)},
+        "adapter": {"method": adapter.config.method, **adapter.config.to_dict(), "layer_names": len(adapter.names)},
         "processes": processes.world,
         **task.plan(),
     }
@@ -166,14 +166,14 @@ class _Loop:
         self.parameters = [p for p in adapter.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, settings)
         device = self.parameters[0].device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=task.half)
+        self.scaler = torch.amp.GradScaler(device, enabled=task.is_float16)
         self.result = Result()
         self.best: tuple[float, dict[str, Tensor]] | None = None
         self.waited = 0  # measurements since the best one
         self.saved_at = 0
         self.position = task.state_dict()  # in the data, after the last whole step
         self.overflows = 0  # steps in a row that float16 made too large, and the scaler left out
-        self.torn = False  # between the optimiser's step and the end of what belongs to it
+        self.mid_step = False  # between the optimiser's step and the end of what belongs to it
         self.seconds: float | None = None
 
     # the run on disk
@@ -239,7 +239,7 @@ class _Loop:
         except TrainingError as error:
             raise TrainingError(f"{error}. {self._on_disk()}") from None
         except BaseException:
-            if not self.torn:
+            if not self.mid_step:
                 self.save()
             raise
         self.save()
@@ -259,10 +259,10 @@ class _Loop:
         value = float(loss)
         finite = math.isfinite(float(norm))
         self.overflows = 0 if finite else self.overflows + 1
-        if not (math.isfinite(value) and (finite or (self.task.half and self.overflows < _OVERFLOWS))):
+        if not (math.isfinite(value) and (finite or (self.task.is_float16 and self.overflows < _OVERFLOWS))):
             what = f"gradient became {float(norm)}" if math.isfinite(value) else f"loss became {value}"
             raise TrainingError(f"the {what} at step {step + 1} of {settings.steps}: lower the learning rate")
-        self.torn = True
+        self.mid_step = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.result.step += 1
@@ -274,7 +274,7 @@ class _Loop:
             with self._surviving("loss"):
                 self.run.append(line)
         self.position = self.task.state_dict()
-        self.torn = False
+        self.mid_step = False
         if settings.sample_every and self.result.step % settings.sample_every == 0 and self.processes.is_main:
             with evaluating(self.optimizer), torch.no_grad():
                 self.observer.sample(self.result.step)
@@ -289,7 +289,7 @@ class _Loop:
         passes = self.settings.accumulation
         total = torch.zeros((), device=self.parameters[0].device)
         for k in range(passes):
-            loss = self.task.loss(Draws(self.settings.seed, step * passes + k, self.processes)) / passes
+            loss = self.task.loss(RandomNumbers(self.settings.seed, step * passes + k, self.processes)) / passes
             if loss.requires_grad:
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -304,8 +304,8 @@ class _Loop:
         missing = [name for name, parameters in trained.items() if parameters and all(p.grad is None for p in parameters)]
         if not missing:
             return
-        shown = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        what = f"no gradient reaches {len(missing)} of {len(trained)} layers ({shown})"
+        few = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        what = f"no gradient reaches {len(missing)} of {len(trained)} layers ({few})"
         if len(missing) < _MANY * len(trained):  # blocks whose last part the output does not depend on
             self.observer.problem(f"{what}: the model's output does not depend on them, they stay as they are")
         else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ...methods import chosen
 from ..objectives.tasks import Distil, FineTune
 from ..settings import TrainSettings
 
 # What ModelSpec calls them, where it has other words; its ids tell the two kinds of Stable Diffusion 2 apart.
 _MODELSPEC_PREDICTIONS = {"v_prediction": "v"}
 _MODELSPEC_OF_V = {"stable-diffusion-v2-512": "stable-diffusion-v2-768-v"}
-PAPER = "https://arxiv.org/abs/2401.13942"
 
 
 def made_by(
@@ -21,7 +21,7 @@ def made_by(
 
     Args:
         architecture: of the frozen model, as ModelSpec names it.
-        method: the kind of adapter: "styleinject", "lora", ...
+        method: one of `methods.choices()`.
         base, teacher: what to call the frozen models.
     """
     plan, prediction = task.plan(), task.model.schedule.prediction_type
@@ -29,7 +29,7 @@ def made_by(
         architecture = _MODELSPEC_OF_V.get(architecture, architecture)
     entries: dict[str, Any] = {
         "modelspec.architecture": f"{architecture}/{method}",
-        "modelspec.implementation": PAPER,
+        "modelspec.implementation": chosen(method).paper,
         "modelspec.prediction_type": _MODELSPEC_PREDICTIONS.get(prediction, prediction),
         "styleinject.objective": task.objective,
         "styleinject.base": base,

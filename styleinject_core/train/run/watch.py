@@ -34,10 +34,10 @@ class ProgressBar(Observer):
 
     def progress(self, progress: Progress) -> None:
         self.mean = progress.loss if self.mean is None else 0.95 * self.mean + 0.05 * progress.loss
-        shown = {"loss": f"{self.mean:.4f}", "rate": f"{progress.rate:.1e}"}
+        postfix = {"loss": f"{self.mean:.4f}", "rate": f"{progress.rate:.1e}"}
         if progress.validation is not None:
             self.bar.write(f"step {progress.step}: validation loss {progress.validation:.4f}")
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(postfix, refresh=False)
         self.bar.update(progress.step - self.bar.n)
 
     def problem(self, message: str) -> None:
@@ -70,8 +70,8 @@ def loss_figure(title: str, losses: Sequence[float], validation: Sequence[tuple[
         axis.plot(*zip(*validation, strict=True), color=ORANGE, marker="o", markersize=4, linewidth=1.5, label="validation")
     axis.set_title(title, parse_math=False)
     axis.set(xlabel="training step", ylabel="loss")
-    shown = sorted(v for v in losses if math.isfinite(v))
-    if shown and min(shown) > 0 and shown[-1] > 20 * shown[len(shown) // 2]:
+    finite = sorted(v for v in losses if math.isfinite(v))
+    if finite and min(finite) > 0 and finite[-1] > 20 * finite[len(finite) // 2]:
         axis.set_yscale("log")  # a few steps far above the rest
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)

@@ -1,58 +1,56 @@
-/** The layer filter: the words of the pack's layer selector (styleinject_core/selector.py), forgiving, for typing. */
+/** The layer filter: the layer selector's words (styleinject_core/selector.py), forgiving, for typing. */
 
-/** @type {Record<string, (name: string) => boolean>} */
-const GROUPS = {
-  all: () => true,
-  attention: (name) => /(^|\.)attn\d*\./.test(name),
-  self: (name) => name.includes(".attn1."),
-  cross: (name) => name.includes(".attn2."),
-  down: (name) => name.startsWith("down_block"),
-  mid: (name) => name.startsWith("mid_block"),
-  up: (name) => name.startsWith("up_block"),
-};
+/** @typedef {Record<string, number[]>} Groups word of the selector -> indices of the layers it chooses, as the server says */
 
 /**
  * Which layers a filter chooses. "," is either, "&" both, "!" not; a word that is no group is a part of a name.
  * @param {string[]} names of all layers
  * @param {string} text as typed; empty is all of them
- * @param {number[]} convolutions the indices of those that are convolutions
+ * @param {Groups} groups
  * @returns {number[]} their indices, in order; none where nothing matches
  */
-export function filterLayers(names, text, convolutions) {
+export function filterLayers(names, text, groups) {
   const alternatives = text.split(",").map((part) => part.trim()).filter(Boolean);
   const removes = (/** @type {string} */ part) => part.startsWith("!") && !part.includes("&"); // "!up & cross": the ! is of up alone
-  const wanted = alternatives.filter((part) => !removes(part));
-  const unwanted = alternatives.filter(removes).map((part) => part.slice(1));
-  return names.flatMap((name, index) => {
-    const conv = convolutions.includes(index);
-    const chosen = wanted.length === 0 || wanted.some((part) => matchesAll(name, part, conv));
-    return chosen && !unwanted.some((part) => matchesAll(name, part, conv)) ? [index] : [];
+  const wanted = alternatives.filter((part) => !removes(part)).map((part) => conjunction(names, part, groups));
+  const unwanted = alternatives.filter(removes).map((part) => conjunction(names, part.slice(1), groups));
+  return [...names.keys()].filter((index) => {
+    const chosen = wanted.length === 0 || wanted.some((matches) => matches(index));
+    return chosen && !unwanted.some((matches) => matches(index));
   });
 }
 
 /**
- * @param {string} name
- * @param {string} conjunction terms joined by &
- * @param {boolean} conv whether it is a convolution
+ * @param {string[]} names
+ * @param {string} text terms joined by &
+ * @param {Groups} groups
+ * @returns {(index: number) => boolean} whether a layer satisfies all of them
  */
-function matchesAll(name, conjunction, conv) {
-  const terms = conjunction.split("&").map((term) => term.trim()).filter(Boolean);
-  return terms.length > 0 && terms.every((term) => {
-    const negated = term.startsWith("!");
-    return matches(name, term.replace(/^!\s*/, "").trim(), conv) !== negated;
+function conjunction(names, text, groups) {
+  const terms = text.split("&").map((term) => term.trim()).filter(Boolean).map((term) => {
+    const chosen = layersOf(names, term.replace(/^!\s*/, ""), groups);
+    return { chosen, negated: term.startsWith("!") };
   });
+  return (index) => terms.length > 0 && terms.every(({ chosen, negated }) => chosen.has(index) !== negated);
 }
 
 /**
- * @param {string} name
+ * @param {string[]} names
  * @param {string} term
- * @param {boolean} conv
+ * @param {Groups} groups
+ * @returns {Set<number>}
  */
-function matches(name, term, conv) {
-  if (term === "conv") return conv;
-  if (term === "linear") return !conv;
-  if (Object.hasOwn(GROUPS, term)) return GROUPS[term](name);
-  const block = /^(down|up)\.(\d+)$/.exec(term);
-  if (block) return name.startsWith(`${block[1]}_blocks.${block[2]}.`);
-  return term !== "" && name.includes(term);
+function layersOf(names, term, groups) {
+  const word = term.replace(/^blocks\./, "block.");
+  if (Object.hasOwn(groups, word)) return new Set(groups[word]);
+  const range = /^(\w+\.)(\d+)-(\d+)$/.exec(word);
+  if (range) {
+    const [start, first, last] = [range[1], Number(range[2]), Number(range[3])];
+    const within = (/** @type {string} */ group) => {
+      const number = Number(group.slice(start.length));
+      return group.startsWith(start) && first <= number && number <= last;
+    };
+    return new Set(Object.keys(groups).filter(within).flatMap((group) => groups[group]));
+  }
+  return new Set([...names.keys()].filter((index) => term !== "" && names[index].includes(term)));
 }

@@ -48,7 +48,7 @@ export function drawHeatmap(context, table, width, height, look) {
   }
   context.font = `${look.size}px sans-serif`;
   context.fillStyle = look.text;
-  const labels = rowLabels(table.rows, (height - 3 * look.size) / table.rows.length, look.size);
+  const labels = rowLabels(table, (height - 3 * look.size) / table.rows.length, look.size);
   const widest = Math.max(0, ...labels.map(({ text }) => context.measureText(text).width));
   const left = Math.min(widest, width * 0.4) + look.size;
   const top = look.title ? 2.2 * look.size : look.size / 2;
@@ -81,19 +81,18 @@ export function cellAt(box, table, x, y) {
 }
 
 /**
- * Labels that fit: every row's name where rows are high enough, else the first row of each block of the model.
- * @param {string[]} names
+ * Labels that fit: every row's own where rows are high enough, else the first row of each block of the model has the block's.
+ * @param {Pick<Table, "rows" | "blocks">} table
  * @param {number} rowHeight
  * @param {number} textSize
  * @returns {{row: number, text: string}[]}
  */
-export function rowLabels(names, rowHeight, textSize) {
-  if (rowHeight >= textSize * 1.05) return names.map((text, row) => ({ row, text: shorten(text) }));
+export function rowLabels({ rows, blocks }, rowHeight, textSize) {
+  if (rowHeight >= textSize * 1.05) return rows.map((text, row) => ({ row, text }));
   const labels = [];
   let previous = "";
   let next = -Infinity;
-  for (const [row, name] of names.entries()) {
-    const block = blockOf(name);
+  for (const [row, block] of blocks.entries()) {
     if (block !== previous && row * rowHeight >= next) {
       labels.push({ row, text: block });
       next = row * rowHeight + textSize * 1.05;
@@ -101,14 +100,6 @@ export function rowLabels(names, rowHeight, textSize) {
     previous = block;
   }
   return labels;
-}
-
-/**
- * "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q" -> "down.1.0.0.attn1.to_q"
- * @param {string} name
- */
-function shorten(name) {
-  return name.replace(/^(down|mid|up)_blocks?\./, "$1.").replace(/\.(attentions|resnets|transformer_blocks)(?=\.)/g, "");
 }
 
 /**
@@ -122,15 +113,6 @@ function fit(context, text, width) {
   let length = text.length;
   while (length > 0 && context.measureText(`${text.slice(0, length)}…`).width > width) length--;
   return `${text.slice(0, length)}…`;
-}
-
-/**
- * "down_blocks.1.resnets.0.conv1" -> "down.1", in the layer selector's words
- * @param {string} name
- */
-function blockOf(name) {
-  const found = /^(down|up)_blocks\.(\d+)\.|^(mid)_block\./.exec(name);
-  return found ? found[3] ?? `${found[1]}.${found[2]}` : name.split(".")[0];
 }
 
 /**

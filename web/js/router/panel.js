@@ -153,7 +153,7 @@ export class Panel {
     this._canvas.height = Math.round(height * scale);
     this._drawn = null;
     if (!this._run) return;
-    const layers = filterLayers(this._run.layers, this._filter.value, this._run.convolutions);
+    const layers = filterLayers(this._run.layers, this._filter.value, this._run.groups);
     this._filter.style.borderColor = layers.length ? "" : "#d55e00";
     const table = makeTable(this._run, this._chosenView(), this._role.value, layers);
     const text = getComputedStyle(this.element).color;

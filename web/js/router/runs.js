@@ -14,7 +14,7 @@ const MOST_RUNS = 32; // of all workflows together; the oldest are forgotten
  * @property {string} workflow
  * @property {number} layers
  * @property {number} styles
- * @property {{layers: string[], styles: string[], convolutions: number[]}} [names]
+ * @property {{layers: string[], labels: string[], blocks: string[], groups: Record<string, number[]>, styles: string[]}} [names]
  * @property {number} steps
  * @property {{step: number, sigma: number, roles: string[]}[]} columns
  * @property {string} values
@@ -37,8 +37,11 @@ export class Run {
     this.workflow = message.workflow;
     this.layers = numbered("layer", message.layers);
     this.styles = numbered("style", message.styles);
-    /** @type {number[]} indices of the layers that are convolutions */
-    this.convolutions = [];
+    /** What to call each layer, and the part of the model it is in, for people. */
+    this.labels = this.layers;
+    this.blocks = this.layers;
+    /** @type {Record<string, number[]>} word of the layer selector -> indices of the layers it chooses */
+    this.groups = {};
     this.steps = message.steps;
     /** @type {Map<number, Column>} */
     this.columns = new Map();
@@ -67,7 +70,9 @@ export class Run {
     if (message.names) {
       this.layers = message.names.layers;
       this.styles = message.names.styles;
-      this.convolutions = message.names.convolutions;
+      this.labels = message.names.labels;
+      this.blocks = message.names.blocks;
+      this.groups = message.names.groups;
     }
     this.steps = Math.max(this.steps, message.steps);
     this.end = message.end ?? this.end;

@@ -11,7 +11,8 @@
 /**
  * Rows and the steps from 0; `values` holds (rows, steps), NaN where there is none, between `least` and `most`.
  * @typedef {object} Table
- * @property {string[]} rows
+ * @property {string[]} rows what to call each
+ * @property {string[]} blocks what to call the part of the model that each is in; of styles, they themselves
  * @property {number} steps
  * @property {Float32Array} values
  * @property {number} least
@@ -27,7 +28,8 @@
  */
 export function makeTable(run, view, role, layers) {
   const byStyle = view === "styles";
-  const rows = byStyle ? run.styles : layers.map((index) => run.layers[index]);
+  const rows = byStyle ? run.styles : layers.map((index) => run.labels[index]);
+  const blocks = byStyle ? rows : layers.map((index) => run.blocks[index]);
   const values = new Float32Array(rows.length * run.steps).fill(NaN);
   for (const step of run.columns.keys()) {
     if (step >= run.steps) continue;
@@ -37,7 +39,8 @@ export function makeTable(run, view, role, layers) {
         : layerValue(run, view, step, role, layers[row]);
     }
   }
-  return { rows, steps: run.steps, values, ...(byStyle ? range(values) : { least: 0, most: view === "decided" ? 1 : roundUp(values) }) };
+  const most = view === "decided" ? 1 : roundUp(values);
+  return { rows, blocks, steps: run.steps, values, ...(byStyle ? range(values) : { least: 0, most }) };
 }
 
 /**

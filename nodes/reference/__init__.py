@@ -1,0 +1,1 @@
+"""Style, or content, from a reference image."""

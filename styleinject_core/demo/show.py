@@ -1,0 +1,146 @@
+"""`styleinject demo`: learn a drawing style from real images, save the adapter, sample with it, and measure it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..attach import Applied, attach
+from ..files import load_adapter, save_adapter
+from ..layer_names import parse
+from ..router.recorder import record
+from ..router.trace import RouterTrace
+from ..train.run.watch import ProgressBar, loss_plot
+from . import data, pictures
+from .classifier import load_classifier, recognised
+from .model import sample
+from .styles import DemoModel, adapter_path, new_adapter, train_style
+
+STEPS = 140
+STRENGTHS = (0.0, 0.5, 1.0, 1.5)
+SHOWN = 6  # concepts of each kind in the picture
+PARTS = ("down", "mid", "up")
+
+
+def run(out: Path, style: str, *, steps: int | None = None, train: bool = True, seed: int = 0) -> None:
+    """Run the demo and write its pictures into `out`.
+
+    Args:
+        style: the drawing style to learn; any but the base model's.
+        steps: training steps, None for the default.
+        train: False takes the adapter that ships with the demo.
+
+    Raises:
+        ValueError: an unknown style, or steps without training.
+    """
+    choices = [s for s in data.styles() if s != data.BASE_STYLE]
+    if style not in choices:
+        raise ValueError(f"--style {style!r}: expected one of {', '.join(choices)}")
+    if steps is not None and not train:
+        raise ValueError("--steps has no meaning with --no-train")
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    model = DemoModel()
+    shipped = load_adapter(adapter_path(style))
+    rows: list[tuple[str, Adapter | None]] = [
+        ("base model, no adapter", None),
+        (f"LoRA, {_steps(lora := load_adapter(adapter_path(style, 'lora')))} steps", lora),
+        (f"StyleInject, {_steps(shipped)} steps", shipped),
+    ]
+    adapter = shipped
+    if train:
+        adapter = _train(model, out, style, steps or STEPS, seed)
+        rows.append((f"StyleInject, {steps or STEPS} steps, just trained", adapter))
+    _draw(model, out, adapter, style, seed)
+    _measure(model, rows, style, seed, samples=2 if train else 1)
+    print(f"\nPictures and adapter are in {out}{'/' if not str(out).endswith('/') else ''} ({time.monotonic() - began:.0f} s)")
+
+
+def _steps(adapter: Adapter) -> str:
+    return adapter.metadata.get("styleinject.steps", "?")
+
+
+def _train(model: DemoModel, out: Path, style: str, steps: int, seed: int) -> Adapter:
+    """Train, with a progress bar; write the adapter and the loss curve."""
+    adapter = new_adapter(style, seed=seed)
+    shown = sum(not concept.held_out for concept in data.concepts())
+    print(f"Learning {style} from {shown} drawings: {adapter.parameter_count():,} parameters on {len(adapter.names)} layers")
+    with ProgressBar(steps) as bar:
+        losses = train_style(model, adapter, style, steps=steps, seed=seed, observer=bar)
+    path = out / f"{style}.safetensors"
+    save_adapter(adapter, path, {"styleinject.steps": str(steps), "modelspec.license": data.LICENSES[style]})
+    loss_plot(out / "loss.png", f"Fine-tuning StyleInject on {style}", losses)
+    print(f"  {path.name}, loss.png")
+    return load_adapter(path)  # what a user would load
+
+
+def _draw(model: DemoModel, out: Path, adapter: Adapter, style: str, seed: int) -> None:
+    """The same prompts and seeds at several strengths, and the router over the sampling steps."""
+    concepts = data.concepts()
+    known, new = ([k for k, c in enumerate(concepts) if c.held_out == held_out] for held_out in (False, True))
+    chosen = [*_spread(known, SHOWN), *_spread(new, SHOWN)]
+    names = [concepts[k].name for k in chosen]
+    rows = [("base model", _images(model, None, names, seed))]
+    for strength in STRENGTHS:
+        rows.append((f"strength {strength:g}", _images(model, adapter, names, seed, strength)))
+    rows.append(("the artists' own\n" + style, data.images(style)[chosen]))
+    title = f"StyleInject: the same prompts and noise, the style {style} by strength"
+    pictures.grid(out / "strengths.png", title, rows, names, [concepts[k].held_out for k in chosen])
+
+    with attach(model.unet, adapter) as attachment, record(attachment, roles=("positive", "negative")) as recording:
+        _sample(model, names, seed)
+    trace = recording.trace()
+    by_step = trace.by_step().mean(2)  # (steps, layers, n), averaged over the images and both prompts
+    layers = [_liveliest(trace, by_step, part) for part in PARTS]
+    panels = torch.stack([by_step[:, trace.layers.index(name)] for name in layers])  # (panels, steps, n)
+    title = f"The style router of {style} while it samples: the liveliest layer of each part"
+    pictures.router_over_steps(out / "router.png", title, panels, [name.replace(".", " ", 1) for name in layers])
+    print("  strengths.png, router.png")
+
+
+def _liveliest(trace: RouterTrace, by_step: Tensor, part: str) -> str:
+    """The layer of one part of the U-Net whose probabilities (steps, layers, n) change most over the steps."""
+    change = dict(zip(trace.layers, by_step.std(0).mean(1).tolist(), strict=True))
+    return max((name for name in trace.layers if parse(name).side == part), key=change.__getitem__)
+
+
+def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style: str, seed: int, samples: int) -> None:
+    """Print how often a classifier recognises concept and style in `samples` of each held-out concept."""
+    from tqdm import tqdm
+
+    held_out = [k for k, concept in enumerate(data.concepts()) if concept.held_out]
+    names = [data.concepts()[k].name for k in held_out]
+    classifier = load_classifier()
+    results = []
+    for label, adapter in tqdm(rows, desc="Measuring", leave=False):
+        shares = [recognised(classifier, _images(model, adapter, names, seed + k + 1), held_out, style) for k in range(samples)]
+        concept, drawn = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+        results.append((label, 0 if adapter is None else adapter.parameter_count(), concept, drawn))
+    truth = recognised(classifier, data.images(style)[held_out], held_out, style)
+    print(f"\n{len(names)} concepts never shown in {style}, {samples} each; what a classifier of all styles sees:\n")
+    print(f"  {'':44} {'parameters':>10}  {'concept':>8}  {'style':>8}")
+    for label, parameters, concept, drawn in results:
+        print(f"  {label:44} {parameters:>10,}  {concept:>8.0%}  {drawn:>8.0%}")
+    print(f"  {'the drawings themselves':44} {'':>10}  {truth[0]:>8.0%}  {truth[1]:>8.0%}")
+
+
+def _images(model: DemoModel, adapter: Adapter | None, names: Sequence[str], seed: int, strength: float = 1.0) -> Tensor:
+    """One image per prompt, (N, 3, 64, 64) in [-1, 1]."""
+    if adapter is None:
+        return model.autoencoder.decode(_sample(model, names, seed))
+    with attach(model.unet, Applied(adapter, strength)):
+        return model.autoencoder.decode(_sample(model, names, seed))
+
+
+def _sample(model: DemoModel, names: Sequence[str], seed: int) -> Tensor:
+    return sample(model.unet, model.text_encoder(list(names)), model.text_encoder([""]), seed=seed)
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """`count` items, evenly over the sequence."""
+    return [items[round((k + 0.5) * len(items) / count - 0.5)] for k in range(count)]

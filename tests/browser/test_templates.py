@@ -1,0 +1,72 @@
+"""The templates in the editor, in both ways to draw nodes: nothing overlaps, nothing is missing that is not offered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from editor import TIMEOUT, Editor
+from test_live_view import both_ways
+
+TEMPLATES = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
+# The boxes of all nodes with their titles, in the canvas's own units: [left, top, width, height].
+BOXES = """() => {
+  const graph = window.app.rootGraph ?? window.app.graph;
+  const {scale, offset} = window.app.canvas.ds;
+  const canvas = window.app.canvas.canvas.getBoundingClientRect();
+  return graph.nodes.map((node) => {
+    const box = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+    const title = window.LiteGraph.NODE_TITLE_HEIGHT;
+    return {name: node.title, box: box
+      ? [(box.left - canvas.left) / scale - offset[0], (box.top - canvas.top) / scale - offset[1], box.width / scale, box.height / scale]
+      : [node.pos[0], node.pos[1] - title, node.size[0], Math.max(node.size[1], node.computeSize()[1]) + title]};
+  });
+}"""
+# Values of lists that are not in them, but for models that the editor offers to download.
+MISSING = """() => (window.app.rootGraph ?? window.app.graph).nodes.flatMap((node) => (node.widgets ?? [])
+  .filter((widget) => Array.isArray(widget.options?.values) && !widget.options.values.includes(widget.value))
+  .filter((widget) => !node.properties.models?.some((model) => model.name === widget.value && model.url))
+  .map((widget) => `${node.title}: ${widget.value}`))"""
+
+
+def overlapping(nodes: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    def between(a: float, width: float, b: float, other: float) -> bool:
+        return a < b + other and b < a + width
+
+    found = []
+    for index, one in enumerate(nodes):
+        for two in nodes[index + 1 :]:
+            (x, y, w, h), (u, v, m, n) = one["box"], two["box"]
+            if between(x, w, u, m) and between(y, h, v, n):
+                found.append((one["name"], two["name"]))
+    return found
+
+
+@both_ways
+def test_templates_open_without_overlaps_and_errors(open_editor: Callable[..., Editor], vue_nodes: bool) -> None:
+    editor = open_editor(vue_nodes)
+    for path in TEMPLATES:
+        editor.load(json.loads(path.read_text(encoding="utf-8")))
+        nodes = editor.page.evaluate(BOXES)
+        assert len(nodes) > 5 and all(node["box"][2] > 50 for node in nodes)
+        assert overlapping(nodes) == [], path.stem
+        assert editor.page.evaluate(MISSING) == [], path.stem
+
+
+def test_the_measure_finds_overlaps() -> None:
+    apart = [{"name": "a", "box": [0, 0, 10, 10]}, {"name": "b", "box": [10, 0, 10, 10]}]
+    assert overlapping(apart) == []
+    assert overlapping([*apart, {"name": "c", "box": [5, 9, 10, 10]}]) == [("a", "c"), ("b", "c")]
+
+
+def test_the_one_node_path_is_found_first(open_editor: Callable[..., Editor]) -> None:
+    """What the editor's search lists first for the pack's name."""
+    editor = open_editor()
+    editor.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    editor.page.wait_for_timeout(1000)
+    editor.page.keyboard.type("styleinject", delay=20)
+    editor.page.get_by_role("option").filter(has_text="Puts a style on a model").wait_for(timeout=TIMEOUT)
+    assert "Puts a style on a model" in editor.page.get_by_role("option").first.inner_text()
+    editor.page.keyboard.press("Escape")

@@ -1,0 +1,121 @@
+"""`styleinject deadiff train`, on the embedded model: from a folder of drawings to a DEADiff file, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from styleinject_core.cli import main
+from styleinject_core.commands.config_files import ConfigError
+from styleinject_core.commands.reference import find_pictures, run
+from styleinject_core.deadiff import load_deadiff
+from styleinject_core.demo import data
+from styleinject_core.demo.deadiff import DEMO_CONFIG
+from styleinject_core.train.data.images import DataError
+
+pytest.importorskip("diffusers")
+CONFIG = """
+[model]
+path = "{model}"
+[data]
+folder = "drawings"
+resolution = 64
+{data}
+[deadiff]
+{deadiff}
+[train]
+steps = 3
+batch_size = 2
+learning_rate = 1e-3
+checkpoint_every = 2
+{train}
+[output]
+folder = "run"
+name = "mine"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three styles of four things, one of them with a text of its own."""
+    for style in ("noto", "openmoji-line", "fluent3d"):
+        (tmp_path / "drawings" / style).mkdir(parents=True)
+        drawings = data.images(style)
+        for k in (3, 40, 80, 120):
+            name = data.concepts()[k].name.replace(" ", "_")
+            levels = ((drawings[k] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            Image.fromarray(levels).save(tmp_path / "drawings" / style / f"{name}.png")
+    (tmp_path / "drawings" / "noto" / "style.txt").write_text("shaded, soft")
+    (tmp_path / "drawings" / "noto" / f"{data.concepts()[3].name.replace(' ', '_')}.txt").write_text("something else\n")
+    return tmp_path
+
+
+def write(folder, model="demo", **tables):
+    text = CONFIG.format(model=model, **{"data": "", "deadiff": "", "train": "", **tables})
+    (folder / "my.toml").write_text(text)
+    return folder / "my.toml"
+
+
+def test_labels_and_prompts_come_from_the_folder(folder):
+    pictures = find_pictures(folder / "drawings")
+    assert len(pictures) == 12 and {p.style for p in pictures} == {"noto", "openmoji-line", "fluent3d"}
+    assert len({p.subject for p in pictures}) == 4
+    prompts = {(p.style, p.style_prompt) for p in pictures}
+    assert prompts == {("noto", "shaded, soft"), ("openmoji-line", "openmoji line"), ("fluent3d", "fluent3d")}
+    own = next(p for p in pictures if p.style == "noto" and p.subject == data.concepts()[3].name.replace(" ", "_"))
+    assert own.subject_prompt == "something else"
+    with pytest.raises(DataError, match="has no folders of pictures"):
+        find_pictures(folder / "drawings" / "noto")
+    with pytest.raises(DataError, match="'nowhere' is no folder"):
+        find_pictures(folder / "nowhere")
+
+
+def test_a_config_becomes_a_file_and_goes_on(folder, capsys):
+    path = write(folder, data="validation = 2", deadiff="align_steps = 3\nreconstruction = 0.0", train="validate_every = 3")
+    assert main(["deadiff", "train", str(path), "--dry-run"]) == 0
+    assert "6 pictures in 3 styles of 2 subjects, 6 held out" in capsys.readouterr().out
+    assert not (folder / "run").exists()
+    first = run(path)
+    assert "aligned with the text" in capsys.readouterr().out
+    made = load_deadiff(folder / "run" / "mine.safetensors")
+    assert made.config == DEMO_CONFIG and made.metadata["deadiff_steps"] == "3"
+    assert (folder / "run" / "loss.png").stat().st_size > 1000 and len(first.validation) == 1
+    path.write_text(path.read_text().replace("steps = 3\nbatch", "steps = 5\nbatch"))
+    second = run(path)
+    assert second.resumed_from == 3 and second.losses[:3] == first.losses and len(second.losses) == 5
+    path.write_text(
+        path.read_text().replace("[deadiff]", '[deadiff]\nstart = "run/mine.safetensors"').replace('"run"', '"again"')
+    )
+    run(path)
+    again = load_deadiff(folder / "again" / "mine.safetensors")
+    assert not torch.equal(again.streams["style"].qformer.queries, made.streams["style"].qformer.queries)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"data": "validation = 4"}, "data.validation: 4 of 4 subjects leave none to train on"),
+        ({"data": "validation = 1"}, "data.resolution 64, validation 1: expected at least 1, and 0 or at least 2"),
+        ({"deadiff": "style = 0.0\ncontent = 0.0\nreconstruction = 0.0"}, "shares of the tasks"),
+        ({"deadiff": 'strat = "x"'}, "unknown field, did you mean start"),
+        ({"train": "validate_every = 1"}, "set data.validation to how many subjects are held out"),
+        ({"train": "gradient_checkpointing = true"}, "not in the training of a DEADiff"),
+        ({"deadiff": 'start = "none.safetensors"'}, "none.safetensors: no such file"),
+    ],
+)
+def test_what_does_not_fit_is_said(folder, tables, message):
+    with pytest.raises(ValueError, match=message):
+        run(write(folder, **tables))
+    assert not (folder / "run").exists()
+
+
+def test_the_template_names_every_field(folder, capsys):
+    assert main(["deadiff", "train", "--template"]) == 0
+    text = capsys.readouterr().out
+    for field in ("align_steps", "reconstruction", "validation", "folder"):
+        assert f"{field} = " in text
+    assert main(["deadiff", "train"]) == 1
+    assert "expected a config file" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no such file"):
+        run(folder / "none.toml")
