@@ -261,7 +261,13 @@ def test_the_deadiff_demo_workflow_draws_like_its_references(client, example) ->
     assert sum(colors["deadiff_openmoji-line"]) < 0.5 * sum(colors["deadiff_twemoji"]), "line art has less color"
 
 
-@pytest.mark.parametrize("name", ["11 Style from one picture and subject from another - SD 1.5.json", "12 Style of a picture with ControlNet and a LoRA - SD 1.5.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "11 Style from one picture and subject from another - SD 1.5.json",
+        "12 Style of a picture with ControlNet and a LoRA - SD 1.5.json",
+    ],
+)
 def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, name) -> None:
     """As committed, but for the size and the models that are chosen: a DEADiff for the small checkpoint whose vision encoder is the demo's,
     without the ControlNet and the LoRA that nobody has here."""
