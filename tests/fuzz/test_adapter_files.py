@@ -23,7 +23,7 @@ from styleinject_core.files.alphas import HEADER_KEY
 from styleinject_core.files.keys import _ENDS
 from styleinject_core.summary import as_text, summarize
 
-CASES = int(os.environ.get("FUZZ_CASES", "3000"))
+CASES = int(os.environ.get("FUZZ_CASES", "2400"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SECONDS_PER_MB, AT_LEAST = 1.0, 0.5
 
