@@ -45,7 +45,7 @@ def find_places(model: nn.Module, adapter: Adapter) -> dict[str, Found]:
     host = diffusion_model(model)
     modules = {name.replace(f"{COMPILED}.", ""): name for name, _ in host.named_modules()}
     table: dict[str, Any] = comfy.lora.model_lora_keys_unet(model, {})
-    unet = _unet_names(model.model_config.unet_config)
+    unet = _unet_names(model)
     found = {}
     for name in adapter.names:
         target = _target(table, unet, name, adapter.keys.get(name))
@@ -60,7 +60,7 @@ def find_places(model: nn.Module, adapter: Adapter) -> dict[str, Found]:
 def unet_modules(model: nn.Module, wanted: Iterable[str]) -> dict[str, str]:
     """The module names of a U-Net's layers, by their diffusers names; those that are not there are left out."""
     modules = {name.replace(f"{COMPILED}.", ""): name for name, _ in diffusion_model(model).named_modules()}
-    table = _unet_names(model.model_config.unet_config)
+    table = _unet_names(model)
     return {name: modules[table[name]] for name in wanted if table.get(name) in modules}
 
 
@@ -127,9 +127,10 @@ def diffusion_model(model: nn.Module) -> nn.Module:
     return getattr(network, COMPILED, network)
 
 
-def _unet_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
+def _unet_names(model: nn.Module) -> dict[str, str]:
     """Diffusers name -> module name, of a U-Net's layers; none for other models."""
-    table = comfy.utils.unet_to_diffusers(unet_config)
+    config: Any = model.model_config
+    table = comfy.utils.unet_to_diffusers(config.unet_config)
     return {
         key.removesuffix(".weight"): value.removesuffix(".weight") for key, value in table.items() if key.endswith(".weight")
     }
