@@ -356,7 +356,9 @@ def clip():
 
 @pytest.mark.parametrize("kind", ["LoRA, alpha", "LoHa", "LoKr, both factored", "difference"])
 def test_a_text_encoders_part_goes_onto_a_clip(pack, model, layers, put, run_node, clip, kind) -> None:
+    import comfy.lora
     import comfy.sd
+    import comfy.utils
 
     tensors = {**files.file_of(layers, "LoRA"), **files.text_encoder_part(kind, width=64)}
     expected = comfy.sd.load_lora_for_models(model, clip, dict(tensors), 1.0, 0.6)[1].patcher
@@ -367,7 +369,9 @@ def test_a_text_encoders_part_goes_onto_a_clip(pack, model, layers, put, run_nod
     assert "text encoder: 4 of 4 layers matched, strength 0.6" in str(output.ui)
     assert expected.patches and found.patches.keys() == expected.patches.keys()
     for key in expected.patches:
-        weights = [p.patch_weight_to_device(key, return_weight=True) for p in (found, expected, clip.patcher)]
+        plain = comfy.utils.get_attr(clip.cond_stage_model, key)
+        patches = [patcher.patches.get(key, []) for patcher in (found, expected, clip.patcher)]
+        weights = [comfy.lora.calculate_weight(several, plain.detach().clone(), key) for several in patches]
         assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert not clip.patcher.patches
     assert run_node("StyleInjectLoadAndApply", **given)[2] is None
@@ -437,6 +441,22 @@ def test_layers_that_have_no_diffusers_name(tiny_unet_model, ours, report, sampl
             tensors = {f"{spelled}.lora_up.weight": files.Draw(1)(32, 2), f"{spelled}.lora_down.weight": files.Draw(2)(2, 32)}
             assert "1 of 1 layers matched" in report(model, tensors)
             assert_same(sample, ours(model, tensors), native(model, tensors), model)
+
+
+def test_parameters_that_are_no_layers(tiny_unet_model, ours, report, put, run_node, sample) -> None:
+    """As the modulation of Wan's blocks: a parameter of the block itself, which ComfyUI knows by its own name."""
+    model = tiny_unet_model(seed=5)
+    block = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
+    original = block.forward
+    with torch.inference_mode():
+        block.modulation = torch.nn.Parameter(torch.ones(1, 1, 32), requires_grad=False)
+        block.forward = lambda x, *args, **kwargs: original(x, *args, **kwargs) * block.modulation
+        tensors = {"diffusion_model.input_blocks.1.1.transformer_blocks.0.modulation.diff": files.Draw(1)(1, 1, 32)}
+        assert "1 of 1 layers matched" in report(model, tensors)
+        assert_same(sample, ours(model, tensors, -0.5), native(model, tensors, -0.5), model)
+        adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
+        scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
+        assert close(sample(scheduled, scheduler="simple"), sample(native(model, tensors), scheduler="simple"), 2e-4)
 
 
 def test_xlabs_files(ours) -> None:
