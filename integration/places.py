@@ -78,18 +78,20 @@ def _target(table: Mapping[str, Any], unet: Mapping[str, str], name: str, key: s
 
 
 def _found(target: Any, modules: Mapping[str, str]) -> Found | None:
-    """A target of the table as a place: "<key>", (key, (0, start, size)) or (key, rows or None, function)."""
+    """A target of the table as a place: "<key>", (key, (0, start, size)) or (key, rows or None, function). Keys are of weights,
+    or of other parameters, as a block's modulation."""
     whole, offset, reorder = target, None, None
     if not isinstance(target, str):
         whole, offset = target[0], target[1]
         reorder = target[2] if len(target) > 2 else None
-    name = modules.get(whole.replace(f"{COMPILED}.", "").removeprefix(_MODEL).removesuffix(".weight"))
-    if name is None or not whole.endswith(".weight"):
+    owner, _, parameter = whole.replace(f"{COMPILED}.", "").removeprefix(_MODEL).rpartition(".")
+    name = modules.get(owner)
+    if name is None or (parameter != "weight" and offset is not None):
         return None
     if offset is not None and offset[0] != 0:
         logging.warning("StyleInject: %s: a slice along dimension %s is not supported", whole, offset[0])
         return None
-    return Found(Place(name, None if offset is None else Rows(offset[1], offset[2])), reorder)
+    return Found(Place(name, None if offset is None else Rows(offset[1], offset[2]), parameter), reorder)
 
 
 def fitted(model: nn.Module, adapter: Adapter, found: Mapping[str, Found]) -> Adapter:
@@ -106,7 +108,8 @@ def fitted(model: nn.Module, adapter: Adapter, found: Mapping[str, Found]) -> Ad
         place, reorder = found[name].place, found[name].reorder
         try:
             module = host.get_submodule(place.module)
-            shape = LayerShape.of(module) or LayerShape.of_other(module)
+            shape = LayerShape.of(module) if place.parameter == "weight" else None
+            shape = shape or LayerShape.of_other(module, place.parameter)
         except (AttributeError, ValueError):
             continue
         if shape is not None and place.rows is not None:
