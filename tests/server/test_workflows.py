@@ -215,11 +215,11 @@ def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     pictures = [client.fetch_image(image) for image in run.images]
     assert len(pictures) == 2
     assert all(picture.shape == (512, 512, 3) and picture.std() > 5 for picture in pictures)
-    colours = [picture.max(2).astype(int) - picture.min(2) for picture in pictures]
+    colors = [picture.max(2).astype(int) - picture.min(2) for picture in pictures]
     saturation = {
-        image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colours, strict=True)
+        image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colors, strict=True)
     }
-    assert saturation[False] < 0.5 * saturation[True], "line art has less colour than the base model's drawings"
+    assert saturation[False] < 0.5 * saturation[True], "line art has less color than the base model's drawings"
 
 
 @pytest.mark.parametrize("name", ["02 A style on your own model.json", "03 Two styles on your own model.json"])
@@ -261,7 +261,13 @@ def test_the_deadiff_demo_workflow_draws_like_its_references(client, example) ->
     assert sum(colors["deadiff_openmoji-line"]) < 0.5 * sum(colors["deadiff_twemoji"]), "line art has less color"
 
 
-@pytest.mark.parametrize("name", ["11 Style from one picture and subject from another - SD 1.5.json", "12 Style of a picture with ControlNet and a LoRA - SD 1.5.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "11 Style from one picture and subject from another - SD 1.5.json",
+        "12 Style of a picture with ControlNet and a LoRA - SD 1.5.json",
+    ],
+)
 def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, name) -> None:
     """As committed, but for the size and the models that are chosen: a DEADiff for the small checkpoint whose vision encoder is the demo's,
     without the ControlNet and the LoRA that nobody has here."""
