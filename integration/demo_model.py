@@ -22,7 +22,7 @@ from .patcher import ModelPatcher, wrap
 
 
 class DemoLatent(comfy.latent_formats.LatentFormat):
-    """16 channels at an eighth of the size, normalised by the autoencoder itself."""
+    """16 channels at an eighth of the size, normalized by the autoencoder itself."""
 
     scale_factor = 1.0
     latent_channels = LATENT_CHANNELS

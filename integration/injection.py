@@ -66,7 +66,7 @@ class ComfyProgram(HostProgram):
     def readable(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the layer is one of ComfyUI's plain ones and computes with module.weight as it lies there.
 
-        Not so for quantised and fp8 layers, weights that live on another device or in another dtype, and those that
+        Not so for quantized and fp8 layers, weights that live on another device or in another dtype, and those that
         a low-VRAM LoRA patches on the way.
         """
         if type(module) not in _PLAIN_LAYERS or module._forward_hooks or module._forward_pre_hooks:

@@ -42,7 +42,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """The traces of one sampling run, and what to recognise its result by; None where it has none."""
+    """The traces of one sampling run, and what to recognize its result by; None where it has none."""
 
     traces: tuple[RouterTrace, ...]
     mark: Tensor | None

@@ -67,7 +67,7 @@ def apply_adapter(
         applied = Applied(adapter if weights is None else weights.model, strength, dma, sta, layers, layer_weights)
         injection = Injection(applied, start_percent, end_percent, tuple(control), patched, node_id)
         report = injection.report(model.model)  # what does not fit is said now, not in mid-sampling
-        if report.share < 1 or report.biases:
+        if report.share < 1 or report.biases or report.narrowed:
             logging.warning("StyleInject: %s", report)
         clone = _with_injections(model, (*injections_of(model), injection))
         if patched:

@@ -67,7 +67,8 @@ def unet_modules(model: nn.Module, wanted: Iterable[str]) -> dict[str, str]:
 def _target(table: Mapping[str, Any], unet: Mapping[str, str], name: str, key: str | None) -> Any:
     """What ComfyUI's table says of a layer: by its key in the file, else by the diffusers name."""
     if key is not None:
-        spelled = key.replace("lora_unet__", "lora_unet_", 1) if key.startswith("lora_unet__") else key
+        spelled = key.removeprefix("model.") if key.startswith("model.diffusion_model.") else key
+        spelled = spelled.replace("lora_unet__", "lora_unet_", 1) if spelled.startswith("lora_unet__") else spelled
         for prefix in _FILE_PREFIXES:
             if f"{prefix}{spelled}" in table:
                 return table[f"{prefix}{spelled}"]

@@ -6,6 +6,7 @@ of a call (`injection`). Both give the same latents up to rounding.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable
 from typing import Any
@@ -39,10 +40,16 @@ class FixedPatch(WeightAdapterBase):  # type: ignore[misc]
     ) -> Tensor:
         """weight + strength · change, in place; `weight` is the slice of the model's that the layer is for."""
         layer, part, _owner = self.weights
+        whole, expected = weight, layer.shape.weight if part == "weight" else (layer.shape.out_features,)
+        if tuple(weight.shape) != expected and weight.ndim == len(expected):  # other channels than it was made for
+            if any(size < wanted for size, wanted in zip(weight.shape, expected, strict=True)):
+                logging.warning("StyleInject: %s is left out: made for %s, found %s", key, expected, tuple(weight.shape))
+                return whole
+            weight = weight[tuple(slice(wanted) for wanted in expected)]
         change = layer.change(weight) if part == "weight" else layer.shift()
         if change is not None:
             weight += function((strength * change.to(weight.device)).to(weight.dtype).reshape(weight.shape))
-        return weight
+        return whole
 
 
 def add_patches(model: Any, attachment: Attachment, owner: object) -> None:

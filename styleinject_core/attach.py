@@ -65,6 +65,7 @@ class MatchReport:
     Args:
         skipped, unused: see `Adapter`.
         biases: layers whose bias was to change, and is not there.
+        narrowed: layers that have more input channels in this model, of which the adapter changes the first.
     """
 
     adapter: str
@@ -73,6 +74,7 @@ class MatchReport:
     skipped: tuple[str, ...] = ()
     unused: Mapping[str, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    narrowed: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -91,6 +93,9 @@ class MatchReport:
         for key, reason in self.unused.items():
             reasons.setdefault(reason, []).append(key)
         reasons["changes of biases that these layers of the model do not have"] = list(self.biases)
+        reasons["with more input channels in this model, of which the adapter changes those it was made for"] = list(
+            self.narrowed
+        )
         reasons["for another model (a text encoder, a VAE)"] = list(self.skipped)
         lines += [f"  {label} ({len(names)}): {_first(names)}" for label, names in reasons.items() if names]
         return "\n".join(lines)
@@ -123,6 +128,7 @@ class _Matching:
         self.places: list[tuple[nn.Module, LayerShape, Site]] = []
         self.unmatched: list[str] = []
         self.biases: list[str] = []
+        self.other_inputs: dict[str, LayerShape] = {}  # layers of which only the number of input channels differs
         self._taken: dict[Place, str] = {}
 
     def match(self, name: str) -> None:
@@ -146,24 +152,46 @@ class _Matching:
             self.biases.append(name)
             fitting = fitting.without_bias()
         if fitting is not None:
-            site = Site(name, fitting, self.program, self.current, place.rows)
+            site = Site(name, fitting, self.program, self.current, place.rows, adapter=self.item.adapter.name)
             self.sites.append(site)
             self.places.append((module, whole, site))
 
     def _fitted(self, name: str, layer: AdapterLayer, shape: LayerShape) -> AdapterLayer | None:
-        """The layer for a host layer of that shape; None where it does not fit and is not selected."""
+        """The layer for a host layer of that shape; None where it does not fit and is not selected.
+
+        One layer may have another number of input channels: the first of an inpainting or edit model takes more than a latent.
+        """
         fitting = layer.on(shape)
-        if fitting is None and name in self.selected:
-            raise AdapterMismatchError(
-                f"{self.item.adapter.name}: {name}: adapter made for {layer.shape}, model has {shape}; "
-                f'a layer selector can leave it out: "!{name}"'
-            )
-        return fitting
+        if fitting is not None or name not in self.selected:
+            return fitting
+        if self.other_inputs or replace(shape, in_features=layer.shape.in_features) != layer.shape:
+            raise self._mismatch(name, shape)
+        self.other_inputs[name] = shape
+        return layer if shape.in_features > layer.shape.in_features else None
+
+    def _mismatch(self, name: str, shape: LayerShape) -> AdapterMismatchError:
+        return AdapterMismatchError(
+            f"{self.item.adapter.name}: {name}: adapter made for {self.layers[name].shape}, model has {shape}; "
+            f'a layer selector can leave it out: "!{name}"'
+        )
+
+    def check(self) -> None:
+        """Raise AdapterMismatchError where the one layer with other input channels is all there is: it is another model."""
+        for name, shape in self.other_inputs.items():
+            if all(site.name == name for site in self.sites):
+                raise self._mismatch(name, shape)
 
     def report(self) -> MatchReport:
         """What was found."""
         adapter, matched = self.item.adapter, tuple(site.name for site in self.sites)
-        return MatchReport(adapter.name, matched, tuple(self.unmatched), adapter.skipped, adapter.unused, tuple(self.biases))
+        narrowed = tuple(name for name in self.other_inputs if name in matched)
+        fewer = {
+            name: f"made for {self.layers[name].shape.in_features} input channels, the model has {shape.in_features}"
+            for name, shape in self.other_inputs.items()
+            if name not in narrowed
+        }
+        unused = {**adapter.unused, **fewer}
+        return MatchReport(adapter.name, matched, tuple(self.unmatched), adapter.skipped, unused, tuple(self.biases), narrowed)
 
 
 class Attachment:
@@ -200,6 +228,7 @@ class Attachment:
             found = _Matching(item, modules, names or {}, self.program)
             for name in item.adapter.names:
                 found.match(name)
+            found.check()
             self.sites.append(found.sites)
             self._places.extend((overrides.setdefault(m, Override(m, whole)), site) for m, whole, site in found.places)
             self.reports.append(found.report())

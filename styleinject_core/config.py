@@ -111,6 +111,11 @@ class AdapterConfig(LayerConfig):
     target_modules: tuple[str, ...] = ("to_q", "to_v")
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @classmethod
+    def default_targets(cls) -> tuple[str, ...]:
+        """The selector's word for queries and values of attention, by whatever names the model has them."""
+        return ("default",)
+
     def __post_init__(self) -> None:
         for name in ("r", "n_styles"):
             value = getattr(self, name)

@@ -42,7 +42,7 @@ class LayerShape:
     def of(cls, module: Any) -> LayerShape | None:
         """The shape of a Linear- or Conv2d-like module, or None for anything else.
 
-        Layers are recognised by what they have, not by class: quantised Linears are not nn.Linear.
+        Layers are recognized by what they have, not by class: quantized Linears are not nn.Linear.
 
         Raises:
             UnsupportedLayerError: a grouped convolution.

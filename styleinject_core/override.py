@@ -89,6 +89,8 @@ class Override:
         out = self._adapted(x, *args, **kwargs)
         if not self.tails:
             return out
+        for tail in self.tails:
+            tail.current.ran = True
         found = (tail.rows(x, out, tail.current.call) for tail in self.tails)
         return torch.cat([out, *(rows for rows in found if rows is not None)], 1)
 

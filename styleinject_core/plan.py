@@ -11,6 +11,7 @@ from torch import Tensor
 from .functional import dispatch
 from .functional.host import HostLayer, statistics_dtype
 from .functional.update import LayerWeights, prepare
+from .layers import LayerShape
 from .site import Rows, Site
 
 
@@ -36,8 +37,11 @@ class Plan:
         self._sites, self._like = list(sites), (x.dtype, x.device)
         self.active = [site for site in sites if site.dma != 0 or site.sta != 0]
         self.kept = not torch.is_grad_enabled()
+        known = {site.layer.shape.in_features for site in self.active}
+        self._known = known.pop() if len(known) == 1 else -1
         places = dict.fromkeys(site.rows for site in self.active)
         self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
+        self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
         self.kept = self.kept and all(group.lasting for group in self.groups.values())
         if self.kept:
             self._strengths = [(site, site.dma, site.sta) for site in sites]
@@ -63,8 +67,11 @@ class Plan:
 
     def run(self, x: Tensor, host: HostLayer) -> Tensor:
         """h* of the layer. Slices of a fused layer are adapted on their own channels, after what adapts it whole."""
-        if None in self.groups and len(self.groups) == 1:
-            return self.groups[None].run(x, host)
+        wider = host.weight is not None and host.weight.shape[0] != host.shape.out_features
+        if x.shape[-1 if host.shape.kernel is None else 1] != self._known or wider:
+            return self._on_known_channels(x, host)
+        if self.whole is not None:
+            return self.whole.run(x, host)
         h = self.groups[None].run(x, host) if None in self.groups else host(x)
         places = sorted((rows for rows in self.groups if rows is not None), key=lambda rows: (rows.start, rows.size))
         while places:  # slices that overlap, one after the other
@@ -78,6 +85,32 @@ class Plan:
             places = later
         return h
 
+    def _on_known_channels(self, x: Tensor, host: HostLayer) -> Tensor:
+        """h* of a layer with more channels than adapters were made for, or fewer: they change what they know of it.
+
+        Inpainting and edit models, and nodes that widen a layer of a model that is loaded, put what they add after the
+        channels that were there. An adapter that needs more than there are is left out.
+        """
+        dim, h = 1 if host.shape.is_conv else -1, host(x)
+        by_channels: dict[tuple[int, int], list[Site]] = {}
+        for site in self.active:
+            k = site.layer.shape.in_features
+            d = host.shape.out_features if site.rows is not None else site.layer.shape.out_features
+            if k > x.shape[dim] or d > h.shape[dim]:
+                site.leave_out(x.shape[dim], h.shape[dim])
+            else:
+                by_channels.setdefault((k, d), []).append(site)
+        out = h
+        for (k, d), sites in by_channels.items():
+            own = h.narrow(dim, 0, d)
+            part = _first_channels(host, own, k)
+            change = Plan(sites, x).run(x.narrow(dim, 0, k), part) - own
+            rest = h.shape[dim] - d
+            if rest:
+                change = torch.cat([change, torch.zeros_like(h.narrow(dim, d, rest))], dim)
+            out = out + change
+        return out
+
     def _in_slices(self, x: Tensor, h: Tensor, host: HostLayer, places: Sequence[Rows]) -> Tensor:
         """h with the channels of some slices adapted; the slices are in order and do not overlap."""
         dim = 1 if host.shape.is_conv else -1
@@ -89,6 +122,13 @@ class Plan:
             pieces.append(self.groups[rows].run(x, part))
         pieces.append(h.narrow(dim, end, h.shape[dim] - end))
         return torch.cat(pieces, dim)
+
+
+def _first_channels(host: HostLayer, h: Tensor, inputs: int) -> HostLayer:
+    """The first channels of a layer as one of its own, on the input for which they are `h`."""
+    outputs = h.shape[1 if host.shape.is_conv else -1]
+    shape = LayerShape(inputs, outputs, host.shape.kernel)
+    return HostLayer(shape, lambda _: h, None, None, host.module, read=lambda: host.frozen_weight()[:outputs, :inputs])
 
 
 class _Group:

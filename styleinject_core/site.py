@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,3 +71,15 @@ class Site:
     rows: Rows | None = None
     dma: float = 1.0
     sta: float = 1.0
+    adapter: str = ""  # its name
+    said: bool = False  # that it is left out
+
+    @torch.compiler.disable
+    def leave_out(self, inputs: int, outputs: int) -> None:
+        """Say once that the layer cannot be adapted: it has fewer channels now than the adapter was made for."""
+        if not self.said:
+            self.said = True
+            logging.getLogger(__name__).warning(
+                "%s: %s is left out: the adapter was made for %s, the layer has %d input and %d output channels now",
+                *(self.adapter, self.name, self.layer.shape, inputs, outputs),
+            )

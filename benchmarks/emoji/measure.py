@@ -38,8 +38,8 @@ def likeness(x: Tensor, subject: Tensor) -> float:
     return float(F.cosine_similarity(x, subject.mean(0, keepdim=True)).mean())
 
 
-def recognised(classifier: Classifier, images: Tensor, concepts: list[int], style: int) -> dict[str, float]:
-    """Shares of images (N, 3, 64, 64): recognised as their concept, as the style, and as both."""
+def recognized(classifier: Classifier, images: Tensor, concepts: list[int], style: int) -> dict[str, float]:
+    """Shares of images (N, 3, 64, 64): recognized as their concept, as the style, and as both."""
     concept, drawn = classifier(images)
     right = concept.argmax(1) == torch.tensor(concepts)
     in_style = drawn.argmax(1) == style

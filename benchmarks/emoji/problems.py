@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from chinese import chinese_names, train_chinese_encoder
-from measure import features, kid, likeness, recognised
+from measure import features, kid, likeness, recognized
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -104,7 +104,7 @@ class Problem:
         return result
 
     def compare(self, images: Tensor, concepts: list[int]) -> dict[str, float]:
-        shares = recognised(self.classifier, images, concepts, data.styles().index(self.style))
+        shares = recognized(self.classifier, images, concepts, data.styles().index(self.style))
         wanted = features(self.classifier, self.reference(concepts))
         return {**shares, "kid": kid(features(self.classifier, images), wanted)}
 
@@ -208,7 +208,7 @@ class Subject(Problem):
         return {"likeness": likeness(subject, subject), "subject_style": shown}
 
     def _both(self, images: Tensor, concepts: list[int], style: int) -> float:
-        return recognised(self.classifier, images, concepts, style)["both"]
+        return recognized(self.classifier, images, concepts, style)["both"]
 
     def _before(self, seed: int) -> Tensor:
         if seed not in self.drift:

@@ -92,8 +92,8 @@ class Bench:
     def rate(self, task: str, row: str) -> float:
         """The best learning rate, better than the next lower and higher one.
 
-        On concepts that are trained on, more are recognised as the thing and in the style; where as many, the KID is smaller.
-        The KID alone is smallest where nothing can be recognised any more, in the right colours.
+        On concepts that are trained on, more are recognized as the thing and in the style; where as many, the KID is smaller.
+        The KID alone is smallest where nothing can be recognized any more, in the right colors.
         """
 
         @cache

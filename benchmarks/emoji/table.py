@@ -52,7 +52,7 @@ def tables(lines: Iterable[dict[str, Any]]) -> str:
         if chosen:
             parts.append(f"**{TITLES[task]}** ({task}, {steps} steps)\n\n{results(chosen)}")
     if tuning := [line for line in lines if line["tuning"]]:
-        title = "**Learning rates tried** (on concepts trained on: per cent recognised as thing and style, and KID)"
+        title = "**Learning rates tried** (on concepts trained on: per cent recognized as thing and style, and KID)"
         parts.append(f"{title}\n\n{rates(tuning)}")
     return "\n\n".join(parts)
 

@@ -186,7 +186,7 @@ class ComfyTrainingModel(TrainingModel):
         except comfy.model_management.InterruptProcessingException:
             if torch.is_grad_enabled():
                 raise
-            # In a validation: an optimiser's step without what belongs to it could not be saved. Stop after it instead.
+            # In a validation: an optimizer's step without what belongs to it could not be saved. Stop after it instead.
             x0 = self._denoised(noisy, times, named)
             comfy.model_management.interrupt_current_processing(True)
         return prediction_of(self.schedule, x0, noisy, times)
@@ -248,7 +248,7 @@ class Loaded:
     def running(self) -> Iterator[None]:
         """Loaded and told that they run, and told when it is over."""
         management = comfy.model_management
-        # Quantised layers multiply in 8 bits or less, which has no gradient in every version; told so, they unpack first.
+        # Quantized layers multiply in 8 bits or less, which has no gradient in every version; told so, they unpack first.
         layers = [part for model in self.models for part in model.denoiser.modules() if hasattr(part, _UNPACKED)]
         former = [getattr(layer, _UNPACKED) for layer in layers]
         in_training = getattr(management, "in_training", None)  # newer versions avoid operations without gradients then

@@ -46,7 +46,7 @@ def flat_prompts(values: Sequence[Sequence[Any]], what: str = "conditioning") ->
     """The prompts of one or several CONDITIONINGs, in order.
 
     Raises:
-        ValueError: none, or one with something that training cannot honour; names it.
+        ValueError: none, or one with something that training cannot honor; names it.
     """
     found: list[Prompt] = []
     for tensor, extras in (entry for value in values for entry in value):

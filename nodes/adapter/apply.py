@@ -239,6 +239,8 @@ def shown(model: ModelPatcher, injection: Injection, line: str = "") -> dict[str
         text += f"\n{used} of them chosen by layers"
     if matched.unmatched:
         text += f"\nnot in this model: {', '.join(matched.unmatched[:2])}" + (" ..." if len(matched.unmatched) > 2 else "")
+    if matched.narrowed:
+        text += f"\nmore input channels in this model, changed are those it was made for: {', '.join(matched.narrowed)}"
     if matched.unused:
         text += f"\nnot supported: {len(matched.unused)} layers"
     if line:

@@ -22,7 +22,7 @@ class StyleInjectDemoDataset(io.ComfyNode):
             section="demo",
             display_name="StyleInject Demo Dataset",
             description="Drawings by five artists of the same 223 things, with their names, for trying the training nodes. "
-            "Each style has a licence of its own: see ATTRIBUTION.md.",
+            "Each style has a license of its own: see ATTRIBUTION.md.",
             search_aliases=["demo", "emoji", "training data"],
             inputs=[
                 io.Combo.Input(

@@ -203,8 +203,8 @@ class StyleInjectRouterMap(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "color",
-                    options=list(plots.COLOURS),
-                    default=plots.COLOURS[0],
+                    options=list(plots.COLORS),
+                    default=plots.COLORS[0],
                     tooltip="What the colors mean: prompt (a trace's label and image), step, the style used most, or role.",
                 ),
                 role_input("For which prompt. all: all of them in one map."),

@@ -58,7 +58,7 @@ class StyleInjectStyleGrid(io.ComfyNode):
 
 
 class StyleInjectStyleSheet(io.ComfyNode):
-    """A list of images and their labels -> one labelled picture."""
+    """A list of images and their labels -> one labeled picture."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

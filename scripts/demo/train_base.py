@@ -5,7 +5,7 @@
     python scripts/demo/train_base.py WORK --start-from warm-up --steps 700      # resumes where it was stopped
     python scripts/demo/train_base.py WORK --export          # WORK/base.pt -> assets/base.safetensors, fp16
 
-The shipped model was made so: words, shapes and colours learned on Twemoji, then OpenMoji alone. Training on OpenMoji from
+The shipped model was made so: words, shapes and colors learned on Twemoji, then OpenMoji alone. Training on OpenMoji from
 the start (without --start-from, 1500 steps) works as well.
 
 The learning rate warms up, stays, and falls linearly over the last quarter of --steps, so that a run can be resumed

@@ -3,7 +3,7 @@
     python scripts/demo/train_classifier.py            # about 5 minutes on two CPU cores
     python scripts/demo/train_classifier.py --check    # leaves one style of each concept out, and tests on those
 
-Pictures are shifted, scaled, recoloured and blurred in training, and some are passed through the autoencoder, so that
+Pictures are shifted, scaled, recolored and blurred in training, and some are passed through the autoencoder, so that
 what a diffusion model draws is nothing strange to it.
 """
 

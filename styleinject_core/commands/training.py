@@ -181,7 +181,7 @@ def _plan(job: Job) -> str:
     lines += [
         f"  layers       {shown}{' ...' if len(job.adapter.names) > 3 else ''}",
         f"  steps        {settings.steps}, {seconds:.2f} s each: {_duration(seconds * settings.steps)}",
-        f"  memory       {weights / _MEBI:,.0f} MiB U-Net + {trained / _MEBI:,.0f} MiB adapter, gradients and optimiser + "
+        f"  memory       {weights / _MEBI:,.0f} MiB U-Net + {trained / _MEBI:,.0f} MiB adapter, gradients and optimizer + "
         f"{activations / _MEBI:,.0f} MiB activations",
     ]
     if torch.cuda.is_available():

@@ -46,7 +46,7 @@ def load_classifier(path: Path = CLASSIFIER_FILE) -> Classifier:
 
 
 @torch.no_grad()
-def recognised(classifier: Classifier, images: Tensor, concepts: list[int], style: str) -> tuple[float, float]:
+def recognized(classifier: Classifier, images: Tensor, concepts: list[int], style: str) -> tuple[float, float]:
     """How often the classifier sees the concept that was asked for, and the target style.
 
     Args:
@@ -55,7 +55,7 @@ def recognised(classifier: Classifier, images: Tensor, concepts: list[int], styl
         style: the target style.
 
     Returns:
-        (share of images recognised as their concept, share recognised as the style), each in [0, 1].
+        (share of images recognized as their concept, share recognized as the style), each in [0, 1].
     """
     concept, drawn = classifier(images)
     right = concept.argmax(1) == torch.tensor(concepts)

@@ -23,12 +23,19 @@ def _save(figure, path: Path) -> None:
         figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
 
 
-def grid(path: Path, title: str, rows: Sequence[tuple[str, Tensor]], columns: Sequence[str], marked: Sequence[bool]) -> None:
+def grid(
+    path: Path,
+    title: str,
+    rows: Sequence[tuple[str, Tensor]],
+    columns: Sequence[str],
+    marked: Sequence[bool],
+    note: str = "Orange: concepts the adapter never saw in this style.",
+) -> None:
     """Rows of images under column titles.
 
     Args:
         rows: (label, images (N, 3, H, W) in [-1, 1]) per row.
-        columns: N column titles; `marked` ones are set in color and explained below.
+        columns: N column titles; `marked` ones are set in color and explained below, by `note`.
     """
     count = len(columns)
     figure = _figure(0.85 * count + 1.6, 0.85 * len(rows) + 1.0)
@@ -46,7 +53,6 @@ def grid(path: Path, title: str, rows: Sequence[tuple[str, Tensor]], columns: Se
         axis.set_title(wrapped, fontsize=8, color=VERMILION if mark else INK, fontweight="bold" if mark else "normal")
     figure.suptitle(title, fontsize=11, color=INK, y=1.0 + 0.12 / len(rows))
     if any(marked):
-        note = "Orange: concepts the adapter never saw in this style."
         figure.text(0.5, 0.04, note, ha="center", fontsize=8, color=VERMILION)
     _save(figure, path)
 

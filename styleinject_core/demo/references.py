@@ -46,7 +46,8 @@ def run(out: Path, image: Path | None = None, *, seed: int = 0, scores: bool = T
         rows.append((label, torch.cat([picture, drawn])))
     title = "DEADiff: the same prompts and noise, in the style of the picture on the left"
     marked = [False, *(name in held for name in names)]
-    pictures.grid(out / "references.png", title, rows, ["reference", *names], marked)
+    note = "Orange: things that DEADiff never saw, nor any of the references."
+    pictures.grid(out / "references.png", title, rows, ["reference", *names], marked, note)
     print(f"  references.png ({time.monotonic() - began:.0f} s)")
     if scores:
         _print_scores(

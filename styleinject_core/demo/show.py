@@ -17,7 +17,7 @@ from ..router.recorder import record
 from ..router.trace import RouterTrace
 from ..train.run.watch import ProgressBar, loss_plot
 from . import data, pictures
-from .classifier import load_classifier, recognised
+from .classifier import load_classifier, recognized
 from .model import sample
 from .styles import DemoModel, adapter_path, new_adapter, train_style
 
@@ -110,7 +110,7 @@ def _liveliest(trace: RouterTrace, by_step: Tensor, part: str) -> str:
 
 
 def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style: str, seed: int, samples: int) -> None:
-    """Print how often a classifier recognises concept and style in `samples` of each held-out concept."""
+    """Print how often a classifier recognizes concept and style in `samples` of each held-out concept."""
     from tqdm import tqdm
 
     held_out = [k for k, concept in enumerate(data.concepts()) if concept.held_out]
@@ -118,10 +118,10 @@ def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style
     classifier = load_classifier()
     results = []
     for label, adapter in tqdm(rows, desc="Measuring", leave=False):
-        shares = [recognised(classifier, _images(model, adapter, names, seed + k + 1), held_out, style) for k in range(samples)]
+        shares = [recognized(classifier, _images(model, adapter, names, seed + k + 1), held_out, style) for k in range(samples)]
         concept, drawn = (sum(column) / len(shares) for column in zip(*shares, strict=True))
         results.append((label, 0 if adapter is None else adapter.parameter_count(), concept, drawn))
-    truth = recognised(classifier, data.images(style)[held_out], held_out, style)
+    truth = recognized(classifier, data.images(style)[held_out], held_out, style)
     print(f"\n{len(names)} concepts never shown in {style}, {samples} each; what a classifier of all styles sees:\n")
     print(f"  {'':44} {'parameters':>10}  {'concept':>8}  {'style':>8}")
     for label, parameters, concept, drawn in results:

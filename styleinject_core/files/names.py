@@ -21,7 +21,7 @@ _LYCORIS_PREFIX = "lycoris_"
 _TEXT_ENCODER, _VAE, _EMBEDDING = "a text encoder", "a VAE", "an embedding"
 _OTHER_PARTS = {
     **dict.fromkeys(("text_encoder", "text_model", "conditioner.", "cond_stage_model."), _TEXT_ENCODER),
-    **dict.fromkeys(("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_prior_te_"), _TEXT_ENCODER),
+    **dict.fromkeys(("lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te4_", "lora_prior_te_"), _TEXT_ENCODER),
     **dict.fromkeys(("lycoris_te_", "lycoris_te1_", "lycoris_te2_", "lycoris_text_encoder"), _TEXT_ENCODER),
     **dict.fromkeys(("clip_l.", "clip_g.", "clip_h.", "t5xxl.", "te1.", "te2."), _TEXT_ENCODER),
     **dict.fromkeys(("base_model.model.text_model.", "base_model.model.text_encoder"), _TEXT_ENCODER),

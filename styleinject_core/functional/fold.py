@@ -39,26 +39,29 @@ def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: 
 
 def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
     """The same with adapters that are ready for calls."""
-    mean, taps = None, None
+    is_conv, weight, bias, dtype = host.shape.kernel is not None, host.weight, host.bias, x.dtype
+    mean = taps = gain = None
     for one in prepared:
         if one.needs_mean:
-            mean, taps = _tap_means(x, host) if host.shape.is_conv else (host.mean(x),) * 2
+            mean, taps = _tap_means(x, host) if is_conv else (host.mean(x),) * 2
             break
     updates = [one.update(x, host, mean, hear) for one in prepared]
-    gains = [update.gain for update in updates if update.gain is not None]
-    weight, bias = host.weight, host.bias
-    if host.shape.is_conv:
+    for update in updates:
+        if update.gain is not None:
+            gain = update.gain if gain is None else gain + update.gain
+    if is_conv:
         weight = weight.flatten(1)  # W0 as (d, k·kh·kw)
     folded, sign = weight, 1.0
-    if gains:
-        gain = gains[0] if len(gains) == 1 else sum(gains[1:], start=gains[0])
-        taps = host.mean(x) if taps is None else taps
-        center = F.linear(taps.flatten(1) if taps.ndim > 2 else taps, weight.to(taps.dtype))  # μ - b, (B, d)
-        folded = weight * rounded(torch.add, gain, x.dtype, gain, 1).unsqueeze(2)  # (B, d, k·kh·kw)
+    if gain is not None:
+        if taps is None:
+            taps = _tap_means(x, host)[1] if is_conv else host.mean(x)
+        precise = weight if weight.dtype == taps.dtype else weight.to(taps.dtype)
+        center = F.linear(taps.flatten(1) if is_conv else taps, precise)  # μ - b, (B, d)
+        folded = weight * rounded(torch.add, gain, dtype, gain, 1).unsqueeze(2)  # (B, d, k·kh·kw)
         if bias is None:
-            bias, sign = rounded(torch.mul, gain, x.dtype, gain, center), -1.0  # (B, d)
+            bias, sign = rounded(torch.mul, gain, dtype, gain, center), -1.0  # (B, d)
         else:
-            bias = rounded(torch.addcmul, gain, x.dtype, bias, gain, center, value=-1)
+            bias = rounded(torch.addcmul, gain, dtype, bias, gain, center, value=-1)
     for change in gathered(updates):
         folded = change.onto(folded, owned=folded is not weight)
     for update in updates:

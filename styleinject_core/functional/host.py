@@ -61,7 +61,8 @@ class HostLayer:
 
     def mean(self, x: Tensor) -> Tensor:
         """x averaged over positions, (B, k), in at least float32."""
-        return x.mean(self.positions, dtype=statistics_dtype(x))
+        where = 1 if self.shape.kernel is None else (2, 3)
+        return x.mean(where, dtype=statistics_dtype(x))
 
     def count(self, x: Tensor) -> int:
         """How many positions an image of x has."""

@@ -8,29 +8,27 @@ import torch
 from torch import Tensor
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Tensors of one shape as one, (J, ...), of which they are views; they are made so where each has a storage of its own.
+def stacked(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape lie one after the other in one storage; they are made so where each has its own.
 
-    Returns:
-        None where they cannot be: trained, on different devices, of different dtypes, or parts of another stack.
+    Not where they are trained, on different devices, of different dtypes, or parts of another stack.
     """
     first = tensors[0]
     size = first.numel() * first.element_size()
     if all(t.data_ptr() == first.data_ptr() + j * size and t.is_contiguous() for j, t in enumerate(tensors)):
-        if first.untyped_storage().nbytes() < first.storage_offset() * first.element_size() + len(tensors) * size:
-            return None  # neighbors by chance, in storages of their own
-        return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+        # else neighbors by chance, in storages of their own
+        return first.untyped_storage().nbytes() >= first.storage_offset() * first.element_size() + len(tensors) * size
     for tensor in tensors:
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
         same = tensor.dtype == first.dtype and tensor.device == first.device and tensor.shape == first.shape
         same = same and tensor.is_inference() == first.is_inference()
         if tensor.requires_grad or not whole or not same or not isinstance(tensor, torch.nn.Parameter):
-            return None
+            return False
     if len({tensor.data_ptr() for tensor in tensors}) < len(tensors):
-        return None  # one adapter twice
+        return False  # one adapter twice
     # In the mode they were made in: an inference tensor with the data of an ordinary one can have no views any more.
     with torch.inference_mode(first.is_inference()), torch.no_grad():
         stack = torch.stack([tensor.detach() for tensor in tensors])
         for tensor, part in zip(tensors, stack, strict=True):
             tensor.data = part
-    return stack
+    return True

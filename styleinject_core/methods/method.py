@@ -71,8 +71,9 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def change(self, weight: Tensor) -> Tensor:
-        """ΔW on a layer whose W0 is `weight`: `delta`, but for a method whose change depends on W0."""
-        return self.delta()
+        """ΔW on a layer whose W0 is `weight`, worked out where that is: `delta`, but for a change that depends on W0."""
+        here = next(self.parameters()).device == weight.device
+        return (self if here else self.with_tensors(lambda value: value.to(weight.device))).delta()
 
     def shift(self) -> Tensor | None:
         """What a `fixed` change adds to the layer's bias, (d,) in float32; None where there is nothing."""

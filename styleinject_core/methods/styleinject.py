@@ -227,6 +227,7 @@ class _SideBySide:
         hyper, hyper_bias: (d, J·n) and (d,), Σ_j sta_j of them, to be scaled by `sta`; None where none adapts statistics.
         down: the J matrices A (n, r, k[, kh, kw]).
         up: (d, J·r), with the strengths in it, to be scaled by `dma`; None where every dma is 0.
+        together: whether the J matrices lie one after the other in one storage.
     """
 
     several: tuple[StyleInjectWeights, ...]
@@ -238,6 +239,7 @@ class _SideBySide:
     down: tuple[Tensor, ...]
     up: Tensor | None
     dma: float
+    together: bool = False
     folds = True
 
     @classmethod
@@ -253,8 +255,7 @@ class _SideBySide:
                 hyper = hyper_bias = None
             return cls((first,), router, router_bias, hyper, hyper_bias, first.sta, (first.A,), first.B if changes else None,
                        first.dma)  # fmt: skip
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            stacked([w.A for w in several])  # now, so that a plan sees the storage they have from here on
+        together = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and stacked([w.A for w in several])
         router = router_bias = hyper = hyper_bias = up = None
         if first.router_weight is not None:
             router = torch.cat([w.router_weight.to(precise) for w in several])
@@ -267,7 +268,8 @@ class _SideBySide:
             hyper_bias = torch.stack(biases).sum(0)
         if changes:
             up = torch.cat([w.B * w.dma for w in several], 1)
-        return cls(tuple(several), router, router_bias, hyper, hyper_bias, 1.0, tuple(w.A for w in several), up, 1.0)
+        down = tuple(w.A for w in several)
+        return cls(tuple(several), router, router_bias, hyper, hyper_bias, 1.0, down, up, 1.0, together)
 
     @property
     def needs_mean(self) -> bool:
@@ -313,9 +315,11 @@ class _SideBySide:
         if torch.is_grad_enabled():
             mixed = torch.stack([s[:, j] @ A.flatten(1) for j, A in enumerate(self.down)], 1)
         else:
-            mixed = s.new_empty(batch, layers, shape[1:].numel())
-            if (whole := stacked(self.down)) is not None:
-                torch.bmm(s.transpose(0, 1), whole.flatten(2), out=mixed.transpose(0, 1))
+            size = shape[1:].numel()
+            mixed = s.new_empty(batch, layers, size)
+            if self.together:
+                whole = self.down[0].as_strided((layers, shape[0], size), (shape[0] * size, size, 1))
+                torch.bmm(s.transpose(0, 1), whole, out=mixed.transpose(0, 1))
             else:
                 for j, A in enumerate(self.down):
                     torch.mm(s[:, j], A.flatten(1), out=mixed[:, j])

@@ -96,7 +96,7 @@ def figure(height: float, title: str, subtitle: str = "", alert: str = "") -> An
 
 
 def style_look(index: int) -> dict[str, Any]:
-    """Colour and hatch of a style, the same in every picture."""
+    """Color and hatch of a style, the same in every picture."""
     count = len(STYLE_COLORS)
     return {"facecolor": STYLE_COLORS[index % count], "hatch": _HATCHES[index // count % len(_HATCHES)], "edgecolor": PAPER}
 
@@ -108,8 +108,8 @@ def patch(**values: Any) -> Any:
     return Patch(**values)
 
 
-def colour_map() -> Any:
-    """viridis for amounts, grey where there is none."""
+def color_map() -> Any:
+    """viridis for amounts, gray where there is none."""
     from matplotlib import colormaps
 
     return colormaps["viridis"].with_extremes(bad=EMPTY)

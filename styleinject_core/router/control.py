@@ -4,7 +4,7 @@ A rule acts on s in this order, each part only where it is given:
 
     s <- weights, or held values      instead of the router's own
     s <- softmax((log s + bias) / temperature)
-    s <- its top_k largest, normalised
+    s <- its top_k largest, normalized
     s <- floor + (1 - Σ floor) s      no style below its floor
 """
 
@@ -42,7 +42,7 @@ class Rule:
 
     Args:
         weights, bias, floor: style -> number; a style by its name, by its number as "1", or "all". Weights replace s
-            (normalised); a floor is the least share of a style.
+            (normalized); a floor is the least share of a style.
         temperature: above 1 evens the styles out, below 1 sharpens.
         top_k: how many styles may be used; 0 for all.
         hold_first: keep what each conditioning had when the rule first met it in a run.
@@ -137,7 +137,7 @@ class Steering:
 
         Args:
             active: for each rule, whether it is in its part of sampling.
-            roles, keys: of each equal part of the batch: its role, and what it is recognised by in later calls.
+            roles, keys: of each equal part of the batch: its role, and what it is recognized by in later calls.
             sigma: the noise level of the call.
             memory: the run's own, empty at its beginning.
             rows: of the batch; where a layer sees another number of images, s stays as it is. 0: any number.

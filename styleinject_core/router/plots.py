@@ -11,12 +11,12 @@ from torch import Tensor
 from ..colors import FAINT, PAPER, SHADE, STYLE_COLORS
 from ..layer_names import parse, parse_all
 from . import analysis
-from .canvas import colour_map, figure, patch, picture, shortened, style_look
+from .canvas import color_map, figure, patch, picture, shortened, style_look
 from .trace import RouterTrace
 
 VIEWS = ("layers x styles", "styles x steps", "layers x steps")
-COLOURS = ("prompt", "step", "style", "role")
-_LABELLED_ROWS = 30  # of more, only the blocks are labelled
+COLORS = ("prompt", "step", "style", "role")
+_LABELED_ROWS = 30  # of more, only the blocks are labeled
 
 
 @picture
@@ -47,7 +47,7 @@ def heatmap(trace: RouterTrace, view: str = VIEWS[0], role: str | None = None, i
     axes = drawn.subplots(1, len(roles), squeeze=False, sharey=True)[0]
     top = 1.0 if view == VIEWS[2] else max(1e-6, max(float(v.nan_to_num(0.0).max()) for v in values))
     for axis, name, panel in zip(axes, roles, values, strict=True):
-        shown = axis.imshow(panel.numpy(), aspect="auto", cmap=colour_map(), vmin=0, vmax=top, interpolation="nearest")
+        shown = axis.imshow(panel.numpy(), aspect="auto", cmap=color_map(), vmin=0, vmax=top, interpolation="nearest")
         axis.set_title(name)
         if view == VIEWS[0]:
             _style_ticks(axis, trace.styles, len(roles))
@@ -67,7 +67,7 @@ def timeline(trace: RouterTrace, role: str | None = None, image: int | None = No
     """Each style's share over the steps, a row for each role: the mean over all layers, and the layers that react most.
 
     A style of one layer has nothing to do with the same number in another: in the mean they may cancel out.
-    Steps at which the adapter was not active are grey.
+    Steps at which the adapter was not active are gray.
     """
     roles = [role] if role else list(trace.role_names)
     liveliest = (
@@ -108,9 +108,9 @@ def layers(trace: RouterTrace, role: str | None = None, image: int | None = None
     subtitle = f"mean over the steps, {whose}{_which_image(image)}" + (", layers of a kind together" if grouped else "")
     drawn = figure(max(4.5, 1.9 + 0.19 * len(names)), trace.title, subtitle, trace.remarks)
     axes = drawn.subplots(1, len(columns), sharey=True)
-    for axis, (key, label, colour) in zip(axes, columns, strict=True):
+    for axis, (key, label, color) in zip(axes, columns, strict=True):
         values = torch.tensor([float(v) for v in names.values_of(key)])
-        axis.barh(range(len(names)), values.nan_to_num(0.0).tolist(), color=STYLE_COLORS[colour], height=0.75)
+        axis.barh(range(len(names)), values.nan_to_num(0.0).tolist(), color=STYLE_COLORS[color], height=0.75)
         axis.set_xlabel(label, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
@@ -133,7 +133,7 @@ def compare(first: RouterTrace, second: RouterTrace, role: str | None = None) ->
     upper: list[Any] = []
     for place, (trace, panel) in enumerate(zip((first, second), values, strict=True)):
         upper.append(drawn.add_subplot(grid[0, place]))
-        shown = upper[-1].imshow(panel.numpy(), aspect="auto", cmap=colour_map(), vmin=0, vmax=top, interpolation="nearest")
+        shown = upper[-1].imshow(panel.numpy(), aspect="auto", cmap=color_map(), vmin=0, vmax=top, interpolation="nearest")
         upper[-1].set_title(shortened(trace.title, 42))
         _style_ticks(upper[-1], trace.styles, 2)
         _layer_ticks([upper[-1]], trace.layers)
@@ -142,7 +142,7 @@ def compare(first: RouterTrace, second: RouterTrace, role: str | None = None) ->
     lower = drawn.add_subplot(grid[1, :])
     away = analysis.distance(first, second, role)
     top = max(1e-6, float(away.nan_to_num(0.0).max()))
-    shown = lower.imshow(away.numpy(), aspect="auto", cmap=colour_map(), vmin=0, vmax=top, interpolation="nearest")
+    shown = lower.imshow(away.numpy(), aspect="auto", cmap=color_map(), vmin=0, vmax=top, interpolation="nearest")
     lower.set_title(f"how differently each layer routes (0 the same, 1 nothing in common); mean {float(away.nanmean()):.3f}")
     _step_ticks(lower, away.shape[1])
     _layer_ticks([lower], first.layers)
@@ -152,37 +152,37 @@ def compare(first: RouterTrace, second: RouterTrace, role: str | None = None) ->
 
 @picture
 def scatter(
-    coordinates: Tensor, known: dict[str, list[Any]], colour: str, title: str, subtitle: str, styles: Sequence[str]
+    coordinates: Tensor, known: dict[str, list[Any]], color: str, title: str, subtitle: str, styles: Sequence[str]
 ) -> Any:
     """A map of points.
 
     Args:
         coordinates: (points, 2), from `embedding.embed`.
         known: of each point, from `analysis.points`.
-        colour: one of COLOURS.
+        color: one of COLORS.
     """
-    if colour not in COLOURS:
-        raise ValueError(f"colour {colour!r}: expected one of {', '.join(COLOURS)}")
+    if color not in COLORS:
+        raise ValueError(f"color {color!r}: expected one of {', '.join(COLORS)}")
     drawn = figure(6.2, title, subtitle)
     axis = drawn.add_subplot()
     x, y = coordinates.numpy().T
     markers = "osD^vP*X"
     sizes = torch.tensor([22 + 60 * share for share in known["share"]]).numpy()  # points grow with the step
-    if colour == "step":
-        shown = axis.scatter(x, y, c=known["share"], cmap=colour_map(), s=36, vmin=0, vmax=1, edgecolors=PAPER, linewidths=0.3)
+    if color == "step":
+        shown = axis.scatter(x, y, c=known["share"], cmap=color_map(), s=36, vmin=0, vmax=1, edgecolors=PAPER, linewidths=0.3)
         drawn.colorbar(shown, ax=axis, fraction=0.05, pad=0.02).set_label("share of sampling")
     else:
-        groups = list(dict.fromkeys(known[colour])) if colour != "style" else sorted(set(known["style"]))
+        groups = list(dict.fromkeys(known[color])) if color != "style" else sorted(set(known["style"]))
         for number, group in enumerate(groups):
-            own = [k for k, value in enumerate(known[colour]) if value == group]
-            place = group if colour == "style" else number
-            label = styles[group] if colour == "style" else str(group)
+            own = [k for k, value in enumerate(known[color]) if value == group]
+            place = group if color == "style" else number
+            label = styles[group] if color == "style" else str(group)
             marker = markers[place // len(STYLE_COLORS) % len(markers)]
             face = STYLE_COLORS[place % len(STYLE_COLORS)]
             label = f" {shortened(label, 30)}" if number < 16 else None
             axis.scatter(x[own], y[own], s=sizes[own], color=face, marker=marker, label=label, edgecolors=PAPER, linewidths=0.4)
         more = f" (16 of {len(groups)})" if len(groups) > 16 else ""
-        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=colour + more, fontsize=9.5)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=color + more, fontsize=9.5)
     axis.set_xticks([])
     axis.set_yticks([])
     return drawn
@@ -232,11 +232,11 @@ def _layer_ticks(axes: Sequence[Any], names: Sequence[str]) -> None:
     for axis in axes:
         for start in starts[1:]:
             axis.axhline(start - 0.5, color=PAPER, linewidth=1.2)
-    if len(names) <= _LABELLED_ROWS:
+    if len(names) <= _LABELED_ROWS:
         axes[0].set_yticks(range(len(names)), [shortened(parse(name).label, 30) for name in names], fontsize=9)
         return
     ends = [*starts[1:], len(names)]
-    wide = [(start, end) for start, end in zip(starts, ends, strict=True) if end - start > len(names) / _LABELLED_ROWS]
+    wide = [(start, end) for start, end in zip(starts, ends, strict=True) if end - start > len(names) / _LABELED_ROWS]
     axes[0].set_yticks([(start + end - 1) / 2 for start, end in wide], [shortened(blocks[start], 24) for start, _ in wide])
     axes[0].tick_params(axis="y", length=0)
 
@@ -264,7 +264,7 @@ def _grouped(names: Sequence[str], statistics: dict[str, Tensor]) -> tuple[_Rows
             role = layer.role_label if level == 1 else layer.role_label[:1]
             label = (layer.label, str(place)) if level == 0 else (layer.block_label, *role)
             groups.setdefault(label, []).append(place)
-        if len(groups) <= _LABELLED_ROWS * 1.5:
+        if len(groups) <= _LABELED_ROWS * 1.5:
             break
     values = {key: [float(v[places].nanmean()) for places in groups.values()] for key, v in statistics.items()}
     labels = [" ".join(label[:-1] if level == 0 else label) for label in groups]
@@ -272,7 +272,7 @@ def _grouped(names: Sequence[str], statistics: dict[str, Tensor]) -> tuple[_Rows
 
 
 def _height(rows: int, are_layers: bool) -> float:
-    shown = min(rows, _LABELLED_ROWS + 10) if are_layers else rows
+    shown = min(rows, _LABELED_ROWS + 10) if are_layers else rows
     return min(8.0, max(4.2, 2.0 + 0.19 * shown))
 
 

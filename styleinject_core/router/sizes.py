@@ -88,13 +88,13 @@ def measure(samples: list[Sample]) -> Tensor:
     sizes = [dma[:, None] * _rms(delta) / size_h, torch.zeros_like(size_h)]
     positions = h.shape[2]
     if weights.hyper_weight is not None and positions > 1:
-        centred = h - h.mean(2, keepdim=True)
+        centered = h - h.mean(2, keepdim=True)
         gain = hyper(per_position, weights)  # (calls, B, P or 1, d)
         if weights.sta_form == "additive":
-            gain = gain / centred.std(2, correction=0, keepdim=True).clamp(min=weights.eps)
+            gain = gain / centered.std(2, correction=0, keepdim=True).clamp(min=weights.eps)
         # the mean of the sample is nearer to it than the mean of all positions would be
         unbiased = (positions / (positions - 1)) ** 0.5
-        sizes[1] = sta[:, None] * unbiased * _rms(gain * centred) / size_h
+        sizes[1] = sta[:, None] * unbiased * _rms(gain * centered) / size_h
     return torch.stack(sizes, -1)
 
 

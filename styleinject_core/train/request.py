@@ -38,9 +38,8 @@ class AdapterRequest:
     targets: tuple[str, ...] = field(
         default=(),
         metadata=about(
-            'a layer selector, as in ["to_q", "to_v"] or ["attention", "conv"]; "default" is queries and values of attention\n'
-            "by whatever name the model has them; empty for what the method's paper adapts: to_q and to_v; for kronecker\n"
-            "to_q, to_k, to_v and to_out.0."
+            'a layer selector, as in ["attention", "conv"]; empty for what the method\'s paper adapts: "default", queries and\n'
+            "values of attention, in a U-Net to_q and to_v; for kronecker to_q, to_k, to_v and to_out.0."
         ),
     )
     factors: tuple[int, ...] = field(

@@ -28,10 +28,10 @@ class TrainSettings:
         ValueError: a value out of its range; names it.
     """
 
-    steps: int = field(default=1000, metadata=about("optimiser steps."))
+    steps: int = field(default=1000, metadata=about("optimizer steps."))
     batch_size: int = field(default=1, metadata=about("images per forward pass and process."))
-    accumulation: int = field(default=1, metadata=about("forward passes per optimiser step, their gradients averaged."))
-    learning_rate: float = field(default=1e-4, metadata=about('the optimiser\'s; "prodigy" wants 1.'))
+    accumulation: int = field(default=1, metadata=about("forward passes per optimizer step, their gradients averaged."))
+    learning_rate: float = field(default=1e-4, metadata=about('the optimizer\'s; "prodigy" wants 1.'))
     schedule: str = field(default="constant", metadata=about('"constant", or "cosine" or "linear" down to 0 at the last step.'))
     warmup: int = field(default=0, metadata=about("steps over which the rate rises from 0."))
     optimizer: str = field(
@@ -41,7 +41,7 @@ class TrainSettings:
             '(schedulefree), "prodigy" (prodigyopt).'
         ),
     )
-    weight_decay: float = field(default=1e-2, metadata=about("the optimiser's."))
+    weight_decay: float = field(default=1e-2, metadata=about("the optimizer's."))
     clip: float = field(default=1.0, metadata=about("largest norm of the gradient over all parameters; 0 for none."))
     min_snr_gamma: float = field(
         default=0.0, metadata=about("weights samples by min(SNR, gamma), 5 as a rule; 0 leaves all alike.")

@@ -25,8 +25,8 @@ WATCH = """() => {
     return texts;
   });
 }"""
-# How many colours there are in the heat map.
-COLOURS = """(canvas) => {
+# How many colors there are in the heat map.
+COLORS = """(canvas) => {
   const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
   const found = new Set();
   for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255) found.add(`${data[i]},${data[i + 1]},${data[i + 2]}`);
@@ -111,9 +111,9 @@ class Editor:
         """Wait until a panel's line has a text in it."""
         self.panel(index).locator(".status", has_text=text).wait_for(timeout=TIMEOUT)
 
-    def colours(self, index: int = 0) -> int:
-        """How many colours there are in a panel's picture."""
-        return self.panel(index).locator("canvas").evaluate(COLOURS)
+    def colors(self, index: int = 0) -> int:
+        """How many colors there are in a panel's picture."""
+        return self.panel(index).locator("canvas").evaluate(COLORS)
 
     def choose(self, title: str, label: str, index: int = 0) -> None:
         """Choose from one of a panel's lists, by its tooltip."""

@@ -38,13 +38,13 @@ def test_the_heat_map_fills_and_can_be_read_and_saved(open_editor: Callable[...,
     workflow = monitored("one", next(SEEDS), steps=16)
     editor.load(workflow)
     assert editor.panel().locator(".hint").is_visible()
-    empty = editor.colours()
+    empty = editor.colors()
     editor.queue()
     editor.wait_for_status("step 16 of 16, finished")
     seen = [int(match[1]) for text in editor.said() if (match := re.search(r"step (\d+) of 16, sampling", text))]
     assert len(set(seen)) > 2 and seen == sorted(seen), "it fills step by step"
     assert not editor.panel().locator(".hint").is_visible()
-    assert editor.colours() > empty + 10
+    assert editor.colors() > empty + 10
     (node,) = monitor_ids(workflow)
     values = editor.values(node)
     assert set(values) == set(range(16)) and set(values[0]) == {"positive", "negative"}
@@ -94,11 +94,11 @@ def test_nothing_of_it_is_saved_in_the_workflow(open_editor: Callable[..., Edito
     assert "router_live" not in json.dumps(saved)
     editor.load(saved)  # within the same page the last run is still there
     editor.wait_for_status("finished")
-    colours = editor.colours()
+    colors = editor.colors()
     editor.reload()
     editor.load(saved)
     editor.wait_for_status("step 4 of 4, finished")
-    assert editor.colours() == colours
+    assert editor.colors() == colors
     editor.page.evaluate("() => new Promise((done) => { indexedDB.deleteDatabase('styleinject').onsuccess = done; })")
     editor.reload()
     editor.load(saved)

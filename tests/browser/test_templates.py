@@ -10,7 +10,8 @@ from typing import Any
 from editor import TIMEOUT, Editor
 from test_live_view import both_ways
 
-TEMPLATES = sorted((Path(__file__).parents[2] / "example_workflows").glob("*.json"))
+REPO = Path(__file__).parents[2]
+TEMPLATES = sorted((REPO / "example_workflows").glob("*.json"))
 # The boxes of all nodes with their titles, in the canvas's own units: [left, top, width, height].
 BOXES = """() => {
   const graph = window.app.rootGraph ?? window.app.graph;
@@ -24,9 +25,11 @@ BOXES = """() => {
       : [node.pos[0], node.pos[1] - title, node.size[0], Math.max(node.size[1], node.computeSize()[1]) + title]};
   });
 }"""
-# Values of lists that are not in them, but for models that the editor offers to download.
+# Values of lists that are not in them, but for models that the editor offers to download, ComfyUI's own picture, and words
+# that ask for a file of the user's.
 MISSING = """() => (window.app.rootGraph ?? window.app.graph).nodes.flatMap((node) => (node.widgets ?? [])
   .filter((widget) => Array.isArray(widget.options?.values) && !widget.options.values.includes(widget.value))
+  .filter((widget) => widget.value !== 'example.png' && !/^choose an? /.test(widget.value))
   .filter((widget) => !node.properties.models?.some((model) => model.name === widget.value && model.url))
   .map((widget) => `${node.title}: ${widget.value}`))"""
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from styleinject_core import Adapter, AdapterConfig, AdapterMismatchError, Applied, SelectorError, attach
+from styleinject_core import Adapter, AdapterConfig, AdapterMismatchError, Applied, LayerShape, SelectorError, attach
 from styleinject_core.call import Listener, ModelCall
+from styleinject_core.functional import reference
+from styleinject_core.functional.host import HostLayer
 
 
 class Block(nn.Module):
@@ -266,3 +268,58 @@ def test_adapters_loaded_in_inference_mode_run_in_and_out_of_it(inference: bool)
     assert not torch.allclose(alone, both)
     torch.testing.assert_close(run(0), alone)
     torch.testing.assert_close(run(0, 1), both)
+
+
+CHANGES = {
+    "nothing": lambda host, attachment, adapters: None,
+    "a strength": lambda host, attachment, adapters: attachment.set_strength(0.3, adapter=adapters[0]),
+    "one part's strength": lambda host, attachment, adapters: attachment.set_strength(1.0, adapter=adapters[0], sta=-0.5),
+    "a parameter in place": lambda host, attachment, adapters: adapters[0].layers["layer"].B.add_(0.5),
+    "a router in place": lambda host, attachment, adapters: adapters[0].layers["layer"].router_weight.mul_(-3),
+    "another parameter": lambda host, attachment, adapters: setattr(
+        adapters[0].layers["layer"], "A", nn.Parameter(-adapters[0].layers["layer"].A.detach().clone(), requires_grad=False)
+    ),
+    "a parameter's data": lambda host, attachment, adapters: setattr(
+        adapters[0].layers["layer"].hyper_weight, "data", -adapters[0].layers["layer"].hyper_weight.data
+    ),
+    "the frozen weight": lambda host, attachment, adapters: host["layer"].weight.mul_(-1),
+    "the dtype": lambda host, attachment, adapters: [host.double(), *(adapter.double() for adapter in adapters)],
+    "the adapters' dtype": lambda host, attachment, adapters: [adapter.double() for adapter in adapters],
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("tokens", [40, 3], ids=["fold", "stack"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_prepared_is_never_stale(change, tokens, count):
+    """Between two calls something changes; the second is the reference's, of what is there now."""
+    host = nn.ModuleDict({"layer": nn.Linear(6, 10)}).requires_grad_(False)
+    adapters = [trained(host, seed, target_modules=("layer",)).requires_grad_(False) for seed in range(count)]
+    x = torch.randn(2, tokens, 6, generator=torch.Generator().manual_seed(1)) + 0.3
+    with torch.no_grad(), attach(host, adapters) as attachment:
+        for _ in range(2):
+            host["layer"](x)
+        CHANGES[change](host, attachment, adapters)
+        x = x.to(host["layer"].weight.dtype)
+        for _ in range(2):
+            found = host["layer"](x).double()
+        module = host["layer"].double()
+        weights = [
+            site.layer.weights(lambda p: p.double(), dma=site.dma, sta=site.sta) for sites in attachment.sites for site in sites
+        ]
+    frozen = nn.Linear(6, 10).double().requires_grad_(False)
+    frozen.load_state_dict(module.state_dict())
+    plain = HostLayer(LayerShape.of(frozen), frozen.forward, frozen.weight, frozen.bias, frozen)
+    with torch.no_grad():
+        torch.testing.assert_close(found, reference.forward(x.double(), plain, weights), rtol=1e-4, atol=1e-5)
+
+
+def test_an_attachment_that_leaves_takes_its_part_with_it():
+    host = nn.ModuleDict({"layer": nn.Linear(6, 10)}).requires_grad_(False)
+    first, second = (trained(host, seed, target_modules=("layer",)) for seed in range(2))
+    x = torch.randn(2, 40, 6)
+    with torch.no_grad(), attach(host, first):
+        alone = host["layer"](x)
+        with attach(host, second):
+            assert not torch.allclose(host["layer"](x), alone)
+        torch.testing.assert_close(host["layer"](x), alone)

@@ -82,7 +82,7 @@ def test_quick_run_is_complete_and_resumable(bench, tmp_path, task, row, column)
 
 
 @pytest.mark.parametrize(("best", "tried"), [(1e-2, [3e-3, 1e-2, 3e-2]), (1e-1, [3e-3, 1e-2, 3e-2, 1e-1, 3e-1])])
-def test_learning_rates_are_tried_until_the_best_has_worse_neighbours(bench, tmp_path, monkeypatch, best, tried):
+def test_learning_rates_are_tried_until_the_best_has_worse_neighbors(bench, tmp_path, monkeypatch, best, tried):
     import math
 
     def execute(_, run):  # 3e-1 diverges
@@ -95,8 +95,8 @@ def test_learning_rates_are_tried_until_the_best_has_worse_neighbours(bench, tmp
         assert sorted(line["rate"] for line in runs.lines) == tried
 
 
-def test_what_can_be_recognised_goes_before_the_colours(bench, tmp_path, monkeypatch):
-    """At a rate where nothing is recognised any more, the KID can be smallest."""
+def test_what_can_be_recognized_goes_before_the_colors(bench, tmp_path, monkeypatch):
+    """At a rate where nothing is recognized any more, the KID can be smallest."""
     both = {3e-3: 0.2, 1e-2: 0.3, 3e-2: 0.3, 1e-1: 0.0}
     kid = {3e-3: 0.15, 1e-2: 0.12, 3e-2: 0.11, 1e-1: 0.07}
 
@@ -131,7 +131,7 @@ def test_table_has_means_spreads_and_what_was_tried(bench):
         "| base model |  |  | 1 | 90 | 500 |",
         "| LoRA, rank r | 1,234 | 0.003 | 3, 1 diverged | 90 ± 0 | 150 ± 71 |",
         "",
-        "**Learning rates tried** (on concepts trained on: per cent recognised as thing and style, and KID)",
+        "**Learning rates tried** (on concepts trained on: per cent recognized as thing and style, and KID)",
         "",
         "|  | style, 2 steps |",
         "| --- | --- |",

@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 
 from styleinject_core import load_adapter
 from styleinject_core.demo import data, pictures, show, styles
-from styleinject_core.demo.classifier import load_classifier, recognised
+from styleinject_core.demo.classifier import load_classifier, recognized
 from styleinject_core.hosts.architectures import ARCHITECTURES, architecture_of
 
 
@@ -50,7 +50,7 @@ def test_the_base_model_draws_its_concepts(model):
     chosen = list(range(0, len(data.concepts()), 15))
     names = [data.concepts()[k].name for k in chosen]
     images = show._images(model, None, names, seed=0)
-    concept, in_style = recognised(load_classifier(), images, chosen, data.BASE_STYLE)
+    concept, in_style = recognized(load_classifier(), images, chosen, data.BASE_STYLE)
     assert concept > 0.5
     assert in_style > 0.5
 

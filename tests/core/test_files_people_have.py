@@ -105,6 +105,33 @@ def test_pefts_own_result(tmp_path, host, x, config, kept):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+LYCORIS_OF_PEFT = {
+    "LoHa": ("LoHaConfig", {"r": 4, "alpha": 10, "use_effective_conv2d": True}),
+    "LoHa, flat": ("LoHaConfig", {"r": 3, "alpha": 1, "rank_pattern": {"to_k": 2}}),
+    "LoKr": ("LoKrConfig", {"r": 2, "alpha": 6}),
+    "LoKr, both": ("LoKrConfig", {"r": 1, "alpha": 3, "decompose_both": True, "use_effective_conv2d": True}),
+    "LoKr, full": ("LoKrConfig", {"r": 16, "alpha": 8}),
+}
+
+
+@pytest.mark.parametrize("kind", LYCORIS_OF_PEFT)
+def test_pefts_loha_and_lokr(tmp_path, host, x, kind):
+    peft = pytest.importorskip("peft")
+    name, given = LYCORIS_OF_PEFT[kind]
+    settings = getattr(peft, name)(**{"target_modules": ["to_q", "to_k", "conv"], "init_weights": True, **given})
+    model = peft.get_peft_model(copy.deepcopy(host), settings)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "hada_" in key or "lokr_" in key:
+                parameter.copy_(drawn(*parameter.shape, seed=len(key), std=0.5))
+        expected = model(x)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad(), attach(host, load_adapter(tmp_path / "adapter_model.safetensors")):
+        found = host(x)
+    assert (expected - host(x)).abs().max() > 0.02
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_config_of_another_file_is_not_taken(tmp_path, host):
     """A folder of many LoRAs may hold somebody's adapter_config.json: other ranks or targets are not this file's."""
     save_file({"to_q.lora_A.weight": drawn(4, 12), "to_q.lora_B.weight": drawn(20, 4)}, tmp_path / "mine.safetensors")

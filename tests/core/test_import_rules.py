@@ -1,8 +1,9 @@
-"""Who may import whom: docs/decisions/0001-two-packages.md, 0008-floors.md, held by reading every import."""
+"""Who may import whom: docs/decisions/0001-two-packages.md, 0011-floors.md, held by reading every import."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def imports(path: Path) -> Iterator[tuple[tuple[str, ...], int, bool]]:
                 yield module, node.level, id(node) in top
 
 
+def exists(module: tuple[str, ...]) -> bool:
+    """Whether there is such a module of the pack, or, in a package, such a name: mypy says nothing of what is missing."""
+    target = ROOT.joinpath(*module)
+    if target.is_dir() or target.with_suffix(".py").exists():
+        return True
+    package = target.parent / "__init__.py"
+    return package.exists() and re.search(rf"\b{module[-1]}\b", package.read_text(encoding="utf-8")) is not None
+
+
 @pytest.mark.parametrize("path", EVERY_FILE)
 def test_every_package_and_part_sees_only_what_stands_before_it(path):
     own = path.relative_to(ROOT).with_suffix("").parts
@@ -95,6 +105,7 @@ def test_every_package_and_part_sees_only_what_stands_before_it(path):
         if not level:
             assert module[0] not in {"styleinject_core", "integration"}, f"{path}: imports inside the pack are relative: {name}"
             continue
+        assert exists(module), f"{path} imports {name}, which is not there"
         assert FLOORS.index(module[0]) <= FLOORS.index(own[0]), f"{path} imports {name}, which is of a higher floor"
         for depth in range(1, min(len(own), len(module))):
             folder = "/".join(own[:depth])

@@ -98,7 +98,7 @@ def test_embeddings_keep_groups_apart(method):
     if method == "UMAP":
         pytest.importorskip("umap")
     torch.manual_seed(0)
-    groups = torch.cat([torch.randn(20, 8) * 0.1 + centre for centre in torch.eye(8)[:3] * 5])
+    groups = torch.cat([torch.randn(20, 8) * 0.1 + center for center in torch.eye(8)[:3] * 5])
     plane = embed(groups, method)
     assert plane.shape == (60, 2) and torch.equal(plane, embed(groups, method))
     parts = plane.view(3, 20, 2)
@@ -167,18 +167,18 @@ def test_texts_are_plain_and_other_peoples_settings_do_not_matter(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["t.png"]
 
 
-@pytest.mark.parametrize("colour", plots.COLOURS)
-def test_maps(colour):
+@pytest.mark.parametrize("color", plots.COLORS)
+def test_maps(color):
     traces = [random_trace(seed, steps=2, images=1, label=f"prompt {seed}") for seed in range(20)]
     points, known = analysis.points(traces)
-    image = plots.scatter(embed(points, "PCA"), known, colour, "title", "subtitle", traces[0].styles)
+    image = plots.scatter(embed(points, "PCA"), known, color, "title", "subtitle", traces[0].styles)
     assert image.shape == (620, 800, 3) and image.std() > 0.02
 
 
-def test_unknown_views_and_colours():
+def test_unknown_views_and_colors():
     with pytest.raises(ValueError, match="view 'x': expected one of layers x styles"):
         plots.heatmap(random_trace(), "x")
-    with pytest.raises(ValueError, match="colour 'x': expected one of prompt"):
+    with pytest.raises(ValueError, match="color 'x': expected one of prompt"):
         plots.scatter(torch.zeros(1, 2), {}, "x", "", "", ())
     with pytest.raises(ValueError, match="method 'x': expected one of t-SNE"):
         embed(torch.zeros(3, 2), "x")

@@ -24,7 +24,7 @@ SMALL = {"resolution": 32, "bucket_step": 8}
 
 
 def picture(width, height, seed=0):
-    """Smooth colours, different for each seed, so that a crop or a turn shows."""
+    """Smooth colors, different for each seed, so that a crop or a turn shows."""
     y, x = np.mgrid[0:height, 0:width]
     rgb = [x * 255 / max(width - 1, 1), y * 255 / max(height - 1, 1), np.full_like(x, seed * 37 % 256)]
     return Image.fromarray(np.stack(rgb, -1).astype(np.uint8))
@@ -228,7 +228,7 @@ def test_turned_by_exif(tmp_path, orientation, suffix):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "I;16", "LA", "RGBA", "Palette with alpha"])
 def test_modes(tmp_path, mode):
-    grey = Image.new("L", (40, 40), 255)
+    gray = Image.new("L", (40, 40), 255)
     match mode:
         case "I;16":
             image = Image.fromarray(np.full((40, 40), 128 * 257, np.uint16))
@@ -238,16 +238,16 @@ def test_modes(tmp_path, mode):
             expected = 1.0
         case "Palette with alpha":
             image = Image.new("L", (40, 40), 3).convert("P")
-            image.info["transparency"] = bytes([255, 255, 255, 0])  # an alpha per colour
+            image.info["transparency"] = bytes([255, 255, 255, 0])  # an alpha per color
             expected = 1.0
         case _:
-            image, expected = grey.convert(mode), 1.0
+            image, expected = gray.convert(mode), 1.0
     image.save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
     torch.testing.assert_close(one(tmp_path), torch.full((3, 32, 32), expected), atol=0.01, rtol=0)
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (40, 40), colour) for colour in ("white", "black", "red")]
+    frames = [Image.new("RGB", (40, 40), color) for color in ("white", "black", "red")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     assert one(tmp_path).min() == 1
 
@@ -414,7 +414,7 @@ def test_broken_pixels_are_stood_in_for(folder):
     assert not data.skipped
     assert len(data) == 10
     same = next(k for k in [*range(index + 1, 10), *range(index)] if data.size(k) == data.size(index))
-    assert same != index + 1  # a neighbour of another shape is passed over
+    assert same != index + 1  # a neighbor of another shape is passed over
     for _ in range(2):
         stand_in = data[index]
         assert stand_in.name == data[same].name
@@ -660,7 +660,7 @@ def test_nothing_usable_in_a_stream(tmp_path):
         stream(tmp_path, shuffle=-1)
 
 
-def test_pictures_with_a_colour_profile_are_brought_to_srgb(tmp_path) -> None:
+def test_pictures_with_a_color_profile_are_brought_to_srgb(tmp_path) -> None:
     """A profile with red and green in each other's place: what it calls red is green. A broken one changes nothing."""
     from PIL import ImageCms
 

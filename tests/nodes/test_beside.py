@@ -222,7 +222,7 @@ def test_fp8_weights_cast_at_use(pack, apply, sample) -> None:
 
 
 class Int8Linear(torch.nn.Module):
-    """A Linear as quantisation packs make them: no nn.Linear, no weight that could be read."""
+    """A Linear as quantization packs make them: no nn.Linear, no weight that could be read."""
 
     def __init__(self, linear):
         super().__init__()
@@ -235,7 +235,7 @@ class Int8Linear(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.step, self.bias)
 
 
-def test_quantised_layers_of_other_packs(pack, model, tiny_unet_model, apply, sample) -> None:
+def test_quantized_layers_of_other_packs(pack, model, tiny_unet_model, apply, sample) -> None:
     adapter = random_adapter(pack, model, "to_q", "to_v")
     twin = tiny_unet_model()
     with torch.inference_mode():

@@ -86,6 +86,12 @@ def native(model: Any, tensors: dict[str, torch.Tensor], strength: float = 1.0) 
     return comfy.sd.load_lora_for_models(model, None, dict(tensors), strength, 0)[0]
 
 
+def skip_unknown(layers: dict[str, Any]) -> None:
+    """Older versions of ComfyUI have no diffusers names of younger families."""
+    if not any(name.endswith("to_q") for name in layers):
+        pytest.skip("this version of ComfyUI has no table of this family's names")
+
+
 def assert_same(draw: Callable[[Any], torch.Tensor], found: Any, expected: Any, base: Any) -> None:
     """Both draw the same, and not what the model alone draws."""
     wanted = draw(expected)
@@ -142,7 +148,7 @@ def test_slices_of_fused_layers(ours, family, kind, strength) -> None:
     """to_q, to_k and to_v of a file are rows of one qkv in the model."""
     model = dit_models.MODELS[family]()
     layers = dit_models.diffusers_layers(model)
-    assert any(name.endswith("to_q") for name in layers)
+    skip_unknown(layers)
     tensors = {}
     for name, (_, shape) in layers.items():
         for part, value in files.KINDS[kind](shape, files.Draw(len(name))).items():
@@ -155,6 +161,7 @@ def test_slices_of_fused_layers(ours, family, kind, strength) -> None:
 @pytest.mark.parametrize("family", dit_models.MODELS)
 def test_every_layer_of_a_fused_file_is_used(report, family) -> None:
     model = dit_models.MODELS[family]()
+    skip_unknown(dit_models.diffusers_layers(model))
     names = list(dit_models.diffusers_layers(model, lambda name: ".attn." in name or ".attention." in name))
     assert names
     layers = dit_models.diffusers_layers(model)
@@ -224,20 +231,21 @@ def test_files_that_extract_and_save_writes(model, tiny_unet_model, ours, sample
 
 @pytest.mark.parametrize("kind", files.KINDS)
 def test_patched_into_weights_or_installed_for_calls_is_the_same(model, layers, put, run_node, sample, kind) -> None:
-    """A schedule over all but nothing makes a change one for calls: 0 to 0.999 of sampling holds for every step here."""
+    """A schedule over all but nothing makes a change one for calls: no step of "simple" is after 0.999 of sampling."""
     adapter = run_node("StyleInjectLoader", adapter_name=put(files.file_of(layers, kind)))[0]
     patched = run_node("StyleInjectApply", model=model, adapter=adapter, strength=-0.5)[0]
     scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, strength=-0.5, end_percent=0.999)[0]
     assert patched.patches and not scheduled.patches
-    expected = sample(patched)
-    assert not close(expected, sample(model), 0.02)
-    assert close(sample(scheduled), expected, 2e-3)
+    expected = sample(patched, scheduler="simple")
+    assert not close(expected, sample(model, scheduler="simple"), 0.02)
+    assert close(sample(scheduled, scheduler="simple"), expected, 2e-4)
 
 
 @pytest.mark.parametrize("family", dit_models.MODELS)
 @pytest.mark.parametrize("kind", ["LoRA, alpha", "LoKr, both factored", "DoRA, output axis"])
 def test_slices_for_calls(put, run_node, family, kind) -> None:
     model = dit_models.MODELS[family]()
+    skip_unknown(dit_models.diffusers_layers(model))
     tensors = {}
     for name, (_, shape) in dit_models.diffusers_layers(model).items():
         for part, value in files.KINDS[kind](shape, files.Draw(len(name))).items():
@@ -262,7 +270,8 @@ def test_norms_for_calls(model, put, run_node, sample) -> None:
     adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
     before = {name: id(p) for name, p in model.model.named_parameters()}
     scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
-    assert close(sample(scheduled), sample(native(model, tensors)), 1e-3)
+    expected = sample(native(model, tensors), scheduler="simple")
+    assert close(sample(scheduled, scheduler="simple"), expected, 2e-4)
     assert {name: id(p) for name, p in model.model.named_parameters()} == before
 
 
@@ -272,7 +281,7 @@ def test_strength_selector_and_layer_weights_reach_the_patches(model, layers, pu
     given = {"adapter": adapter, "layers": "attention", "layer_weights": "to_q = 0.5; cross = *-2"}
     patched = run_node("StyleInjectApply", model=model, strength=0.7, **given)[0]
     scheduled = run_node("StyleInjectApply", model=model, strength=0.7, end_percent=0.999, **given)[0]
-    assert close(sample(patched), sample(scheduled), 2e-3)
+    assert close(sample(patched, scheduler="simple"), sample(scheduled, scheduler="simple"), 2e-4)
     later = run_node(
         "StyleInjectStrength",
         model=run_node("StyleInjectApply", model=model, strength=3.0, **given)[0],

@@ -114,7 +114,7 @@ def test_the_factors_widget_is_the_last_and_may_be_absent(pack, run_node):
     last = node.define_schema().inputs[-1]
     assert last.id == "factors" and last.optional and last.default == "64, 4"
     given = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None and i is not last}
-    assert node.execute(**given).result[0] == pack.submodule("integration.training.options").TrainOptions()
+    assert node.execute(**given).result[0] == pack.submodule("integration.training.train_options").TrainOptions()
     assert inspect.signature(node.execute).parameters["factors"].default == ""
 
 

@@ -445,16 +445,16 @@ def test_latents_of_other_models(pack, tiny_unet_model) -> None:
         assert encoder.pixels_per_latent == 16
 
 
-def quantised(model):
+def quantized(model):
     """The tiny model with its attention's weights in scaled fp8, as a checkpoint of such a model is loaded."""
     import json
 
     import comfy.ops
     import comfy.supported_models
 
-    quant_ops = pytest.importorskip("comfy.quant_ops", reason="this ComfyUI has no quantised layers")
+    quant_ops = pytest.importorskip("comfy.quant_ops", reason="this ComfyUI has no quantized layers")
     if not hasattr(comfy.ops, "mixed_precision_ops") or "float8_e4m3fn" not in quant_ops.QUANT_ALGOS:
-        pytest.skip("this ComfyUI has no quantised layers of this kind")
+        pytest.skip("this ComfyUI has no quantized layers of this kind")
     config = comfy.supported_models.SD15(dict(UNET_CONFIG))
     config.unet_config["num_heads"] = 4
     config.quant_config = {"mixed_ops": True}
@@ -475,8 +475,8 @@ def quantised(model):
     return type(model)(made, load_device=model.load_device, offload_device=model.offload_device)
 
 
-def test_quantised_weights(model, train, sample) -> None:
-    packed = quantised(model)
+def test_quantized_weights(model, train, sample) -> None:
+    packed = quantized(model)
     layers = [layer for layer in packed.model.diffusion_model.modules() if getattr(layer, "layout_type", None)]
     assert layers and all(type(layer.weight).__name__ != "Parameter" for layer in layers)
     for layer in layers:  # as on a GPU that computes in fp8

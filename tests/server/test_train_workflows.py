@@ -11,13 +11,13 @@ import pytest
 from client import Client, Event, Prompt
 from comfy_process import ComfyProcess
 
-FINE_TUNE = "7 Train on drawings with every setting.json"
+FINE_TUNE = "07 Train on drawings with every setting.json"
 TRAINING = {
     FINE_TUNE: "line_art",
-    "6 Train one subject from a few pictures.json": "my_owl",
-    "8 Turn a checkpoint into a small adapter.json": "distilled_line_art",
+    "06 Train one subject from a few pictures.json": "my_owl",
+    "08 Turn a checkpoint into a small adapter.json": "distilled_line_art",
 }
-MY_PICTURES = "4 Train a style from your pictures.json"
+MY_PICTURES = "04 Train a style from your pictures.json"
 NODES = ("StyleInjectTrain", "StyleInjectDreamBooth", "StyleInjectDistill")
 
 

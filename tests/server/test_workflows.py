@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import checkpoints
@@ -208,7 +207,7 @@ def test_a_bad_file_name_is_refused_when_queued(client, checkpoint, adapters, na
 
 def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     """As committed, with fewer steps: the same seed with and without the adapter."""
-    graph = example("1 First look - one picture with and without a style.json")
+    graph = example("01 First look - one picture with and without a style.json")
     for node in graph.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 6
@@ -216,14 +215,14 @@ def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     pictures = [client.fetch_image(image) for image in run.images]
     assert len(pictures) == 2
     assert all(picture.shape == (512, 512, 3) and picture.std() > 5 for picture in pictures)
-    colours = [picture.max(2).astype(int) - picture.min(2) for picture in pictures]
+    colors = [picture.max(2).astype(int) - picture.min(2) for picture in pictures]
     saturation = {
-        image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colours, strict=True)
+        image["filename"].startswith("styleinject_demo_base"): c.mean() for image, c in zip(run.images, colors, strict=True)
     }
-    assert saturation[False] < 0.5 * saturation[True], "line art has less colour than the base model's drawings"
+    assert saturation[False] < 0.5 * saturation[True], "line art has less color than the base model's drawings"
 
 
-@pytest.mark.parametrize("name", ["2 A style on your own model.json", "3 Two styles on your own model.json"])
+@pytest.mark.parametrize("name", ["02 A style on your own model.json", "03 Two styles on your own model.json"])
 def test_the_sd15_workflows_run(client, server, example, checkpoint, adapters, name) -> None:
     """As committed, but with adapters chosen, the checkpoint there is, and a small size."""
     folder = server.base / "models" / "styleinject"
@@ -246,7 +245,7 @@ def test_the_sd15_workflows_run(client, server, example, checkpoint, adapters, n
 
 def test_the_deadiff_demo_workflow_draws_like_its_references(client, example) -> None:
     """As committed, with fewer steps: one prompt and noise, three references, four pictures each."""
-    graph = example("deadiff_demo.json")
+    graph = example("10 Draw in the style of a picture.json")
     for node in graph.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 8
@@ -262,9 +261,15 @@ def test_the_deadiff_demo_workflow_draws_like_its_references(client, example) ->
     assert sum(colors["deadiff_openmoji-line"]) < 0.5 * sum(colors["deadiff_twemoji"]), "line art has less color"
 
 
-@pytest.mark.parametrize("name", ["sd15_deadiff.json", "sd15_deadiff_controlnet_lora.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "11 Style from one picture and subject from another - SD 1.5.json",
+        "12 Style of a picture with ControlNet and a LoRA - SD 1.5.json",
+    ],
+)
 def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, name) -> None:
-    """As committed, but for the size and the models: a DEADiff for the small checkpoint whose vision encoder is the demo's,
+    """As committed, but for the size and the models that are chosen: a DEADiff for the small checkpoint whose vision encoder is the demo's,
     without the ControlNet and the LoRA that nobody has here."""
     layers = tuple((layer, checkpoints.CHANNELS) for layer, _ in deadiff_models.TINY_LAYERS)
     sizes = {"context": checkpoints.CONTEXT, "layers": layers, "vision_tokens": 64, "vision_width": 128}
@@ -276,7 +281,7 @@ def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, nam
     graph = example(name)
     by_type = {node["class_type"]: key for key, node in graph.items()}
     instead = {}  # (node, output) -> what takes its place
-    if name != "sd15_deadiff.json":
+    if name != "11 Style from one picture and subject from another - SD 1.5.json":
         control, lora = graph[by_type["ControlNetApplyAdvanced"]]["inputs"], by_type["CheckpointLoaderSimple"]
         instead = {(by_type["ControlNetApplyAdvanced"], 0): control["positive"], (by_type["ControlNetApplyAdvanced"], 1): control["negative"],
                    (by_type["LoraLoader"], 0): [lora, 0], (by_type["LoraLoader"], 1): [lora, 1]}  # fmt: skip
@@ -288,6 +293,7 @@ def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, nam
         inputs = node["inputs"]
         inputs.pop("clip_vision", None)
         inputs |= {"ckpt_name": checkpoint} if "ckpt_name" in inputs else {}
+        inputs |= {"deadiff_name": "deadiff_v1.safetensors"} if "deadiff_name" in inputs else {}
         inputs |= {"width": 64, "height": 64} if "width" in inputs else {}
         inputs |= {"steps": 2} if "steps" in inputs else {}
         inputs |= {
@@ -295,10 +301,3 @@ def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, nam
         }
     run = client.queue(graph)
     assert len(run.images) == 1 and client.fetch_image(run.images[0]).std() > 5
-
-
-def test_example_workflows_have_thumbnails() -> None:
-    folder = Path(__file__).parents[2] / "example_workflows"
-    workflows = {path.stem for path in folder.glob("*.json")}
-    assert workflows == {path.stem for path in folder.glob("*.jpg")}
-    assert len(workflows) >= 3

@@ -73,7 +73,7 @@ def where(mask: Tensor, conditioning: Mapping[str, Tensor], other: Mapping[str, 
 
 
 def conditioning_hash(conditioning: Mapping[str, Tensor]) -> str:
-    """A fingerprint of prompts, for recognising a run's data."""
+    """A fingerprint of prompts, for recognizing a run's data."""
     return tensors_hash(conditioning.values())
 
 

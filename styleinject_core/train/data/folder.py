@@ -160,7 +160,7 @@ class ImageFolder:
                 yield entry
 
     def summary(self) -> dict:
-        """What the data is, for an adapter's metadata and to recognise it by: counts and a hash, no names.
+        """What the data is, for an adapter's metadata and to recognize it by: counts and a hash, no names.
 
         It does not change while the data is read. `skipped` counts pictures left out for their headers, `enlarged` those
         smaller than their bucket, `buckets` all by "width x height". `content` is a hash over captions, lengths and ends

@@ -1,6 +1,6 @@
 """One picture file as training wants it: upright, sRGB, cut to its bucket's size, in [-1, 1]; and what to do with a broken one.
 
-A colour profile inside the file is applied; pixels without one are taken as sRGB.
+A color profile inside the file is applied; pixels without one are taken as sRGB.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DataError(ValueError):
 
 
 class CorruptError(DataError):
-    """One picture (or one sample of a shard) that cannot be used, while its neighbours may be fine."""
+    """One picture (or one sample of a shard) that cannot be used, while its neighbors may be fine."""
 
 
 @dataclass(frozen=True)
@@ -176,13 +176,13 @@ def _orientation(picture: Picture) -> int:
 
 
 def _in_srgb(picture: Picture) -> Picture:
-    """By the colour profile inside the file, if there is one that can be read: phones write Display P3, cameras Adobe RGB.
+    """By the color profile inside the file, if there is one that can be read: phones write Display P3, cameras Adobe RGB.
 
     A profile that Pillow cannot apply says nothing about the pixels, which then are taken as they are.
     """
     profile = picture.info.get("icc_profile")
     if not profile or picture.mode not in ("RGB", "RGBA", "L", "CMYK") or "transparency" in picture.info:
-        return picture  # palettes, 16-bit grey: in practice sRGB
+        return picture  # palettes, 16-bit gray: in practice sRGB
     try:
         from PIL import ImageCms
     except ImportError:  # a part that Pillow can be built without
@@ -201,7 +201,7 @@ def _rgb(picture: Picture) -> Picture:
     from PIL import Image
 
     picture = _in_srgb(picture)
-    if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255 instead of scaling
+    if picture.mode.startswith("I"):  # 16 bits of gray, which convert() would cut off at 255 instead of scaling
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")

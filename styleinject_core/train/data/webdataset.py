@@ -43,7 +43,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Group:
-    """Neighbouring members of a tar file that have one key: the name up to its first dot."""
+    """Neighboring members of a tar file that have one key: the name up to its first dot."""
 
     tar: tarfile.TarFile
     key: str
@@ -256,7 +256,7 @@ class ImageStream:
         raise DataError(f"{self.shards[shard].name}: nothing at byte {offset}: the shard has changed since the state was saved")
 
     def summary(self) -> dict:
-        """What the data is, for an adapter's metadata and to recognise it by: counts and a hash, no names.
+        """What the data is, for an adapter's metadata and to recognize it by: counts and a hash, no names.
 
         It does not change while the data is read. `content` is a hash over lengths and beginnings of the shards, in order.
         """

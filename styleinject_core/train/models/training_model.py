@@ -45,7 +45,7 @@ class TrainingModel(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells frozen models apart, for recognising a run's: a hash of a little of every parameter."""
+        """Tells frozen models apart, for recognizing a run's: a hash of a little of every parameter."""
         return tensors_hash(parameter.flatten()[:64] for parameter in self.denoiser.parameters())
 
     def attachment(self, adapter: Adapter) -> Attachment:

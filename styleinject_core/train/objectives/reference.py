@@ -26,9 +26,9 @@ from ...deadiff.model import Deadiff
 from ...deadiff.rows import repeats
 from ...override import Override, Tail
 from ..data.batches import Conditioning, conditioning_hash, tensors_hash
-from ..random_numbers import VALIDATION, RandomNumbers
 from ..models.noise import add_noise
 from ..models.training_model import TrainingModel
+from ..random_numbers import VALIDATION, RandomNumbers
 from ..settings import TrainSettings
 from .losses import fine_tune_loss
 
@@ -171,8 +171,8 @@ class ReferenceTask:
 
         return rows
 
-    def loss(self, draws: RandomNumbers) -> Tensor:
-        return self._batch_loss(self.images, draws)
+    def loss(self, rng: RandomNumbers) -> Tensor:
+        return self._batch_loss(self.images, rng)
 
     def validation_loss(self) -> float:
         assert self.validation is not None
@@ -180,17 +180,15 @@ class ReferenceTask:
         losses = [self._batch_loss(self.validation, RandomNumbers(self.settings.seed, VALIDATION - k)) for k in range(count)]
         return sum(float(loss) for loss in losses) / count
 
-    def _batch_loss(self, images: PairedImages, draws: RandomNumbers) -> Tensor:
+    def _batch_loss(self, images: PairedImages, rng: RandomNumbers) -> Tensor:
         count, device = self.settings.batch_size, self.model.device
         # one number for the batch, the same in all processes
-        task = self.shares.pick(torch.rand((), generator=draws.generator).item())
+        task = self.shares.pick(torch.rand((), generator=rng.generator).item())
         partners = self._partners[id(images)][task]
         usable = [k for k, own in enumerate(partners) if own]
-        targets = [usable[int(u * len(usable))] for u in draws.uniform(count).tolist()]
-        references = [
-            partners[k][int(u * len(partners[k]))] for k, u in zip(targets, draws.uniform(count).tolist(), strict=True)
-        ]
-        kept = (draws.uniform(count) >= self.dropout).to(device)
+        targets = [usable[int(u * len(usable))] for u in rng.uniform(count).tolist()]
+        references = [partners[k][int(u * len(partners[k]))] for k, u in zip(targets, rng.uniform(count).tolist(), strict=True)]
+        kept = (rng.uniform(count) >= self.dropout).to(device)
         features = images.features[references].to(device)
         self._tokens = {}
         for stream in STREAMS:
@@ -202,8 +200,8 @@ class ReferenceTask:
                 self._tokens[stream] = torch.zeros(count, config.queries, config.width, device=device)
         latents = images.latents[targets].to(device)
         schedule = self.model.schedule
-        times = schedule.times(draws.uniform(count)).to(device)
-        noise = draws.normal(latents)
+        times = schedule.times(rng.uniform(count)).to(device)
+        noise = rng.normal(latents)
         noisy = add_noise(schedule, latents, noise, times)
         prediction = self.model.predict(noisy, times, self._prompts(images, task, targets))
         return fine_tune_loss(prediction, schedule, latents, noise, times, self.settings.min_snr_gamma)

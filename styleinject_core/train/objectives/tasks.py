@@ -138,7 +138,7 @@ class Distil(FineTune):
     Args:
         model: the student's.
         teacher: another model over the same latents; it may predict something else (ε, v, x0).
-        teacher_reads: how it comes to its captions, in words or as a hash; for recognising the run.
+        teacher_reads: how it comes to its captions, in words or as a hash; for recognizing the run.
 
     Raises:
         ValueError: teacher and student are one model, or one of them alone is a flow model.

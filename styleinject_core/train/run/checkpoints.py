@@ -32,12 +32,12 @@ class CheckpointError(ValueError):
 
 @dataclass
 class TrainState:
-    """Where a run stands after `step` optimiser steps.
+    """Where a run stands after `step` optimizer steps.
 
     Args:
         plan: what decides which adapter comes out (settings, adapter config, objective, data); a resumed run must have
             the same one. Nested dicts of JSON values.
-        parts: nested dicts and lists of numbers, strings and tensors: parameters, optimiser, data position.
+        parts: nested dicts and lists of numbers, strings and tensors: parameters, optimizer, data position.
     """
 
     step: int

@@ -173,7 +173,7 @@ class _Loop:
         self.saved_at = 0
         self.position = task.state_dict()  # in the data, after the last whole step
         self.overflows = 0  # steps in a row that float16 made too large, and the scaler left out
-        self.mid_step = False  # between the optimiser's step and the end of what belongs to it
+        self.mid_step = False  # between the optimizer's step and the end of what belongs to it
         self.seconds: float | None = None
 
     # the run on disk
@@ -246,7 +246,7 @@ class _Loop:
         if self.best is not None:
             self.adapter.load_state_dict(self.best[1])
         elif hasattr(self.optimizer, "eval"):
-            self.optimizer.eval()  # a schedule-free optimiser's own average is the result
+            self.optimizer.eval()  # a schedule-free optimizer's own average is the result
 
     def step(self) -> None:
         began, settings, step = time.perf_counter(), self.settings, self.result.step
@@ -284,7 +284,7 @@ class _Loop:
         self.observer.progress(Progress(self.result.step, settings.steps, value, rate, self.seconds, validation))
 
     def _gradients(self, step: int) -> Tensor:
-        """Gradients of one optimiser step, averaged over its forward passes; returns their mean loss."""
+        """Gradients of one optimizer step, averaged over its forward passes; returns their mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
         passes = self.settings.accumulation
         total = torch.zeros((), device=self.parameters[0].device)

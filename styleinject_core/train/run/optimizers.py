@@ -1,4 +1,4 @@
-"""Optimisers by name: PyTorch's AdamW, and those of libraries that may be installed."""
+"""Optimizers by name: PyTorch's AdamW, and those of libraries that may be installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..settings import TrainSettings
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimiser that the settings name.
+    """The optimizer that the settings name.
 
     Raises:
         ImportError: its library is not installed; says how to install it.
@@ -43,7 +43,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) 
 
 
 def set_rate(optimizer: torch.optim.Optimizer, settings: TrainSettings, step: int) -> float:
-    """Set the learning rate of a step; returns it. A schedule-free optimiser warms up by itself."""
+    """Set the learning rate of a step; returns it. A schedule-free optimizer warms up by itself."""
     rate = settings.learning_rate * (1.0 if settings.optimizer == "schedulefree" else settings.rate(step))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -52,7 +52,7 @@ def set_rate(optimizer: torch.optim.Optimizer, settings: TrainSettings, step: in
 
 @contextmanager
 def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Parameters as they are to be used and saved, for the length of a with block: schedule-free optimisers train on
+    """Parameters as they are to be used and saved, for the length of a with block: schedule-free optimizers train on
     others, which come back bit for bit."""
     if not hasattr(optimizer, "eval"):
         yield

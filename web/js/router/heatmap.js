@@ -1,4 +1,4 @@
-/** Drawing a table as a heat map on a canvas. Colours are matplotlib's viridis, as in the pack's other pictures. */
+/** Drawing a table as a heat map on a canvas. Colors are matplotlib's viridis, as in the pack's other pictures. */
 
 /** @typedef {import("./table.js").Table} Table */
 
@@ -9,9 +9,9 @@
 
 /**
  * @typedef {object} Look
- * @property {string} text colour
- * @property {string} background colour; empty for none
- * @property {string} empty colour of a step that is still to come
+ * @property {string} text color
+ * @property {string} background color; empty for none
+ * @property {string} empty color of a step that is still to come
  * @property {number} size of the text, in pixels
  * @property {string} [title]
  */

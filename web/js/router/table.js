@@ -90,7 +90,7 @@ function mean(values) {
 }
 
 /**
- * The colour scale of means over layers: they lie close together, and on a scale from 0 they would all look the same. In
+ * The color scale of means over layers: they lie close together, and on a scale from 0 they would all look the same. In
  * steps of a twentieth, so that it does not move at every step.
  * @param {Float32Array} values
  */
@@ -103,7 +103,7 @@ function range(values) {
 }
 
 /**
- * The top of the colour scale: the largest value, rounded up to a tenth, so that it does not move at every step.
+ * The top of the color scale: the largest value, rounded up to a tenth, so that it does not move at every step.
  * @param {Float32Array} values
  */
 function roundUp(values) {
