@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from styleinject_core import Adapter, AdapterConfig, load_adapter
+from styleinject_core import Adapter, AdapterConfig, attach, load_adapter, save_adapter
 from styleinject_core.cli import main
 from styleinject_core.hosts.architectures import describe
 from styleinject_core.train.data.source import LatentSource
@@ -263,3 +263,28 @@ def test_what_is_no_pipeline(models, tmp_path):
     )
     with pytest.raises(ModelError, match="cannot be loaded|expected Stable Diffusion"):
         PipelineModel.load(tmp_path, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0])
+@pytest.mark.parametrize("targets", [("to_q", "to_k", "to_v", "to_out.0"), ("attention", "conv")], ids=["attention", "conv"])
+def test_diffusers_draws_the_same_from_a_lora(models, tmp_path, alpha, targets):
+    """Its load_lora_weights on our file, beside our attach."""
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(models["sd"], safety_checker=None)
+    adapter = Adapter.create(pipeline.unet, AdapterConfig(r=2, n_styles=1, sta="none", alpha=alpha, target_modules=targets))
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.B.normal_(0, 0.5)
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor(400), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        plain = pipeline.unet(*inputs).sample
+        with attach(pipeline.unet, load_adapter(tmp_path / "a.safetensors")):
+            ours = pipeline.unet(*inputs).sample
+        pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
+        theirs = pipeline.unet(*inputs).sample
+    assert (ours - plain).abs().max() > 0.1 * plain.std()
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * float(plain.std()))

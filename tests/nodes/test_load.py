@@ -71,7 +71,7 @@ def test_adapters_that_come_with_the_pack_fit_the_demo_model(pack, run_node) -> 
     demo = run_node("StyleInjectDemoModel")[0]
     for name in shipped:
         adapter, _ = run_node("StyleInjectLoader", adapter_name=f"demo/{name}")
-        _, report, _clip = run_node("StyleInjectApply", model=demo, adapter=adapter)
+        _, report, *_ = run_node("StyleInjectApply", model=demo, adapter=adapter)
         assert f"{len(adapter.names)} of {len(adapter.names)} layers matched" in report
 
 
