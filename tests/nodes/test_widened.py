@@ -66,13 +66,17 @@ def test_a_first_layer_that_another_node_has_widened(
 ) -> None:
     adapter = random_adapter(pack, model, "all", scale=0.1) if what == "style" else lora(pack, model, tmp_path)
     percents = {"end_percent": 0.999} if what == "lora with a schedule" else {}
-    styled = relit(apply(model, adapter, **percents), kind) if order == "adapter last" else apply(relit(model, kind), adapter, **percents)
+    styled = (
+        relit(apply(model, adapter, **percents), kind)
+        if order == "adapter last"
+        else apply(relit(model, kind), adapter, **percents)
+    )
     result, plain = sample(styled), sample(relit(model, kind))
     assert result.isfinite().all() and not close(result, plain, 0.02)
     if what == "style":
         return
     other = tiny_unet_model(in_channels=8)  # by hand: the change on the first four channels of a model that is as wide
-    weights = {k: v for k, v in tiny_unet_model().model.diffusion_model.state_dict().items()}
+    weights = dict(tiny_unet_model().model.diffusion_model.state_dict())
     first, second = sorted(adapter.layers.values(), key=lambda layer: not layer.shape.is_conv)
     with torch.inference_mode():
         own = weights["input_blocks.0.0.weight"] = widened(weights["input_blocks.0.0.weight"]).clone()
