@@ -44,12 +44,12 @@ def _around(owner: Any, name: str, before: Callable[..., None]) -> None:
     setattr(owner, name, watched)
 
 
-def _on_save(output_path: Any, model: Any = None, *_args: Any, **_kwargs: Any) -> None:
-    _tell(model, "saved", "where the checkpoint is loaded")
+def _on_save(*args: Any, **kwargs: Any) -> None:
+    _tell(kwargs.get("model", args[1] if len(args) > 1 else None), "saved", "where the checkpoint is loaded")
 
 
-def _on_merge(model: Any, filter_prefix: str | None = None, *_args: Any, **_kwargs: Any) -> None:
-    if filter_prefix is not None:  # without one, it is ComfyUI that looks for what its own hooks change
+def _on_merge(model: Any, *args: Any, **kwargs: Any) -> None:
+    if args or kwargs:  # without a prefix, it is ComfyUI that looks for what its own hooks change
         _tell(model, "merged", "to the merged model")
 
 
