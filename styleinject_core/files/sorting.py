@@ -63,7 +63,7 @@ def sort(name: str, keys: Iterable[str]) -> Sorted:
         AdapterFileError: nothing in it is an adapter's, or less than half of what is can be used; two adapters in one file.
     """
     keys = list(keys)
-    if _CONTROL_LORA <= set(keys):
+    if set(keys) >= _CONTROL_LORA:
         raise AdapterFileError(
             f"{name}: this is a Control LoRA for Flux, which widens the model's input and replaces its norms: such files are not "
             "supported, ComfyUI's Load LoRA applies them"
