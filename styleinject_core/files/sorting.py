@@ -65,8 +65,8 @@ def sort(name: str, keys: Iterable[str]) -> Sorted:
     keys = list(keys)
     if set(keys) >= _CONTROL_LORA:
         raise AdapterFileError(
-            f"{name}: this is a Control LoRA for Flux, which widens the model's input and replaces its norms: such files are not "
-            "supported, ComfyUI's Load LoRA applies them"
+            f"{name}: this is a Control LoRA for Flux, which widens the model's input and replaces its norms: such files are "
+            "not supported, ComfyUI's Load LoRA applies them"
         )
     modules: dict[str, Module] = {}
     skipped: list[str] = []
