@@ -2,7 +2,7 @@
 
     python benchmarks/host_cost.py              # the table of benchmarks/README.md; about two minutes on two cores
     python benchmarks/host_cost.py --quick      # only shows that it runs
-    COMFYUI_PATH=~/ComfyUI python benchmarks/host_cost.py   # where ComfyUI is: a narrow, full-depth SD 1.5 in it as well
+    COMFYUI_PATH=~/ComfyUI python benchmarks/host_cost.py   # inside ComfyUI as well: a narrow, full-depth SD 1.5
 
 A GPU that waits for the host feels only these two. They are measured on layers and on a U-Net so small that arithmetic
 costs nothing, on one CPU thread; the adapted and the bare take turns within a run, and a time is its lower quartile.
@@ -12,6 +12,7 @@ Launches are counted in float16 by a dispatch mode below autograd: every operati
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -110,6 +111,38 @@ def layer_calls() -> dict[str, Callable[[], Any]]:
     return calls
 
 
+def comfyui_calls(root: Path, runs: int) -> dict[str, Callable[[], Any]]:
+    """A sampling run of two steps in ComfyUI at `root`: SD 1.5's U-Net at full depth, 32 channels wide, on 8x8 latents."""
+    here = Path(__file__).parents[1]
+    sys.path[:0] = [str(root), str(here / "tests")]
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    import random_adapters
+    import tiny_model
+    from pack_loader import load_pack
+
+    pack = load_pack(here)
+    depth = {"transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3}
+    model = tiny_model.build_tiny_model(num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], **depth)
+    apply = pack.submodule("integration.patcher").apply_adapter
+
+    def patched(count: int, *targets: str) -> Any:
+        out = model
+        for seed in range(count):
+            adapter = random_adapters.random_adapter(pack, model, *targets, name=f"a{seed}", seed=seed, n_styles=16)
+            out = apply(out, adapter, strength=0.5)[0]
+        return out
+
+    models = {
+        "bare": model,
+        "1 adapter": patched(1),
+        "4 adapters": patched(4),
+        "1 adapter, with all convolutions": patched(1, "to_q", "to_v", "conv"),
+    }
+    return {key: lambda m=m: tiny_model.sample(m, steps=runs) for key, m in models.items()}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few runs: only shows that it works")
@@ -123,6 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n| core, tiny Linear, float32 | bare | 1 adapter | 4 adapters |\n| --- | ---: | ---: | ---: |")
     print(f"| µs | {bare * 1e6:.1f} | {times['1'] * 1e6:.1f} | {times['4'] * 1e6:.1f} |")
     print(f"| ratio | 1 | {times['1'] / bare:.2f} | {times['4'] / bare:.2f} |")
+    root = Path(os.environ.get("COMFYUI_PATH", "~/ComfyUI")).expanduser()
+    if not (root / "main.py").is_file():
+        print(f"\nno ComfyUI at {root}: the steps inside ComfyUI were not measured")
+        return
+    with torch.inference_mode():
+        times = interleaved(comfyui_calls(root, 2), *((2, 1) if options.quick else (25, 1)))
+    print("\n| ComfyUI, a step of the narrow U-Net | ms | ratio |\n| --- | ---: | ---: |")
+    for key, seconds in times.items():
+        print(f"| {key} | {seconds / 2 * 1e3:.0f} | {seconds / times['bare']:.2f} |")
 
 
 if __name__ == "__main__":
