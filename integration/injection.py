@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -94,7 +95,7 @@ class ComfyProgram(HostProgram):
         return images if images and layer in self._tiled else x.shape[0]
 
 
-def _plain(parameter: Tensor | None, x: Tensor) -> bool:
+def _plain(parameter: Any, x: Tensor) -> bool:
     return type(parameter) in (nn.Parameter, Tensor) and parameter.dtype == x.dtype and parameter.device == x.device
 
 
@@ -194,7 +195,7 @@ class SigmaBounds:
         """percent_to_sigma(end) <= sigma <= percent_to_sigma(start), in float32."""
         if start == 0 and end == 1:
             return True  # without reading the timestep, which would wait for the device
-        sampling = model.model_sampling
+        sampling: Any = model.model_sampling
         bounds = self._bounds.setdefault(sampling, {})
         if (start, end) not in bounds:
             bounds[start, end] = tuple(_float32(sampling.percent_to_sigma(percent)) for percent in (end, start))

@@ -45,7 +45,7 @@ def find_places(model: nn.Module, adapter: Adapter) -> dict[str, Found]:
     host = diffusion_model(model)
     modules = {name.replace(f"{COMPILED}.", ""): name for name, _ in host.named_modules()}
     table: dict[str, Any] = comfy.lora.model_lora_keys_unet(model, {})
-    unet = _unet_names(model.model_config.unet_config)
+    unet = _unet_names(model)
     found = {}
     for name in adapter.names:
         target = _target(table, unet, name, adapter.keys.get(name))
@@ -60,7 +60,7 @@ def find_places(model: nn.Module, adapter: Adapter) -> dict[str, Found]:
 def unet_modules(model: nn.Module, wanted: Iterable[str]) -> dict[str, str]:
     """The module names of a U-Net's layers, by their diffusers names; those that are not there are left out."""
     modules = {name.replace(f"{COMPILED}.", ""): name for name, _ in diffusion_model(model).named_modules()}
-    table = _unet_names(model.model_config.unet_config)
+    table = _unet_names(model)
     return {name: modules[table[name]] for name in wanted if table.get(name) in modules}
 
 
@@ -78,18 +78,20 @@ def _target(table: Mapping[str, Any], unet: Mapping[str, str], name: str, key: s
 
 
 def _found(target: Any, modules: Mapping[str, str]) -> Found | None:
-    """A target of the table as a place: "<key>", (key, (0, start, size)) or (key, rows or None, function)."""
+    """A target of the table as a place: "<key>", (key, (0, start, size)) or (key, rows or None, function). Keys are of weights,
+    or of other parameters, as a block's modulation."""
     whole, offset, reorder = target, None, None
     if not isinstance(target, str):
         whole, offset = target[0], target[1]
         reorder = target[2] if len(target) > 2 else None
-    name = modules.get(whole.replace(f"{COMPILED}.", "").removeprefix(_MODEL).removesuffix(".weight"))
-    if name is None or not whole.endswith(".weight"):
+    owner, _, parameter = whole.replace(f"{COMPILED}.", "").removeprefix(_MODEL).rpartition(".")
+    name = modules.get(owner)
+    if name is None or (parameter != "weight" and offset is not None):
         return None
     if offset is not None and offset[0] != 0:
         logging.warning("StyleInject: %s: a slice along dimension %s is not supported", whole, offset[0])
         return None
-    return Found(Place(name, None if offset is None else Rows(offset[1], offset[2])), reorder)
+    return Found(Place(name, None if offset is None else Rows(offset[1], offset[2]), parameter), reorder)
 
 
 def fitted(model: nn.Module, adapter: Adapter, found: Mapping[str, Found]) -> Adapter:
@@ -106,7 +108,8 @@ def fitted(model: nn.Module, adapter: Adapter, found: Mapping[str, Found]) -> Ad
         place, reorder = found[name].place, found[name].reorder
         try:
             module = host.get_submodule(place.module)
-            shape = LayerShape.of(module) or LayerShape.of_other(module)
+            shape = LayerShape.of(module) if place.parameter == "weight" else None
+            shape = shape or LayerShape.of_other(module, place.parameter)
         except (AttributeError, ValueError):
             continue
         if shape is not None and place.rows is not None:
@@ -127,9 +130,10 @@ def diffusion_model(model: nn.Module) -> nn.Module:
     return getattr(network, COMPILED, network)
 
 
-def _unet_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
+def _unet_names(model: nn.Module) -> dict[str, str]:
     """Diffusers name -> module name, of a U-Net's layers; none for other models."""
-    table = comfy.utils.unet_to_diffusers(unet_config)
+    config: Any = model.model_config
+    table = comfy.utils.unet_to_diffusers(config.unet_config)
     return {
         key.removesuffix(".weight"): value.removesuffix(".weight") for key, value in table.items() if key.endswith(".weight")
     }

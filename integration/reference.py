@@ -184,9 +184,10 @@ class MaskedAttention:
             torch.zeros(1, q.shape[1], count) if mask is None else mask_bias(mask, height, width, 0, count)
             for mask, count in zip(self.masks, counts, strict=True)
         ]
-        if self.inner is not None:
+        inner = self.inner
+        if inner is not None:
             shares = [None if mask is None else bias[..., :1].exp() for mask, bias in zip(self.masks, biases, strict=True)]
-            return masked_blend(lambda *kv: self.inner(q, *kv, extra_options), k, v, length, counts, shares)  # type: ignore[misc]
+            return masked_blend(lambda k, v: inner(q, k, v, extra_options), k, v, length, counts, shares)
         rows = max(bias.shape[0] for bias in biases)
         text = torch.zeros(rows, q.shape[1], length)
         bias = torch.cat([text, *(b.expand(rows, -1, -1) for b in biases)], -1).to(q)  # (rows, N, length + added)

@@ -131,7 +131,7 @@ class Conditionings:
         by_entry = self.run.by_entry() if ids is not None and len(ids) == len(entries) else {}
         found: list[str] = []
         for place, entry in enumerate(entries):
-            names = by_entry.get(ids[place], set()) if by_entry else set()
+            names = by_entry.get(ids[place], set()) if by_entry and ids is not None else set()
             if len(names) != 1:
                 names = set(self.roles[entry : entry + 1])
             found.extend(names)
@@ -295,7 +295,8 @@ class _Recording(Listener):
     """A call for a recorder, begun with the first layer that is heard of: not every call is made that could be."""
 
     def __init__(self, recorder: Recorder, roles: tuple[str, ...], sigma: float | Tensor, rows: int):
-        self.recorder, self._asked = recorder, (roles, sigma, rows)
+        self.recorder = recorder
+        self._asked: tuple[tuple[str, ...], float | Tensor, int] | None = (roles, sigma, rows)
         self.call: Call | None = None
 
     def record(self, layer: str, s: Tensor) -> None:

@@ -77,7 +77,8 @@ def _of_percents(injection: Injection, model: nn.Module, levels: Tensor) -> str:
     """Why an adapter was never active, where its percents are the reason; else empty."""
     if any(injection.active(model, level) for level in levels):
         return ""
-    to_sigma: Callable[[float], Any] = model.model_sampling.percent_to_sigma
+    sampling: Any = model.model_sampling
+    to_sigma: Callable[[float], Any] = sampling.percent_to_sigma
     first, last = (round(_percent(to_sigma, float(level)), 3) for level in (levels.max(), levels.min()))
     steps = "its only step is" if len(levels) == 1 else f"none of its {len(levels)} steps is"
     where = f"at {first:g}" if len(levels) == 1 else f"they go from {first:g} to {last:g}"

@@ -65,9 +65,9 @@ def add_patches(model: Any, attachment: Attachment, owner: object) -> None:
         if site.dma == 0:
             continue
         patches = by_strength.setdefault(site.dma, {})
-        parts = ["weight"] if site.layer.shift() is None else ["weight", "bias"]
-        for part in parts:
-            key = f"{names[module]}.{part}"
+        parts = {"weight": site.parameter} | ({} if site.layer.shift() is None else {"bias": "bias"})
+        for part, parameter in parts.items():
+            key = f"{names[module]}.{parameter}"
             where = key if site.rows is None else (key, (0, site.rows.start, site.rows.size))
             patches[where] = FixedPatch(set(), (site.layer, part, owner))
     for strength, patches in by_strength.items():

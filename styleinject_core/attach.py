@@ -108,10 +108,12 @@ def _first(names: Sequence[str], count: int = 3) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a host an adapter's layer is: a module, or some rows of its weight where it fuses several layers."""
+    """Where in a host an adapter's layer is: a module, or some rows of its weight where it fuses several layers; or, for
+    fixed changes, another of its parameters (the modulation of some transformers' blocks)."""
 
     module: str
     rows: Rows | None = None
+    parameter: str = "weight"
 
     @classmethod
     def of(cls, place: str | Place) -> Place:
@@ -146,13 +148,14 @@ class _Matching:
             raise AdapterMismatchError(
                 f"{self.item.adapter.name}: {other} and {name} are one layer of the model, {place.module}"
             )
-        whole = _host_shape(name, module, layer.fixed and place.rows is None)
+        whole = _host_shape(name, module, layer.fixed and place.rows is None, place.parameter)
         fitting = self._fitted(name, layer, whole if place.rows is None else replace(whole, out_features=place.rows.size))
         if fitting is not None and fitting.shift() is not None and getattr(module, "bias", None) is None:
             self.biases.append(name)
             fitting = fitting.without_bias()
         if fitting is not None:
             site = Site(name, fitting, self.program, self.current, place.rows, adapter=self.item.adapter.name)
+            site.parameter = place.parameter
             self.sites.append(site)
             self.places.append((module, whole, site))
 
@@ -372,13 +375,13 @@ def _check_share(report: MatchReport, selected: Mapping[str, float]) -> None:
     )
 
 
-def _host_shape(name: str, module: nn.Module, any_kind: bool = False) -> LayerShape:
+def _host_shape(name: str, module: nn.Module, any_kind: bool = False, parameter: str = "weight") -> LayerShape:
     try:
-        shape = LayerShape.of(module)
+        shape = LayerShape.of(module) if parameter == "weight" else None
     except UnsupportedLayerError as error:
         raise AdapterMismatchError(f"{name}: {error}") from None
     if shape is None and any_kind:
-        shape = LayerShape.of_other(module)
+        shape = LayerShape.of_other(module, parameter)
     if shape is None:
         raise AdapterMismatchError(f"{name}: the model has a {type(module).__name__} there, not a Linear or a Conv2d")
     return shape

@@ -57,9 +57,9 @@ class LayerShape:
         return None
 
     @classmethod
-    def of_other(cls, module: Any) -> LayerShape | None:
-        """The shape of a module that is neither, but has a weight; None where it has none that can be changed."""
-        weight = getattr(module, "weight", None)
+    def of_other(cls, module: Any, parameter: str = "weight") -> LayerShape | None:
+        """The shape of a module that is neither, but has a weight, or another parameter; None where none can be changed."""
+        weight = getattr(module, parameter, None)
         shape = tuple(getattr(weight, "shape", ()))
         if not shape or getattr(module, "groups", 1) != 1:
             return None

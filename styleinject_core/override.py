@@ -136,13 +136,15 @@ class Override:
 @contextmanager
 def _changed(module: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """Other parameters for the length of a with block: how a fixed change gets onto what is neither Linear nor Conv2d."""
-    own = module._parameters
-    kept: dict[str, Any] = {name: own[name] for name in ("weight", "bias") if own.get(name) is not None}
+    own, names = module._parameters, dict.fromkeys((*(site.parameter for site in sites), "bias"))
+    kept: dict[str, Any] = {name: own[name] for name in names if own.get(name) is not None}
     try:
         for name, parameter in kept.items():
             changed = parameter.detach().float()
             for site in sites:
-                change = site.layer.change(parameter.detach()) if name == "weight" else site.layer.shift()
+                change = site.layer.shift() if name == "bias" else None
+                if name == site.parameter:
+                    change = site.layer.change(parameter.detach())
                 if change is not None:
                     changed = changed + site.dma * change.to(changed.device)
             module._parameters[name] = changed.to(parameter.dtype)  # type: ignore[assignment]

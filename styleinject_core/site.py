@@ -73,6 +73,7 @@ class Site:
     sta: float = 1.0
     adapter: str = ""  # its name
     said: bool = False  # that it is left out
+    parameter: str = "weight"  # which of the module's it changes, where the module is neither Linear nor Conv2d
 
     @torch.compiler.disable
     def leave_out(self, inputs: int, outputs: int) -> None:

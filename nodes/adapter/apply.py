@@ -81,14 +81,12 @@ class StyleInjectApply(io.ComfyNode):
                     optional=True,
                     tooltip="What steers the style router, from StyleInject Router Control or Style Mixer.",
                 ),
-                *clip_inputs(),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
                 io.String.Output(
                     "report", display_name="report", tooltip="Which layers matched, which did not, and with what strength."
                 ),
-                clip_output(),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -106,8 +104,6 @@ class StyleInjectApply(io.ComfyNode):
         layers: str,
         layer_weights: str = "",
         control: Sequence[Rule] = (),
-        clip: Any = None,
-        clip_strength: float = 1.0,
     ) -> io.NodeOutput:
         patched, injection = apply_adapter(
             model,
@@ -122,8 +118,8 @@ class StyleInjectApply(io.ComfyNode):
             control=control or (),
             node_id=executing_node(cls),
         )
-        clip, line = with_text_encoder(clip, adapter, clip_strength)
-        return io.NodeOutput(patched, report(patched, injection, line), clip, ui=shown(patched, injection, line))
+        _, line = with_text_encoder(None, adapter)
+        return io.NodeOutput(patched, report(patched, injection, line), ui=shown(patched, injection, line))
 
 
 class StyleInjectLoadAndApply(io.ComfyNode):
@@ -140,12 +136,26 @@ class StyleInjectLoadAndApply(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
                 adapter_name_input(),
                 strength_input("How much of the style: 0 is the model alone, 1 the adapter as trained."),
-                *clip_inputs(),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder, for LoRAs that were trained on it too; it is not changed itself. Without it, "
+                    "that part of a file is left out.",
+                ),
+                io.Float.Input(
+                    "clip_strength",
+                    default=1.0,
+                    optional=True,
+                    tooltip="How much of the text encoder's part: 0 is the text encoder alone, 1 the file as trained.",
+                    **STRENGTH_RANGE,
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the adapter."),
                 trigger_output(),
-                clip_output(),
+                io.Clip.Output(
+                    "CLIP", display_name="CLIP", tooltip="The text encoder with its part of the file; nothing without clip."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -197,36 +207,12 @@ class StyleInjectStrength(io.ComfyNode):
         return io.NodeOutput(set_strength(model, adapter_name, strength))
 
 
-def clip_inputs() -> list[Any]:
-    """The optional CLIP of the nodes that apply an adapter, and the strength of what goes onto it."""
-    return [
-        io.Clip.Input(
-            "clip",
-            optional=True,
-            tooltip="The text encoder, for LoRAs that were trained on it too; it is not changed itself. Without it, that part "
-            "of a file is left out.",
-        ),
-        io.Float.Input(
-            "clip_strength",
-            default=1.0,
-            optional=True,
-            tooltip="How much of the text encoder's part: 0 is the text encoder alone, 1 the file as trained.",
-            **STRENGTH_RANGE,
-        ),
-    ]
-
-
-def clip_output() -> Any:
-    """The CLIP, with the text encoder's part of the file."""
-    told = "The text encoder with its part of the file; nothing without clip."
-    return io.Clip.Output("CLIP", display_name="CLIP", tooltip=told)
-
-
-def with_text_encoder(clip: Any, adapter: Adapter, strength: float | None) -> tuple[Any, str]:
+def with_text_encoder(clip: Any, adapter: Adapter, strength: float | None = None) -> tuple[Any, str]:
     """The CLIP with its part of the adapter's file, and what the report says of it; nothing where there is nothing to say."""
     if clip is not None:
         return apply_to_clip(clip, adapter, 1.0 if strength is None else strength)
-    return None, f"  text encoder: {len(adapter.skipped)} tensors left out, connect clip to use them" if adapter.skipped else ""
+    count = len(adapter.skipped)
+    return None, f"  text encoder: {count} tensors left out; the node StyleInject puts them on a CLIP" if count else ""
 
 
 def shown(model: ModelPatcher, injection: Injection, line: str = "") -> dict[str, Sequence[str]]:

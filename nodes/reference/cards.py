@@ -30,7 +30,7 @@ class StyleInjectSaveStyleCard(io.ComfyNode):
             search_aliases=["save embeds", "save style", "reference image"],
             inputs=[
                 io.String.Input(
-                    "filename_prefix", default="style", tooltip=f"Begin of the file's name, in {CARDS} in the output folder."
+                    "filename_prefix", default="style", tooltip=f"Start of the file name, in {CARDS} in the output folder."
                 ),
                 TokensType.Input("style", optional=True, tooltip="Style tokens."),
                 TokensType.Input("content", optional=True, tooltip="Content tokens; both may be on one card."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 STREAMS = ("style", "content")
 CLIP_L = "clip-vit-large-patch14"  # OpenAI's, 23 of its 24 blocks
@@ -48,6 +48,7 @@ class DeadiffConfig:
         ValueError: a value that is out of its range, or contradicts another.
     """
 
+    method: ClassVar[str] = "deadiff"  # what training calls it
     base: str
     width: int
     depth: int

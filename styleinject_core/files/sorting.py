@@ -10,6 +10,7 @@ from .header import shortened
 from .keys import ANY, STYLEINJECT, is_read, parse
 from .names import other_model_part
 
+_CONTROL_LORA = {"img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"}  # as ComfyUI's loader tells BFL's for Flux
 _CHECKPOINT = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 
 
@@ -61,6 +62,12 @@ def sort(name: str, keys: Iterable[str]) -> Sorted:
     Raises:
         AdapterFileError: nothing in it is an adapter's, or less than half of what is can be used; two adapters in one file.
     """
+    keys = list(keys)
+    if set(keys) >= _CONTROL_LORA:
+        raise AdapterFileError(
+            f"{name}: this is a Control LoRA for Flux, which widens the model's input and replaces its norms: such files are "
+            "not supported, ComfyUI's Load LoRA applies them"
+        )
     modules: dict[str, Module] = {}
     skipped: list[str] = []
     unused: dict[str, str] = {}

@@ -23,6 +23,7 @@ from ..config import LayerConfig
 from ..functional.host import HostLayer
 from ..functional.update import Hear, Prepared, Update
 from ..layers import LayerShape
+from . import difference
 from .method import AdapterLayer, AdapterSettings, Cast, Method, Problem
 
 FACTORS = (64, 4)  # the paper's best, in its program's order
@@ -89,10 +90,14 @@ class KroneckerLayer(AdapterLayer):
     def delta(self) -> Tensor:
         return _product(self.A.float(), self.B.float(), self.config.permuted)
 
-    def fitted(self, shape: LayerShape) -> KroneckerLayer | None:
-        """A convolution's factors that are stored as matrices, or the other way round."""
-        (a1, a2), b1, (inputs, *kernel) = self.A.shape, self.B.shape[0], shape.weight[1:] or (0,)
-        if shape.other or a1 * b1 != shape.out_features or inputs % a2 or a2 * self.B[0].numel() != math.prod(shape.weight[1:]):
+    def fitted(self, shape: LayerShape) -> AdapterLayer | None:
+        """A convolution's factors that are stored as matrices, or the other way round; whole, for another kind of layer."""
+        if shape.other:
+            return difference.difference_of(self, lambda rows: rows).on(shape)
+        (a1, a2), (b1, *_) = self.A.shape, self.B.shape
+        inputs, *kernel = shape.weight[1:]
+        fits = a1 * b1 == shape.out_features and a2 * self.B[0].numel() == math.prod(shape.weight[1:])
+        if not fits or inputs % a2:
             return None
         B = self.B.detach().reshape(b1, inputs // a2, *kernel)
         return KroneckerLayer(shape, self.config, {"A": self.A.detach(), "B": B})

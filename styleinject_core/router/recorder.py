@@ -77,7 +77,7 @@ class Recorder:
         adapter: whose routers are recorded; a LoRA has none.
         styles: a name per style, for the trace.
         layers: which layers to record; None for all that have a router.
-        every: the increments of a layer are measured in every so-manieth call, its neighbors' in others; 0 for never.
+        every: the increments of a layer are measured in one call of this many, its neighbors' in others; 0 for never.
         limit: bytes of probabilities after which recording stops, and the trace says so.
 
     Raises:

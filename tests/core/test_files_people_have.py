@@ -214,6 +214,7 @@ CHANGES = {
     "LoRA as a matrix": {"conv.lora_down.weight": (2, 27), "conv.lora_up.weight": (12, 2)},
     "LoRA as a convolution": {"to_q.lora_down.weight": (2, 12, 1, 1), "to_q.lora_up.weight": (20, 2, 1, 1)},
     "LoRA as a 3x3 convolution": {"deep.lora_down.weight": (2, 12, 1, 3), "deep.lora_up.weight": (12, 2, 1, 1)},
+    "LoKr of an embedding": {"embedding.lokr_w1": (7, 3), "embedding.lokr_w2": (1, 4)},
     "LoRA of an embedding": {"embedding.lora_down.weight": (2, 12), "embedding.lora_up.weight": (7, 2)},
     "LoRA of a Conv1d": {"deep.lora_down.weight": (2, 12, 3), "deep.lora_up.weight": (12, 2, 1)},
     "LoRA and a bias": {"to_q.lora_down.weight": (2, 12), "to_q.lora_up.weight": (20, 2), "to_q.diff_b": (20,)},
@@ -384,6 +385,19 @@ def test_beside_what_is_supported_it_is_named(tmp_path, host, kind):
     save_file({**tensors, **more, **{k: v for k, v in supported.items() if "to_q" in k}}, tmp_path / "b.safetensors")
     with pytest.raises(AdapterFileError, match="only 1 of its 3 layers can be used"):
         load_adapter(tmp_path / "b.safetensors")
+
+
+def test_a_control_lora_for_flux_is_refused_whole(tmp_path):
+    """What widens the input and replaces norms is worth nothing in part."""
+    shapes = {
+        f"double_blocks.{n}.img_attn.qkv.lora_{side}.weight": shape
+        for n in range(9)
+        for side, shape in (("A", (2, 3)), ("B", (9, 2)))
+    }
+    shapes |= {"img_in.lora_A.weight": (2, 6), "img_in.lora_B.weight": (3, 2), "single_blocks.0.norm.key_norm.scale": (3,)}
+    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match="a.safetensors: this is a Control LoRA for Flux"):
+        load_adapter(tmp_path / "a.safetensors")
 
 
 def test_a_tensor_of_no_known_kind_is_named(tmp_path, host):

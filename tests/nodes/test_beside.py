@@ -153,7 +153,7 @@ def test_an_incomplete_match_is_said(pack, model, adapter, run_node, caplog) -> 
     core = pack.submodule("styleinject_core")
     name = adapter.names[0]
     partly = core.Adapter({**adapter.layers, "no.such.to_q": adapter.layers[name]}, adapter.config, {}, "partly")
-    _, report = run_node("StyleInjectApply", model=model, adapter=partly)
+    _, report, *_ = run_node("StyleInjectApply", model=model, adapter=partly)
     assert "no.such.to_q" in report
     assert "36 of 37 layers matched" in caplog.text and "no.such.to_q" in caplog.text
 

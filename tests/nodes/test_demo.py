@@ -102,7 +102,7 @@ def test_adapters_of_the_demo_apply(pack, model, run_node, draw) -> None:
     architectures = pack.submodule("styleinject_core.hosts.architectures").ARCHITECTURES
     adapter = random_adapter(pack, model, "to_q", "to_v", "conv", name="ink")
     assert set(adapter.names) <= set(architectures["demo"].shapes())
-    patched, report = run_node("StyleInjectApply", model=model, adapter=adapter)
+    patched, report, *_ = run_node("StyleInjectApply", model=model, adapter=adapter)
     assert "made for StyleInject demo; this model is StyleInject demo" in report
     assert not close(draw("red apple", patched=patched)[1], draw("red apple")[1], 0.01)
     xl = architectures["sdxl"].shapes()

@@ -96,7 +96,7 @@ def test_unmatched_layers_are_reported(pack, model, run_node) -> None:
         {"down_blocks.7.attentions.0.to_q": core.LayerShape(8, 8)}, core.AdapterConfig(r=2, target_modules=("all",))
     )
     mixed = core.Adapter({**known.layers, **extra.layers}, known.config, name="mixed", skipped=("lora_te_text",))
-    _, report = run_node("StyleInjectApply", model=model, adapter=mixed, strength=0.5, layers="up", end_percent=0.4)
+    _, report, *_ = run_node("StyleInjectApply", model=model, adapter=mixed, strength=0.5, layers="up", end_percent=0.4)
     count = len(known.names)
     assert f"mixed: {count} of {count + 1} layers matched" in report
     assert "not in this model (1): down_blocks.7.attentions.0.to_q" in report

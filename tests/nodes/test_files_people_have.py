@@ -268,9 +268,10 @@ def test_norms_for_calls(model, put, run_node, sample) -> None:
             f"diffusion_model.{name}.diff_b": draw(*shape, std=0.3),
         }
     adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
-    before = {name: id(p) for name, p in model.model.named_parameters()}
-    scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
     expected = sample(native(model, tensors), scheduler="simple")
+    scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
+    sample(model)  # ComfyUI takes the patches off, into parameters of its own
+    before = {name: id(p) for name, p in model.model.named_parameters()}
     assert close(sample(scheduled, scheduler="simple"), expected, 2e-4)
     assert {name: id(p) for name, p in model.model.named_parameters()} == before
 
@@ -318,7 +319,7 @@ def test_a_text_encoders_part_is_left_out_and_said(model, layers, report, put, r
         text = report(model, {**unet, **other})
         assert f"{len(layers)} of {len(layers)} layers matched\n" in text
         assert f"for another model (a text encoder, a VAE) ({len(other)})" in text
-        assert f"text encoder: {len(other)} tensors left out, connect clip to use them" in text
+        assert f"text encoder: {len(other)} tensors left out" in text
     with pytest.raises(ValueError, match="all are of a text encoder"):
         run_node("StyleInjectLoader", adapter_name=put(files.text_encoder_part()))
 
@@ -354,26 +355,26 @@ def clip():
 
 
 @pytest.mark.parametrize("kind", ["LoRA, alpha", "LoHa", "LoKr, both factored", "difference"])
-def test_a_text_encoders_part_goes_onto_a_clip(model, layers, put, run_node, clip, kind) -> None:
+def test_a_text_encoders_part_goes_onto_a_clip(pack, model, layers, put, run_node, clip, kind) -> None:
+    import comfy.lora
     import comfy.sd
+    import comfy.utils
 
     tensors = {**files.file_of(layers, "LoRA"), **files.text_encoder_part(kind, width=64)}
     expected = comfy.sd.load_lora_for_models(model, clip, dict(tensors), 1.0, 0.6)[1].patcher
-    name = put(tensors)
-    adapter = run_node("StyleInjectLoader", adapter_name=name)[0]
-    _, text, through_apply = run_node("StyleInjectApply", model=model, adapter=adapter, clip=clip, clip_strength=0.6)
-    through_one = run_node(
-        "StyleInjectLoadAndApply", model=model, adapter_name=name, strength=1.0, clip=clip, clip_strength=0.6
-    )[2]
-    assert "text encoder: 4 of 4 layers matched, strength 0.6" in text
-    assert expected.patches
-    for found in (through_apply.patcher, through_one.patcher):
-        assert found.patches.keys() == expected.patches.keys()
-        for key in expected.patches:
-            weights = [p.patch_weight_to_device(key, return_weight=True) for p in (found, expected, clip.patcher)]
-            assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    given = {"model": model, "adapter_name": put(tensors), "strength": 1.0}
+    with torch.inference_mode():
+        output = pack["StyleInjectLoadAndApply"].execute(**given, clip=clip, clip_strength=0.6)
+    found = output.result[2].patcher
+    assert "text encoder: 4 of 4 layers matched, strength 0.6" in str(output.ui)
+    assert expected.patches and found.patches.keys() == expected.patches.keys()
+    for key in expected.patches:
+        plain = comfy.utils.get_attr(clip.cond_stage_model, key)
+        patches = [patcher.patches.get(key, []) for patcher in (found, expected, clip.patcher)]
+        weights = [comfy.lora.calculate_weight(several, plain.detach().clone(), key) for several in patches]
+        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert not clip.patcher.patches
-    assert run_node("StyleInjectApply", model=model, adapter=adapter)[2] is None
+    assert run_node("StyleInjectLoadAndApply", **given)[2] is None
 
 
 def test_what_is_not_supported_is_in_the_report_and_in_the_node(pack, model, layers, put, run_node, report) -> None:
@@ -440,6 +441,22 @@ def test_layers_that_have_no_diffusers_name(tiny_unet_model, ours, report, sampl
             tensors = {f"{spelled}.lora_up.weight": files.Draw(1)(32, 2), f"{spelled}.lora_down.weight": files.Draw(2)(2, 32)}
             assert "1 of 1 layers matched" in report(model, tensors)
             assert_same(sample, ours(model, tensors), native(model, tensors), model)
+
+
+def test_parameters_that_are_no_layers(tiny_unet_model, ours, report, put, run_node, sample) -> None:
+    """As the modulation of Wan's blocks: a parameter of the block itself, which ComfyUI knows by its own name."""
+    model = tiny_unet_model(seed=5)
+    block = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0]
+    original = block.forward
+    with torch.inference_mode():
+        block.modulation = torch.nn.Parameter(torch.ones(1, 1, 32), requires_grad=False)
+        block.forward = lambda x, *args, **kwargs: original(x, *args, **kwargs) * block.modulation
+        tensors = {"diffusion_model.input_blocks.1.1.transformer_blocks.0.modulation.diff": files.Draw(1)(1, 1, 32)}
+        assert "1 of 1 layers matched" in report(model, tensors)
+        assert_same(sample, ours(model, tensors, -0.5), native(model, tensors, -0.5), model)
+        adapter = run_node("StyleInjectLoader", adapter_name=put(tensors))[0]
+        scheduled = run_node("StyleInjectApply", model=model, adapter=adapter, end_percent=0.999)[0]
+        assert close(sample(scheduled, scheduler="simple"), sample(native(model, tensors), scheduler="simple"), 2e-4)
 
 
 def test_xlabs_files(ours) -> None:

@@ -51,7 +51,7 @@ def assert_files_draw_alike(run_node, sample, model, folder: Path, strength: flo
     expected = sample(native(model, folder / "rough" / "rough.safetensors", strength))
     assert not close(sample(model), expected, 0.02)
     assert close(sample(ours), expected, 1e-3)
-    (adapter,) = run_node("StyleInjectLoader", adapter_name=name)
+    adapter, _trigger = run_node("StyleInjectLoader", adapter_name=name)
     whole = run_node("StyleInjectApply", model=model, adapter=adapter, strength=strength, layer_weights="all = 1.0")[0]
     assert close(sample(whole), expected, 1e-3)
 
@@ -80,7 +80,7 @@ def test_convolutions_draw_the_same_in_comfyuis_loader(model, kronecker, pack, r
     assert any(layer.B.ndim == 4 for layer in adapter.layers.values())
     pack.submodule("styleinject_core").save_adapter(adapter, tmp_path / "a.safetensors")
     for strength in (1.0, -0.5):
-        (patched, _) = run_node("StyleInjectApply", model=model, adapter=adapter, strength=strength)
+        patched, _, *_ = run_node("StyleInjectApply", model=model, adapter=adapter, strength=strength)
         expected = sample(native(model, tmp_path / "a.safetensors", strength))
         assert not close(sample(model), expected, 0.02) and close(sample(patched), expected, 1e-3)
 

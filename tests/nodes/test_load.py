@@ -71,7 +71,7 @@ def test_adapters_that_come_with_the_pack_fit_the_demo_model(pack, run_node) -> 
     demo = run_node("StyleInjectDemoModel")[0]
     for name in shipped:
         adapter, _ = run_node("StyleInjectLoader", adapter_name=f"demo/{name}")
-        _, report = run_node("StyleInjectApply", model=demo, adapter=adapter)
+        _, report, *_ = run_node("StyleInjectApply", model=demo, adapter=adapter)
         assert f"{len(adapter.names)} of {len(adapter.names)} layers matched" in report
 
 
@@ -116,7 +116,7 @@ def test_load_apply_and_one_node_path_agree(pack, model, folders, listed, run_no
     assert loaded.name == "ink" and loaded.names == made.names
     expected = sample(run_node("StyleInjectApply", model=model, adapter=made, strength=0.5)[0])
     assert torch.equal(sample(run_node("StyleInjectApply", model=model, adapter=loaded, strength=0.5)[0]), expected)
-    short, _ = run_node("StyleInjectLoadAndApply", model=model, adapter_name="ink.safetensors", strength=0.5)
+    short, *_ = run_node("StyleInjectLoadAndApply", model=model, adapter_name="ink.safetensors", strength=0.5)
     assert torch.equal(sample(short), expected)
 
 
@@ -135,7 +135,7 @@ def test_lora_file_is_an_adapter_and_equals_the_native_lora(pack, model, folders
     save_file(tensors, folders["loras"] / "plain.safetensors")
     native = sample(comfy.sd.load_lora_for_models(model, None, tensors, 0.7, 0)[0])
     assert listed() == ["loras/plain.safetensors"]
-    ours, _ = run_node("StyleInjectLoadAndApply", model=model, adapter_name="loras/plain.safetensors", strength=0.7)
+    ours, *_ = run_node("StyleInjectLoadAndApply", model=model, adapter_name="loras/plain.safetensors", strength=0.7)
     assert close(sample(ours), native)
     assert not close(native, sample(model), 0.01)
 

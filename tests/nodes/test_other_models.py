@@ -77,7 +77,7 @@ def test_layers_match_by_comfyuis_and_by_diffusers_names(pack, flux, run_node) -
         for name, parameter in adapter.named_parameters():
             if not name.endswith(".A"):
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
-    patched, report = run_node("StyleInjectApply", model=flux, adapter=adapter)
+    patched, report, *_ = run_node("StyleInjectApply", model=flux, adapter=adapter)
     assert "3 of 4 layers matched (75%)" in report
     assert "not in this model (1): transformer_blocks.7.attn.to_q" in report
     assert "this model is Flux" in report
@@ -96,7 +96,7 @@ def test_layer_weights_say_which_sliders_match_nothing(pack, flux, run_node) -> 
 
     def applied(**sliders: float) -> tuple[str, list[float]]:
         (weights,) = run_node("StyleInjectLayerWeights", **sliders)
-        patched, report = run_node("StyleInjectApply", model=flux, adapter=adapter, layer_weights=weights)
+        patched, report, *_ = run_node("StyleInjectApply", model=flux, adapter=adapter, layer_weights=weights)
         (injection,) = pack.submodule("integration.patcher").injections_of(patched)
         return report, list(injection.applied.layer_scales().values())
 

@@ -12,7 +12,7 @@ INPUTS = {
     "StyleInjectLoader": ["adapter_name"],
     "StyleInjectApply": ["model", "adapter", "strength", "dma_strength", "sta_strength", "start_percent", "end_percent",
                          "layers", "layer_weights", "control"],
-    "StyleInjectLoadAndApply": ["model", "adapter_name", "strength"],
+    "StyleInjectLoadAndApply": ["model", "adapter_name", "strength", "clip", "clip_strength"],
     "StyleInjectLayerWeights": ["self_attention", "cross_attention", "feed_forward", "convolutions", "down", "mid", "up",
                                 "extra", "layer_weights"],
     "StyleInjectStrength": ["model", "adapter_name", "strength"],
@@ -64,7 +64,7 @@ INPUTS = {
 OUTPUTS = {
     "StyleInjectLoader": ["STYLEINJECT_ADAPTER", "STRING"],
     "StyleInjectApply": ["MODEL", "STRING"],
-    "StyleInjectLoadAndApply": ["MODEL", "STRING"],
+    "StyleInjectLoadAndApply": ["MODEL", "STRING", "CLIP"],
     "StyleInjectLayerWeights": ["STYLEINJECT_LAYER_WEIGHTS"],
     "StyleInjectStrength": ["MODEL"],
     "StyleInjectInfo": ["STRING"],

@@ -26,7 +26,7 @@ def test_it_learns_and_the_model_stays_as_it_was(model, sample, train, run_node,
     assert all(torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
     assert torch.equal(sample(model), plain)
     assert_clean(model)
-    patched, report = run_node("StyleInjectApply", model=model, adapter=adapter)
+    patched, report, *_ = run_node("StyleInjectApply", model=model, adapter=adapter)
     assert "rough: " in report and not close(sample(patched), plain, 0.01)
     assert sorted(path.name for path in (trained_folder / "rough").iterdir() if path.name != ".lock") == [
         "loss.jsonl", "resume.state", "rough.safetensors", "step-000030.safetensors"]  # fmt: skip
@@ -119,7 +119,7 @@ def test_what_else_makes_another_run(pack, model, train, run_node, conditioning,
     """The empty prompt, how the model samples, and the adapters that are on it."""
     import comfy_extras.nodes_model_advanced as advanced
 
-    patched, _ = run_node("StyleInjectApply", model=model, adapter=random_adapter(pack, model, name="ink"))
+    patched, _, *_ = run_node("StyleInjectApply", model=model, adapter=random_adapter(pack, model, name="ink"))
     shifted = advanced.ModelSamplingSD3().patch(model, 3.0)[0]
     cases = [
         {"model": model},
@@ -267,7 +267,7 @@ def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, samp
     path = trained_folder / "ink.safetensors"
     pack.submodule("styleinject_core").save_adapter(random_adapter(pack, model, "to_q", "conv"), path, None, torch.float16)
     first, _ = run_node("StyleInjectLoader", adapter_name="output/ink.safetensors")
-    patched, _ = run_node("StyleInjectApply", model=model, adapter=first)
+    patched, _, *_ = run_node("StyleInjectApply", model=model, adapter=first)
     before = sample(patched)
     plain, _, _ = train(model=model, name="plain")
     beside, _, _ = train(model=patched, name="beside")
@@ -277,11 +277,11 @@ def test_what_is_on_the_model_is_trained_with(pack, model, train, run_node, samp
         torch.testing.assert_close(again.layers[name].B, beside.layers[name].B, rtol=1e-3, atol=1e-5)
     assert torch.equal(sample(patched), before)
     assert_clean(model)
-    part, _ = run_node("StyleInjectApply", model=model, adapter=first, end_percent=0.5)
+    part, _, *_ = run_node("StyleInjectApply", model=model, adapter=first, end_percent=0.5)
     with pytest.raises(ValueError, match='adapter "ink" is on this model for 0% to 50% of sampling'):
         train(model=part)
     (control,) = run_node("StyleInjectRouterControl", top_k=1)
-    steered, _ = run_node("StyleInjectApply", model=model, adapter=first, control=control)
+    steered, _, *_ = run_node("StyleInjectApply", model=model, adapter=first, control=control)
     by_one_style, _, _ = train(model=steered, name="steered")
     assert not close(by_one_style.layers[beside.names[0]].B, beside.layers[beside.names[0]].B, 0.01)
     with pytest.raises(ValueError, match='gradient_checkpointing: adapter "ink" on this model has a router control'):

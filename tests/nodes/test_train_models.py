@@ -284,7 +284,7 @@ def test_attention_without_gradients(model, train, monkeypatch) -> None:
 )
 def test_a_control_that_training_cannot_follow(pack, model, train, run_node, control) -> None:
     (rule,) = run_node("StyleInjectRouterControl", **control)
-    steered, _ = run_node("StyleInjectApply", model=model, adapter=random_adapter(pack, model, name="ink"), control=rule)
+    steered, _, *_ = run_node("StyleInjectApply", model=model, adapter=random_adapter(pack, model, name="ink"), control=rule)
     with pytest.raises(ValueError, match='adapter "ink" on this model has a router control for one prompt only'):
         train(model=steered)
 
@@ -375,7 +375,7 @@ def test_a_flow_model_and_another_kind_do_not_distil(model, teacher, sampled_as,
 def test_a_teacher_with_another_adapter_draws_anew(pack, model, teacher, train, run_node, trained_folder) -> None:
     drawn = trained_folder / "drawn"
     arguments = {"model": model, "size": 64, "steps": 1, "options": {"sampling_steps": 1}}
-    patched, _ = run_node("StyleInjectApply", model=teacher, adapter=random_adapter(pack, teacher, name="ink"))
+    patched, _, *_ = run_node("StyleInjectApply", model=teacher, adapter=random_adapter(pack, teacher, name="ink"))
     names = [train("StyleInjectDistill", teacher=t, **arguments)[0].name for t in (teacher, patched, teacher)]
     assert names == ["rough", "rough_2", "rough"] and len(list(drawn.iterdir())) == 2
 

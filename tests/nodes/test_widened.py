@@ -76,7 +76,7 @@ def test_a_first_layer_that_another_node_has_widened(
     if what == "style":
         return
     other = tiny_unet_model(in_channels=8)  # by hand: the change on the first four channels of a model that is as wide
-    weights = dict(tiny_unet_model().model.diffusion_model.state_dict().items())
+    weights = dict(tiny_unet_model().model.diffusion_model.state_dict())
     first, second = sorted(adapter.layers.values(), key=lambda layer: not layer.shape.is_conv)
     with torch.inference_mode():
         own = weights["input_blocks.0.0.weight"] = widened(weights["input_blocks.0.0.weight"]).clone()
@@ -90,14 +90,15 @@ def test_models_with_more_input_channels(pack, model, apply, run_node, sample, t
     """An inpainting model takes nine channels, four of them the latent; adapters of plain models fit it, in every node."""
     inpainting = tiny_unet_model(in_channels=9)
     adapter = random_adapter(pack, model, "all", scale=0.1)
-    patched, report = run_node("StyleInjectApply", model=inpainting, adapter=adapter)
+    patched, report, *_ = run_node("StyleInjectApply", model=inpainting, adapter=adapter)
     count = len(adapter.names)
     assert f"{count} of {count} layers matched" in report and "more input channels" in report and "conv_in" in report
     assert "conv_in" in caplog.text
     result = sample(relit(patched, "as it is", more=5))
     assert result.isfinite().all() and not close(result, sample(relit(inpainting, "as it is", more=5)), 0.02)
     # the other way round: what an inpainting model's adapter knows of the first layer does not exist here
-    back, report = run_node("StyleInjectApply", model=model, adapter=random_adapter(pack, inpainting, "all", scale=0.1))
+    wide = random_adapter(pack, inpainting, "all", scale=0.1)
+    back, report, *_ = run_node("StyleInjectApply", model=model, adapter=wide)
     assert f"{count - 1} of {count} layers matched" in report
     assert "made for 9 input channels, the model has 4 (1): conv_in" in report
     assert sample(back).isfinite().all()
