@@ -52,6 +52,9 @@ def test_rows_of_equal_size_are(bench):
     for problem in (problems.Problem, problems.Distillation):
         counts = [size(bench["methods"].config(key, problem.rank, problem.targets)) for key in ("n16", "lora_equal", "lora")]
         assert counts[1] == pytest.approx(counts[0], rel=0.02) and counts[2] < counts[0] / 10
+    problem, rows = problems.Problem, ("lora", "krona", "krona_small", "lora_four", "krona_four")
+    lora, *others = (size(bench["methods"].config(key, problem.rank, problem.targets)) for key in rows)
+    assert [count / lora for count in others] == pytest.approx([0.92, 0.63, 1.0, 0.93], abs=0.005)
 
 
 def test_chinese_names_are_complete_and_the_encoder_tells_them_apart(bench):
