@@ -102,5 +102,5 @@ def test_unmatched_layers_are_reported(pack, model, run_node) -> None:
     assert "not in this model (1): down_blocks.7.attentions.0.to_q" in report
     assert "lora_te_text" in report
     assert "this model is Stable Diffusion 1.x" in report
-    assert "strength 0.5 (details 1, statistics 1), 0% to 40% of sampling" in report
+    assert "strength 0.5 (detail 1, tone 1), 0% to 40% of sampling" in report
     assert 'layers "up"' in report
