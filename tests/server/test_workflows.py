@@ -256,7 +256,7 @@ def test_the_deadiff_demo_workflow_draws_like_its_references(client, example) ->
         assert picture.shape == (256, 256, 3) and picture.std() > 5
         colors.setdefault(image["filename"].rsplit("_", 2)[0], []).append((picture.max(2) - picture.min(2)).mean())
     assert {name: len(values) for name, values in colors.items()} == {
-        "deadiff_openmoji-line": 4, "deadiff_fluent3d": 4, "deadiff_twemoji": 4,
+        "deadiff_openmoji-line": 4, "deadiff_openmoji": 4, "deadiff_twemoji": 4,
     }  # fmt: skip
     assert sum(colors["deadiff_openmoji-line"]) < 0.5 * sum(colors["deadiff_twemoji"]), "line art has less color"
 
