@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.sd
-from comfy.model_patcher import ModelPatcher
 
 from .injection import Injection
 from .live import running_server
-from .patcher import injections_of
+from .patcher import ModelPatcher, injections_of
 from .taking_part import say
 
 _MARK = "_styleinject_watched"

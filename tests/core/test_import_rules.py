@@ -19,7 +19,7 @@ ORDER = {
                          "call", "site", "plan", "override", "attach", "files", "hosts", "summary", "colors", "router", "deadiff", "train", "demo",
                          "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "random_numbers", "data", "models", "objectives", "run"],
-    "integration": ["paths", "live", "places", "injection", "monitor", "guidance", "taking_part", "reference", "sampling", "weight_patches", "patcher",
+    "integration": ["paths", "live", "places", "injection", "monitor", "guidance", "taking_part", "reference", "sampling", "weight_patches", "patcher", "saving",
                     "reference_encoder", "text_encoder", "demo_model", "training"],
     "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "train_options", "drawing", "job", "trainings"],
     "nodes": ["schema", "adapter", "reference", "router", "train", "demo"],
