@@ -128,6 +128,8 @@ def per_image_conv(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | No
         weight, pixels = weight.flatten(2), x.flatten(2)
         out = torch.bmm(weight, pixels) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, pixels)
         return out.unflatten(2, x.shape[2:])
+    if bias is not None and torch.compiler.is_compiling():  # inductor takes no view as the bias of a convolution on a CPU
+        return per_image_conv(x, host, weight) + bias[:, :, None, None]
     batch, channels = weight.shape[:2]
     if host.replaced is not None or (x.device.type == "cpu" and x.shape[2] * x.shape[3] >= 1024):
         biases = [None] * batch if bias is None else bias.unbind()
