@@ -25,7 +25,7 @@ from ..styleinject_core.adapter import a
 from ..styleinject_core.router.control import Rule
 from .injection import KEY, Injection, select_adapters
 from .monitor import Monitor
-from .places import find_places, fitted
+from .places import find_places, fitted, in_leaves
 from .reference import AppliedReference
 from .sampling import ApplyModelWrapper, SampleWrapper, calc_cond_batch_wrapper, predict_noise_wrapper, prepare_state
 from .weight_patches import add_patches, remove_patches
@@ -60,9 +60,8 @@ def apply_adapter(
     with without_injections(model):
         adapter = _fitted(adapter, model)
         # what holds for the whole run and for every image is ComfyUI's to patch into the weights
-        patched = (
-            not control and (start_percent, end_percent) == (0, 1) and all(layer.fixed for layer in adapter.layers.values())
-        )
+        lasting = not control and (start_percent, end_percent) == (0, 1)
+        patched = lasting and all(layer.fixed for layer in adapter.layers.values()) and in_leaves(model.model, adapter)
         weights = None if patched else managed_weights(adapter, model)
         applied = Applied(adapter if weights is None else weights.model, strength, dma, sta, layers, layer_weights)
         injection = Injection(applied, start_percent, end_percent, tuple(control), patched, node_id)

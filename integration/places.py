@@ -57,6 +57,13 @@ def find_places(model: nn.Module, adapter: Adapter) -> dict[str, Found]:
     return found
 
 
+def in_leaves(model: nn.Module, adapter: Adapter) -> bool:
+    """Whether every layer of an adapter is a module without others in it: ComfyUI patches the weights of no other, such as
+    the modulation that is a block's own parameter."""
+    modules = dict(diffusion_model(model).named_modules())
+    return not any(list(modules[found.place.module].children()) for found in find_places(model, adapter).values())
+
+
 def unet_modules(model: nn.Module, wanted: Iterable[str]) -> dict[str, str]:
     """The module names of a U-Net's layers, by their diffusers names; those that are not there are left out."""
     modules = {name.replace(f"{COMPILED}.", ""): name for name, _ in diffusion_model(model).named_modules()}
