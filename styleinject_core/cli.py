@@ -1,4 +1,4 @@
-"""The command line: styleinject init | info | demo | plot | train | dreambooth | distill | deadiff."""
+"""The command line: styleinject init | info | convert | demo | plot | train | dreambooth | distill | deadiff."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .adapter import Adapter
+from .commands.convert import FORMS
 from .commands.plot import KINDS
 from .config import ROUTER_POOLS, STA_FORMS
 from .files import AdapterFileError, load_adapter, save_adapter
@@ -78,6 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("file", type=Path)
     info.add_argument("--json", action="store_true", help="machine-readable")
     info.set_defaults(run=_info)
+
+    anew = commands.add_parser("convert", help="write an adapter of any program as this pack does, or as plain differences")
+    anew.add_argument("file", type=Path)
+    anew.add_argument("output", type=Path, metavar="OUT.safetensors")
+    anew.add_argument(
+        "--as", dest="form", choices=FORMS, default=FORMS[0],
+        help="same: by its own method (default); lokr: DiffuseKronA as LoKr or not at all; difference: layers' whole changes",
+    )  # fmt: skip
+    anew.add_argument("--force", action="store_true", help="replace an existing file")
+    anew.set_defaults(run=_convert)
 
     demo = commands.add_parser("demo", help="train an adapter on real images, sample with it, write pictures")
     demo.add_argument("--out", type=Path, default=Path("styleinject_demo"), help="folder for pictures and the adapter")
@@ -179,6 +190,20 @@ def _train_deadiff(options: argparse.Namespace) -> int:
     if options.config is None:
         raise ValueError("expected a config file; write one with: styleinject deadiff train --template > my.toml")
     reference.run(options.config, options.dry_run)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .commands.convert import convert
+
+    if options.output.exists() and not options.force:
+        raise FileExistsError(f"{options.output} exists: choose another name, or --force to replace it")
+    done = convert(options.file, options.output, options.form)
+    readers = "other programs read it too" if done.others_read_it else "only this pack reads it"
+    print(f"{options.output}: {done.layers} layers, {done.parameters:,} numbers; {readers}")
+    if done.left_out:
+        more = f" and {len(done.left_out) - 3} more" if len(done.left_out) > 3 else ""
+        print(f"  left out ({len(done.left_out)}): {', '.join(done.left_out[:3])}{more}")
     return 0
 
 
