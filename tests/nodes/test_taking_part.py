@@ -58,7 +58,9 @@ def run_blocks(base, _apply_model, args):
 
 def cached(model, function=run_blocks):
     clone = model.clone()
-    clone.set_model_unet_function_wrapper(types.MethodType(function, clone.model))
+    base = clone.model
+    # a function: older versions copy a model's options deeply, and with a bound method the model it is bound to
+    clone.set_model_unet_function_wrapper(lambda apply_model, args: function(base, apply_model, args))
     return clone
 
 
