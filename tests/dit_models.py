@@ -70,6 +70,10 @@ def _model(kind: str, unet_config: dict[str, Any], seed: int) -> Any:
         config.set_inference_dtype(torch.float32, None)
         base = config.get_model({}, "", device=torch.device("cpu"))
         tiny_model.fill(base.diffusion_model, seed)
+        if (positions := getattr(base.diffusion_model, "pos_embed", None)) is not None:
+            positions.copy_(
+                torch.randn(positions.shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+            )  # empty until loaded
     cpu = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
 
