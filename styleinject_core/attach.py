@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 from weakref import ref
 
 from torch import nn
@@ -15,7 +14,7 @@ from .adapter import Adapter
 from .call import CurrentCall, ModelCall
 from .layers import LayerShape, UnsupportedLayerError
 from .methods import AdapterLayer
-from .override import Override
+from .override import Installation, Override
 from .selector import parse_weights, select
 from .site import HostProgram, Rows, Site
 
@@ -197,7 +196,7 @@ class _Matching:
         return MatchReport(adapter.name, matched, tuple(self.unmatched), adapter.skipped, unused, tuple(self.biases), narrowed)
 
 
-class Attachment:
+class Attachment(Installation[Site]):
     """Adapters matched to a host's modules; a context manager that installs them for its length.
 
     Args:
@@ -218,13 +217,12 @@ class Attachment:
         names: Mapping[str, str | Place] | None = None,
         program: HostProgram | None = None,
     ):
+        super().__init__()
         self.program = program or HostProgram()
         self._host = ref(host)  # weak: hosts may be freed while something remembers what was attached to them
         self.applied = list(applied)
         self.reports: list[MatchReport] = []
         self.sites: list[list[Site]] = []  # one list per adapter
-        self._places: list[tuple[Override, Site]] = []
-        self._installed = 0
         modules = dict(host.named_modules())
         overrides: dict[nn.Module, Override] = {}
         for item in self.applied:
@@ -292,29 +290,6 @@ class Attachment:
                 stack.enter_context(sites[0].current.during(call))
             yield
 
-    def install(self) -> Attachment:
-        """Put the overrides in place; calls nest."""
-        self._installed += 1
-        if self._installed == 1:
-            for override, site in self._places:
-                override.install(site)
-        return self
-
-    def detach(self) -> None:
-        """Take the overrides off; the host is as it was before this attachment, whatever else was attached since."""
-        if self._installed == 0:
-            return
-        self._installed -= 1
-        if self._installed == 0:
-            for override, site in self._places:
-                Override.remove(override.module, site)
-
-    def __enter__(self) -> Attachment:
-        return self.install()
-
-    def __exit__(self, *exception: Any) -> None:
-        self.detach()
-
     def __str__(self) -> str:
         return "\n".join(map(str, self.reports))
 
@@ -322,7 +297,7 @@ class Attachment:
 class _Attached(Attachment):
     """An attachment that `attach` has installed already: leaving its `with` block detaches it."""
 
-    def __enter__(self) -> Attachment:
+    def __enter__(self) -> _Attached:
         return self if self._installed else self.install()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,41 @@ class Override:
             plan = Plan(self.sites, x)
             self._plan = plan if plan.kept else None
         return plan
+
+
+Part = TypeVar("Part", Site, Tail)
+Kind = TypeVar("Kind", bound="Installation[Any]")
+
+
+class Installation(Generic[Part]):
+    """Parts on the modules of a host that are put on and taken off together; a context manager, whose blocks nest."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[Override, Part]] = []
+        self._installed = 0
+
+    def install(self: Kind) -> Kind:
+        """Put the overrides in place; calls nest."""
+        self._installed += 1
+        if self._installed == 1:
+            for override, part in self._places:
+                override.install(part)
+        return self
+
+    def detach(self) -> None:
+        """Take them off; the host is as it was before this installation, whatever else was put on it since."""
+        if self._installed == 0:
+            return
+        self._installed -= 1
+        if self._installed == 0:
+            for override, part in self._places:
+                Override.remove(override.module, part)
+
+    def __enter__(self: Kind) -> Kind:
+        return self.install()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.detach()
 
 
 @contextmanager

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from ..call import CurrentCall, ModelCall
 from ..layers import LayerShape, UnsupportedLayerError
-from ..override import Override, Tail
+from ..override import Installation, Override, Tail
 from .config import Site
 from .model import Deadiff
 from .rows import ConstantRows, Reference, repeats
@@ -78,7 +77,7 @@ class _Appended:
         return self.source.for_call(call.roles, batch, length, out)
 
 
-class ReferenceAttachment:
+class ReferenceAttachment(Installation[Tail]):
     """A reference matched to a host's cross-attentions; a context manager that installs it for its length.
 
     Args:
@@ -91,12 +90,10 @@ class ReferenceAttachment:
     """
 
     def __init__(self, host: nn.Module, reference: Reference, names: Mapping[str, str] | None = None):
-        self._host = ref(host)
+        super().__init__()
         self.reference = reference
         self.current = CurrentCall()
         self.rows = reference.rows()
-        self._places: list[tuple[Override, Tail]] = []
-        self._installed = 0
         for site, part, module, shape in matched_layers(host, reference.model, names):
             found = self.rows[site.name]
             source = found.keys if part == "to_k" else found.values
@@ -112,29 +109,6 @@ class ReferenceAttachment:
         """Tell the layers what the current call of the host knows, for the length of a with block."""
         with self.current.during(call):
             yield
-
-    def install(self) -> ReferenceAttachment:
-        """Put the rows in place; calls nest."""
-        self._installed += 1
-        if self._installed == 1:
-            for override, tail in self._places:
-                override.install(tail)
-        return self
-
-    def detach(self) -> None:
-        """Take the rows off; the host is as it was, whatever else was put on it since."""
-        if self._installed == 0:
-            return
-        self._installed -= 1
-        if self._installed == 0:
-            for override, tail in self._places:
-                Override.remove(override.module, tail)
-
-    def __enter__(self) -> ReferenceAttachment:
-        return self.install()
-
-    def __exit__(self, *exception: Any) -> None:
-        self.detach()
 
     def __str__(self) -> str:
         sites = self.reference.model.config.sites
