@@ -22,19 +22,17 @@ _TRAINING_RATIO = 3
 
 def prefers_fold(x: Tensor, host: HostLayer, prepared: Sequence[Prepared]) -> bool:
     """Fold pays where an image has many positions for the layer's channels, and W0 need not be trained."""
-    shape = host.shape
-    if shape.kernel is None and not torch.is_grad_enabled():  # the usual case, without detours
-        return x.shape[1] > _PRODUCT_RATIO * shape.out_features and fold.can_fold(host, prepared)
     if not fold.can_fold(host, prepared):
         return False
-    product, training = not shape.is_conv or is_pointwise(host), torch.is_grad_enabled()
+    linear, training = host.shape.kernel is None, torch.is_grad_enabled()
+    product = linear or is_pointwise(host)
     if training and (host.weight.requires_grad or not product):
         return False
     ratio = _TRAINING_RATIO if training else _PRODUCT_RATIO if product else _KERNEL_RATIO
-    if not shape.is_conv:
-        return x.shape[1] > ratio * shape.out_features
+    if linear:
+        return x.shape[1] > ratio * host.shape.out_features
     stride = host.module.stride
-    return x.shape[2] * x.shape[3] > ratio * shape.out_features * stride[0] * stride[1]
+    return host.count(x) > ratio * host.shape.out_features * stride[0] * stride[1]
 
 
 def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
