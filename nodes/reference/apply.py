@@ -15,10 +15,8 @@ from ...integration.reference_encoder import LoadedDeadiff
 from ...styleinject_core.deadiff import Reference, Tokens
 from ...styleinject_core.deadiff.rows import MAX_WEIGHT
 from ...styleinject_core.hosts.architectures import title_of
-from ..schema import DeadiffType, LayerWeightsType, TokensType, schema
+from ..schema import DeadiffType, LayerWeightsType, TokensType, percent_inputs, schema
 from .encode import clip_vision_input, deadiff_name_input
-
-_PERCENT = {"min": 0.0, "max": 1.0, "step": 0.01, "round": 0.001}
 
 
 def weight_input(name: str, tooltip: str) -> io.Float.Input:
@@ -45,15 +43,7 @@ class StyleInjectApplyDeadiff(io.ComfyNode):
                     "is its own, which is not quite what 0.01 gives.",
                 ),
                 weight_input("weight_content", "The same for the content. Without content tokens it has no effect."),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    tooltip="When in sampling the reference begins: 0 is the first step.",
-                    **_PERCENT,
-                ),
-                io.Float.Input(
-                    "end_percent", default=1.0, tooltip="When in sampling the reference ends: 1 is the last step.", **_PERCENT
-                ),
+                *percent_inputs("the reference"),
                 io.String.Input(
                     "layers",
                     default="",
