@@ -263,6 +263,11 @@ def decomposed(weight: Tensor, product: Tensor, parts: Mapping[str, Tensor]) -> 
     return changed * (_like(magnitude, weight.ndim) / (norm + tiny)) - weight
 
 
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """core · a · b, LyCORIS' Tucker product: core (r, r, ...), a (r, p), b (r, q) -> (p, q, ...)."""
+    return torch.einsum("ij...,jr,ip->pr...", core, b, a)
+
+
 def _like(magnitude: Tensor, dimensions: int) -> Tensor:
     """Magnitudes with as many dimensions as W0: the 1x1 of a convolution's may be there or not."""
     extra = dimensions - magnitude.ndim

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .fixed import EXTRA_SUFFIXES, FixedConfig, FixedLayer, describe, layer_of, not_trained, shape_of_numbers, stored
+from .fixed import EXTRA_SUFFIXES, FixedConfig, FixedLayer, describe, layer_of, not_trained, shape_of_numbers, stored, tucker
 from .method import Method, Problem
 
 _PRODUCT = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
@@ -33,9 +32,7 @@ class LoHaLayer(FixedLayer):
 
 def _factor(parts: Mapping[str, Tensor], n: str) -> Tensor:
     a, b, core = parts[f"w{n}_a"], parts[f"w{n}_b"], parts.get(f"t{n}")
-    if core is None:
-        return a @ b
-    return torch.einsum("ij...,jr,ip->pr...", core, b, a)
+    return a @ b if core is None else tucker(core, a, b)
 
 
 def read(parts: dict[str, Tensor], _stated: Any, problem: Problem) -> LoHaLayer:

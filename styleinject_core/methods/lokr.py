@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..functional.update import Change
-from .fixed import EXTRA_SUFFIXES, Dense, FixedConfig, FixedLayer, describe, layer_of, not_trained, shape_of_numbers, stored
+from .fixed import EXTRA_SUFFIXES, FixedConfig, FixedLayer, describe, layer_of, not_trained, shape_of_numbers, stored, tucker
 from .kronecker import KroneckerChange
 from .method import Method, Problem
 
@@ -43,17 +43,16 @@ class LoKrLayer(FixedLayer):
         if "w2" in parts:
             return first, parts["w2"].contiguous()
         if "t2" in parts:
-            return first, torch.einsum("ij...,jr,ip->pr...", parts["t2"], parts["w2_b"], parts["w2_a"]).contiguous()
+            return first, tucker(parts["t2"], parts["w2_a"], parts["w2_b"]).contiguous()
         return first, parts["w2_a"] @ parts["w2_b"]
 
-    def calls(self, parts: Mapping[str, Tensor], strength: float) -> Change:
+    def calls(self, parts: Mapping[str, Tensor], strength: float) -> Change | None:
         """As two thin products, where the second factor has the kernel's shape; else as the whole matrix."""
         first, second = self._factors(parts)
         whole = (first.shape[0] * second.shape[0], first.shape[1] * second.shape[1], *second.shape[2:])
         if whole == self.shape.weight:
             return KroneckerChange(first * (strength * self.scale), second, permuted=False)
-        product = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
-        return Dense((product * (strength * self.scale)).reshape(self.shape.weight))
+        return super().calls(parts, strength)
 
 
 def read(parts: dict[str, Tensor], _stated: Any, problem: Problem) -> LoKrLayer:
