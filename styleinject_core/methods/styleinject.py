@@ -5,7 +5,8 @@
     h*     = (h - μ) / σ · f_s(σ) + μ + Δh                        eq. 3 and 4, style transfer by AdaIN (STA)
     f_s(σ) = σ · (1 + hyper(s))
 
-A layer with one style, no router and no hypernetwork is a LoRA: `methods/lora.py` gives it that file format.
+Here are its parameters, these equations written plainly (`StyleInjectWeights.increment`) and its file; `styleinject_calls.py`
+is the same made fast. A layer with one style, no router and no hypernetwork is a LoRA: `lora.py` gives it that file format.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..config import AdapterConfig
-from ..functional.host import HostLayer, statistics_dtype
-from ..functional.stacked import stacked
-from ..functional.update import Hear, LowRank, Prepared, Update
+from ..functional.host import HostLayer
+from ..functional.update import Hear, Prepared
 from ..layers import LayerShape, UnsupportedLayerError
 from . import low_rank
 from .method import AdapterLayer, AdapterSettings, Cast, Method, Problem
+from .styleinject_calls import prepare
 
 PARTS = ("A", "B", "router_weight", "router_bias", "hyper_weight", "hyper_bias")
 
@@ -129,9 +129,8 @@ class StyleInjectWeights:
         return self.hyper_weight is not None and self.sta != 0
 
     @property
-    def by_position(self) -> bool:
-        """Whether its update differs by position beyond what is linear in x, or needs σ."""
-        return self.by_token or (self.adapts_statistics and self.sta_form == "additive")
+    def needs_sigma(self) -> bool:
+        return self.adapts_statistics and self.sta_form == "additive"
 
     @property
     def active(self) -> bool:
@@ -142,13 +141,7 @@ class StyleInjectWeights:
 
     @classmethod
     def prepare(cls, several: Sequence[StyleInjectWeights]) -> Sequence[Prepared]:
-        groups: dict[Any, list[StyleInjectWeights]] = {}
-        for w in several:
-            groups.setdefault(_ByPosition if w.by_position else (w.router_pool, w.A.shape, w.router_weight is None), []).append(
-                w
-            )
-        alone = [_ByPosition(w) for w in groups.pop(_ByPosition, [])]
-        return [*(_SideBySide.of(group) for group in groups.values()), *alone]
+        return prepare(several)
 
     def increment(self, x: Tensor, h: Tensor, host: HostLayer, hear: Hear | None) -> Tensor:
         """The paper's equations 2 to 4, as increments on h."""
@@ -184,188 +177,6 @@ class StyleInjectWeights:
         elif self.router_pool == "sum":
             logits = logits.sum(1)
         return torch.softmax(logits, -1)
-
-
-def route(
-    x: Tensor, weights: StyleInjectWeights, host: HostLayer, mean: Tensor | None = None, hear: Hear | None = None
-) -> Tensor:
-    """Style probabilities of one layer. The router is linear, so pooled logits need only the pooled input.
-
-    Args:
-        mean: x averaged over positions (B, k), where the caller has it already.
-
-    Returns:
-        (B, n), or (B, L, n) with router_pool "token"; in x's dtype, computed in at least float32.
-    """
-    if weights.router_weight is None:
-        return x.new_ones(x.shape[0], 1)
-    if not weights.by_token:
-        side = _SideBySide.of([weights])
-        return side.route(x, host, host.mean(x) if mean is None else mean, hear).to(x.dtype)
-    precise = statistics_dtype(x)
-    logits = x.to(precise) @ weights.router_weight.to(precise).mT + weights.router_bias.to(precise)  # (B, L, n)
-    s = torch.softmax(logits, -1)
-    return (s if hear is None else hear(weights, s)).to(x.dtype)
-
-
-def hyper(s: Tensor, weights: StyleInjectWeights) -> Tensor:
-    """hyper(s): the modulation of every channel, (B, d) or (B, L, d) by token, in at least float32."""
-    precise = statistics_dtype(s)
-    return s.to(precise) @ weights.hyper_weight.to(precise).mT + weights.hyper_bias.to(precise)
-
-
-@dataclass(frozen=True, eq=False)
-class _SideBySide:
-    """Layers of one rank, one number of styles and one pooling, with an s per image: their routers, hypernetworks and
-    projections run in the same few products, and n styles collapse before any position is touched (method, section 3).
-
-    Nothing here depends on x. One layer's tensors are used as they are; of several, routers, hypernetworks and
-    up-projections are copied (2 / r of what A takes), and A is stacked without a copy where it can be (`stacked`).
-
-    Args:
-        router, router_bias: (J·n, k) and (J·n,), in at least float32; None for LoRAs, whose s is 1.
-        hyper, hyper_bias: (d, J·n) and (d,), Σ_j sta_j of them, to be scaled by `sta`; None where none adapts statistics.
-        down: the J matrices A (n, r, k[, kh, kw]).
-        up: (d, J·r), with the strengths in it, to be scaled by `dma`; None where every dma is 0.
-        together: whether the J matrices lie one after the other in one storage.
-    """
-
-    several: tuple[StyleInjectWeights, ...]
-    router: Tensor | None
-    router_bias: Tensor | None
-    hyper: Tensor | None
-    hyper_bias: Tensor | None
-    sta: float
-    down: tuple[Tensor, ...]
-    up: Tensor | None
-    dma: float
-    together: bool = False
-    folds = True
-
-    @classmethod
-    def of(cls, several: Sequence[StyleInjectWeights]) -> _SideBySide:
-        first = several[0]
-        precise = statistics_dtype(first.A)
-        statistics = any(w.adapts_statistics for w in several)
-        changes = any(w.dma != 0 for w in several)
-        if len(several) == 1:
-            parts = (first.router_weight, first.router_bias, first.hyper_weight, first.hyper_bias)
-            router, router_bias, hyper, hyper_bias = (None if p is None else p.to(precise) for p in parts)
-            if not statistics:
-                hyper = hyper_bias = None
-            return cls((first,), router, router_bias, hyper, hyper_bias, first.sta, (first.A,), first.B if changes else None,
-                       first.dma)  # fmt: skip
-        together = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and stacked([w.A for w in several])
-        router = router_bias = hyper = hyper_bias = up = None
-        if first.router_weight is not None:
-            router = torch.cat([w.router_weight.to(precise) for w in several])
-            router_bias = torch.cat([w.router_bias.to(precise) for w in several])
-        if statistics:
-            own = [(w.hyper_weight, w.hyper_bias) if w.adapts_statistics else (None, None) for w in several]
-            zero = first.B.new_zeros(first.B.shape[0], first.A.shape[0], dtype=precise)
-            hyper = torch.cat([zero if p is None else p.to(precise) * w.sta for (p, _), w in zip(own, several, strict=True)], 1)
-            biases = [b.to(precise) * w.sta for (_, b), w in zip(own, several, strict=True) if b is not None]
-            hyper_bias = torch.stack(biases).sum(0)
-        if changes:
-            up = torch.cat([w.B * w.dma for w in several], 1)
-        down = tuple(w.A for w in several)
-        return cls(tuple(several), router, router_bias, hyper, hyper_bias, 1.0, down, up, 1.0, together)
-
-    @property
-    def needs_mean(self) -> bool:
-        return self.router is not None
-
-    def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
-        if self.router is None:
-            pairs = zip(self.down, self.up.chunk(len(self.down), 1), strict=True) if self.up is not None else ()
-            gain = None  # a hypernetwork without a router: one style, s = 1
-            if self.hyper is not None:
-                gain = (self.sta * (self.hyper.sum(1) + self.hyper_bias)).expand(x.shape[0], -1)
-            return Update(gain=gain, changes=tuple(LowRank(A[0], up, self.dma) for A, up in pairs))
-        s = self.route(x, host, host.mean(x) if mean is None else mean, hear)  # (B, J·n)
-        update = Update()
-        if self.hyper is not None:
-            if self.sta == 1:
-                update.gain = F.linear(s, self.hyper, self.hyper_bias)  # (B, d)
-            else:
-                update.gain = torch.addmm(self.hyper_bias, s, self.hyper.mT, beta=self.sta, alpha=self.sta)
-        if self.up is not None:
-            update.changes = (LowRank(self._mixed(s if s.dtype == x.dtype else s.to(x.dtype)), self.up, self.dma),)
-        return update
-
-    def route(self, x: Tensor, host: HostLayer, mean: Tensor, hear: Hear | None) -> Tensor:
-        """s of every layer side by side, (B, J·n), in at least float32."""
-        logits, layers = F.linear(mean, self.router, self.router_bias), len(self.several)
-        if self.several[0].router_pool == "sum":
-            logits = logits * host.count(x)
-        if layers > 1:
-            logits = logits.view(logits.shape[0], layers, -1)
-        s = torch.softmax(logits, -1)
-        if hear is not None:
-            parts = (s,) if layers == 1 else s.unbind(1)
-            s = torch.cat([hear(weights, part) for weights, part in zip(self.several, parts, strict=True)], 1)
-        return s.flatten(1) if s.ndim == 3 else s
-
-    def _mixed(self, s: Tensor) -> Tensor:
-        """Σ_i s_i A_i of every layer, side by side: (B, J·r, k[, kh, kw])."""
-        layers, batch, shape = len(self.down), s.shape[0], self.down[0].shape  # shape: (n, r, k[, kh, kw])
-        if layers == 1:
-            return (s @ self.down[0].flatten(1)).view(batch, *shape[1:])
-        s = s.view(batch, layers, -1)
-        if torch.is_grad_enabled():
-            mixed = torch.stack([s[:, j] @ A.flatten(1) for j, A in enumerate(self.down)], 1)
-        else:
-            size = shape[1:].numel()
-            mixed = s.new_empty(batch, layers, size)
-            if self.together:
-                whole = self.down[0].as_strided((layers, shape[0], size), (shape[0] * size, size, 1))
-                torch.bmm(s.transpose(0, 1), whole, out=mixed.transpose(0, 1))
-            else:
-                for j, A in enumerate(self.down):
-                    torch.mm(s[:, j], A.flatten(1), out=mixed[:, j])
-        return mixed.view(batch, layers * shape[1], *shape[2:])
-
-
-@dataclass(frozen=True, eq=False)
-class _ByPosition:
-    """A layer that routes by token, or whose f_s needs σ."""
-
-    weights: StyleInjectWeights
-    folds = False
-    needs_mean = True
-
-    def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
-        weights = self.weights
-        s = route(x, weights, host, mean, hear)
-        gain = hyper(s, weights) * weights.sta if weights.adapts_statistics else None
-        change: Any = None
-        if weights.dma != 0 and weights.by_token:
-            change = _ByToken(s, weights.A, weights.B * weights.dma)
-        elif weights.dma != 0:
-            mixed = (s * weights.dma) @ weights.A.flatten(1)
-            change = LowRank(mixed.unflatten(1, weights.A.shape[1:]), weights.B)
-        changes = () if change is None else (change,)
-        if weights.sta_form == "additive":
-            return Update(sigma_gain=gain, eps=weights.eps, changes=changes)
-        return Update(gain=gain, changes=changes)
-
-
-@dataclass(frozen=True, eq=False)
-class _ByToken:
-    """ΔW of every token: B Σ_i s_i A_i, with s (B, L, n), A (n, r, k) and B (d, r)."""
-
-    s: Tensor
-    A: Tensor
-    B: Tensor
-    folds = False
-
-    def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
-        every = torch.einsum("blk,nrk->blnr", x, self.A)
-        low = (self.s.unsqueeze(-2) @ every).squeeze(-2)  # (B, L, 1, n) @ (B, L, n, r) -> (B, L, r)
-        return out + low @ self.B.mT
-
-    def onto(self, weight: Tensor, owned: bool) -> Tensor:
-        raise TypeError("a change that differs by token has no single weight")
 
 
 def configure(settings: AdapterSettings, special: Mapping[str, Any]) -> AdapterConfig:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..functional.host import HostLayer
-from ..methods.styleinject import StyleInjectWeights, hyper
+from ..methods.styleinject import StyleInjectWeights
+from ..methods.styleinject_calls import hyper
 
 POSITIONS = 16
 

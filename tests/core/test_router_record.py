@@ -15,7 +15,7 @@ from styleinject_core.call import ModelCall
 from styleinject_core.files import WriteError
 from styleinject_core.functional import reference
 from styleinject_core.functional.host import HostLayer
-from styleinject_core.methods.styleinject import route
+from styleinject_core.methods.styleinject_calls import route
 from styleinject_core.router import sizes
 from styleinject_core.router.control import Steered
 from styleinject_core.router.recorder import Recorder, record

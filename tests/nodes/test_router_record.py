@@ -41,7 +41,7 @@ def spied(pack, model, seen: list, layer: str):
     """A clone that writes down, at each model call, sigma, what the rows are, and the s that one layer has used."""
     from comfy.patcher_extension import WrappersMP
 
-    side = pack.submodule("styleinject_core.methods.styleinject")._SideBySide
+    side = pack.submodule("styleinject_core.methods.styleinject_calls")._SideBySide
     true_route = side.route
     (injection,) = pack.submodule("integration.patcher").injections_of(model)
     wanted = injection.applied.adapter.layers[layer]
