@@ -241,6 +241,36 @@ def test_gradients_equal_the_references(choice, host, x):
     )
 
 
+@dataclass(frozen=True, eq=False)
+class MaskedWeights(ToyWeights):
+    """A toy that acts on some positions only, and rescales their statistics."""
+
+    mask: Tensor | None = None
+    folds = False
+
+    def update(self, x, host, mean, hear):
+        gain = self.u.expand(x.shape[0], -1) * self.dma
+        return replace(super().update(x, host, mean, hear), gain=gain, mask=self.mask)
+
+
+@pytest.mark.parametrize("name", ["to_q", "conv_in"])
+def test_a_mask_leaves_the_rest_of_the_picture_alone(host, x, name):
+    """Inside: the update as it is, by the statistics of the whole picture; outside, to the bit, the others' alone."""
+    layer, module, y = trained("toy").layers[name], host.get_submodule(name), inputs(host, x)[name]
+    frozen = HostLayer(layer.shape, module, module.weight, module.bias, module)
+    everywhere = torch.ones(1, *module(y).shape[2:]) if layer.shape.is_conv else torch.ones(1, y.shape[1], 1)
+    mask = everywhere[None].clone() if layer.shape.is_conv else everywhere.clone()
+    mask.view(-1)[: mask.numel() // 2] = 0
+    other = layer.weights(lambda p: -2 * p, dma=0.5, sta=1.0)
+    toys = [MaskedWeights(layer.u, layer.v, 0.8, mask=m) for m in (None, mask)]
+    with torch.no_grad():
+        alone = stack.forward(y, frozen, [other])
+        whole, half = (dispatch.forward(y, frozen, [other, toy]) for toy in toys)
+    inside = mask.expand_as(half).bool()
+    assert torch.equal(half[~inside], alone[~inside]) and not torch.allclose(half[inside], alone[inside], atol=1e-2)
+    torch.testing.assert_close(half[inside], whole[inside], rtol=1e-5, atol=1e-5)
+
+
 def test_methods_stack_on_one_layer_in_any_order(host, x):
     with torch.no_grad():
         plain = host.to_q(y := inputs(host, x)["to_q"])
