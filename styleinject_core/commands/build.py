@@ -25,6 +25,7 @@ from ..train.models.training_model import TextToImageModel
 from ..train.objectives.tasks import Distil, DreamBooth, FineTune, check_teacher, check_weights_differ
 from ..train.parallel import Processes, launched_device
 from ..train.request import TrainingRequest
+from ..train.run.checkpoints import RunFolder
 from ..train.run.metadata import made_by
 from .config_files import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
@@ -86,6 +87,7 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
             raise ConfigError(f"output.folder: it is inside {name}, where the run's pictures would be taken for data")
     if processes.is_main and not dry:
         out.mkdir(exist_ok=True)
+        RunFolder(out, name=config.output.name).try_writing(0, config.train.steps)  # images may be drawn for an hour first
     processes.wait()
     model = load_model(config.model, here)
     if config.data.resolution % model.pixels_per_latent:
