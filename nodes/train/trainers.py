@@ -29,7 +29,7 @@ from ...styleinject_core.train.request import AdapterRequest
 from ...styleinject_core.train.settings import MEMORY, TrainSettings
 from ..schema import AdapterType, LossType, OptionsType, schema
 
-_ADVANCED = ("method", "styles", "layers")
+_ADVANCED = ("method", "rank", "styles", "layers")
 _SEVERAL = "One LATENT or several, batches or lists; pictures of different sizes may be mixed."
 
 

@@ -183,7 +183,7 @@ def choose(work: Workload, free: int, previous: Mapping[str, Any] | None = None)
         return Choice(replace(request, adapter=asked, settings=settings), report=report)
     if found is None:
         raise MemoryChoiceError(_advice(work, room, limit))
-    return replace(found, report=_report(request, found, limit))
+    return replace(found, report=_report(found, limit))
 
 
 def _best(work: Workload, room: int, previous: Mapping[str, Any]) -> Choice | None:
@@ -195,7 +195,7 @@ def _best(work: Workload, room: int, previous: Mapping[str, Any]) -> Choice | No
         same = all(values.get(name) == value for name, value in previous.items())
         changed = settings.optimizer != work.request.settings.optimizer
         levels = -(made.rank * made.styles), changed, choice.dtype is not None
-        return (not same, choice.lent > 0, *levels, settings.gradient_checkpointing, settings.accumulation)
+        return (not same, choice.lent, *levels, settings.gradient_checkpointing, settings.accumulation)
 
     return min(_fitting(work, room), key=cost, default=None)
 
@@ -249,17 +249,17 @@ def _advice(work: Workload, room: int, limit: str) -> str:
             fits.append(f"pictures of {part:.0%} of the side")
             break
     rank, styles = SIZES[-1]
-    if work.request.adapter != (small := replace(work.request.adapter, rank=rank, styles=styles)):
-        if _best(replace(work, request=replace(work.request, adapter=small)), room, {}) is not None:
-            fits.append(f"rank {rank} with {styles} styles")
+    small = replace(work.request, adapter=replace(work.request.adapter, rank=rank, styles=styles))
+    if work.request.adapter != small.adapter and _best(replace(work, request=small), room, {}) is not None:
+        fits.append(f"rank {rank} with {styles} styles")
     what = f"; what would fit: {', or '.join(fits)}" if fits else "; a smaller model, or one with weights in fp8, may fit"
     return (
-        f'memory "{work.request.settings.memory}": {limit} leave {_gb(room)} for a training, and this one needs {least} at least, '
-        f'with everything on that saves memory{what}. "{MEMORY_OFF}" tries it as it is set'
+        f'memory "{work.request.settings.memory}": {limit}, of which a training can have {_gb(room)}, and this one needs '
+        f'{least} at least, with everything on that saves memory{what}. "{MEMORY_OFF}" tries it as it is set'
     )
 
 
-def _report(request: TrainingRequest, choice: Choice, limit: str) -> str:
+def _report(choice: Choice, limit: str) -> str:
     """What was chosen, in words."""
     made, settings = choice.request.adapter, choice.request.settings
     config = made.config()

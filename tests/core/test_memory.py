@@ -197,7 +197,10 @@ def test_a_choice_that_cannot_be_kept_says_what_would_fit(model: DemoTrainingMod
     asked = request("8 GB", rank=0, styles=0)
     load = Workload(model, asked, LATENTS, model.encode_text(["an apple"]), images=1)
     load._kept = lambda batch, dtype: replace_kept(batch)  # as a model of many gigabytes would keep
-    with pytest.raises(MemoryChoiceError, match=r'memory "8 GB": a card of 8 GB leave.* what would fit: memory "16 GB"'):
+    with pytest.raises(
+        MemoryChoiceError,
+        match=r'memory "8 GB": a card of 8 GB, of which a training can have 6.7 GB.* what would fit: memory "16 GB"',
+    ):
         choose(load, 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import dit_models
 import pytest
 import tiny_model
@@ -82,7 +84,7 @@ def test_a_run_goes_on_when_less_is_free(train, tiny_unet_model, trained_folder,
 
 def test_what_does_not_fit_is_said_before_anything_is_written(train, tiny_unet_model, trained_folder, free) -> None:
     free(0.26)
-    with pytest.raises(ValueError, match=r'memory "auto": 0\.3 GB free leave .* and this one needs'):
+    with pytest.raises(ValueError, match=r'memory "auto": 0\.3 GB free, of which .* and this one needs'):
         train(model=tiny_unet_model(), steps=1)
     assert not trained_folder.exists()
     train(model=tiny_unet_model(), steps=1, memory="off")
@@ -136,3 +138,44 @@ def test_dreambooth_and_distillation_count_what_they_keep(
     needs = [work.need(work.request.adapter.sized(2, 2), work.request.settings) for work in works]
     assert needs[1].passes > 1.5 * needs[0].passes, "the graphs of both passes are there at once"
     assert needs[2].weights == 2 * needs[0].weights and needs[2].passes > needs[0].passes
+
+
+def sdxl() -> Any:
+    """Stable Diffusion XL in its full size, without its weights."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    unet = {
+        **tiny_model.UNET_CONFIG, "model_channels": 320, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "context_dim": 2048,
+        "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10, "use_linear_in_transformer": True, "num_head_channels": 64, "adm_in_channels": 2816,
+        "num_classes": "sequential",
+    }  # fmt: skip
+    config = comfy.supported_models.SDXL(unet)
+    config.unet_config["num_heads"] = -1
+    config.set_inference_dtype(torch.float16, None)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(
+        config.get_model({}, "", device=torch.device("meta")), load_device=cpu, offload_device=cpu
+    )
+
+
+def test_what_the_help_page_says_of_sdxl(pack) -> None:
+    model = pack.submodule("integration.training.graph_model").GraphModel(sdxl())
+    requests, memory = (pack.submodule(f"styleinject_core.train.{name}") for name in ("request", "memory"))
+    settings = pack.submodule("styleinject_core.train.settings").TrainSettings
+    latent = torch.zeros(4, 128, 128)
+    (row,), _ = model.conditionings([(torch.zeros(1, 77, 2048), {"pooled_output": torch.ones(1, 1280)})], [latent], False)
+    work = memory.Workload(model.network, requests.TrainingRequest("ink"), latent.shape, row, may_lend=True)
+    found = {}
+    for card in ("8 GB", "12 GB", "16 GB", "24 GB and more"):
+        work.request = requests.TrainingRequest("ink", settings=settings(memory=card))
+        choice = memory.choose(work, 0)
+        adapter, checkpointing = choice.request.adapter, choice.request.settings.gradient_checkpointing
+        found[card] = (adapter.rank, adapter.styles, checkpointing, round(choice.lent / GB, 1))
+    assert found == {
+        "8 GB": (8, 4, True, 0.6),
+        "12 GB": (16, 8, True, 0.0),
+        "16 GB": (32, 16, True, 0.0),
+        "24 GB and more": (32, 16, False, 0.0),
+    }
