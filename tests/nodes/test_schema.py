@@ -11,7 +11,7 @@ import pytest
 INPUTS = {
     "StyleInjectLoader": ["adapter_name"],
     "StyleInjectApply": ["model", "adapter", "strength", "dma_strength", "sta_strength", "start_percent", "end_percent",
-                         "layers", "layer_weights", "control"],
+                         "layers", "router", "layer_weights", "control"],
     "StyleInjectLoadAndApply": ["model", "adapter_name", "strength", "clip", "clip_strength"],
     "StyleInjectLayerWeights": ["self_attention", "cross_attention", "feed_forward", "convolutions", "down", "mid", "up",
                                 "extra", "layer_weights"],
