@@ -420,7 +420,13 @@ def test_prompts_that_cannot_be_repeated_are_never_mixed(pack, tiny_unet_model, 
     predict = module.predict
     monkeypatch.setattr(module, "predict", lambda self, *a: seen.append(a[2]["c_crossattn"].shape) or predict(self, *a))
     prompts = [conditioning(k, tokens=tokens) for k, tokens in enumerate((23, 26, 29, 31))]
-    given = {"model": model, "conditioning": prompts, "empty": conditioning(9, tokens=5), "options": {"caption_dropout": 0.5}, "memory": "off"}
+    given = {
+        "model": model,
+        "conditioning": prompts,
+        "empty": conditioning(9, tokens=5),
+        "options": {"caption_dropout": 0.5},
+        "memory": "off",
+    }
     with pytest.raises(
         ValueError, match=r"batch_size 2: this model takes prompts of different lengths \(5, 23, 26, 29, 31 tokens\)"
     ):
