@@ -55,7 +55,17 @@ class TrainOptions:
         return Drawing(self.sampling_steps, self.guidance)
 
     def request(
-        self, *, name: str, method: str, steps: int, learning_rate: float, batch_size: int, rank: int, styles: int, layers: str
+        self,
+        *,
+        name: str,
+        method: str,
+        steps: int,
+        learning_rate: float,
+        batch_size: int,
+        rank: int,
+        styles: int,
+        layers: str,
+        memory: str = TrainSettings.memory,
     ) -> TrainingRequest:
         """The core's request, from these and from the widgets that all training nodes have.
 
@@ -70,6 +80,7 @@ class TrainOptions:
             steps=steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
+            memory=memory,
             sample_every=self.picture_every if self.vae is not None else 0,
             **values,
         )
