@@ -21,8 +21,8 @@ from .update import Hear, LayerWeights, Together, gathered, prepare
 
 
 def can_fold(host: HostLayer, prepared: Together) -> bool:
-    """Whether fold is exact here: W0 readable, no update by position or that needs σ, a zero-padded convolution."""
-    if host.weight is None or not prepared.folds:
+    """Whether fold is exact here: W0 readable, all positions alike, no update that needs σ, a zero-padded convolution."""
+    if host.weight is None or host.tokens is not None or not prepared.folds:
         return False
     module = host.module
     return host.shape.kernel is None or (module.padding_mode == "zeros" and not isinstance(module.padding, str))

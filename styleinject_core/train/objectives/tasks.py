@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...adapter import Adapter
+from ...attach import Attachment
 from ..data.batches import Batch, Conditioning, conditioning_hash, where
 from ..data.source import Source
 from ..models.noise import add_noise, matching_times, predicted_sample, prediction_of
@@ -67,12 +68,12 @@ class FineTune:
         return self.source.advice
 
     @contextmanager
-    def installed(self, adapter: Adapter) -> Iterator[None]:
+    def installed(self, adapter: Adapter) -> Iterator[Attachment]:
         with ExitStack() as stack:
-            stack.enter_context(self.model.attachment(adapter))
+            attachment = stack.enter_context(self.model.attachment(adapter))
             if self.settings.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.model.blocks(), self.model.in_place_blocks()))
-            yield
+            yield attachment
 
     def loss(self, rng: RandomNumbers) -> Tensor:
         loss = self._batch_loss(self.source.batch(rng.index), rng)
