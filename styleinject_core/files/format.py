@@ -50,10 +50,16 @@ def save_adapter(
         **adapter.metadata,
         **(metadata or {}),
         "format": "pt",
-        "styleinject_version": str(FORMAT_VERSION),
+        "styleinject_version": str(_version(adapter)),
         "styleinject_config": json.dumps(config_to_dict(adapter.config)),
     }
     try:
         save_tensors(tensors, path, header)
     except WriteError as error:
         raise AdapterFileError(str(error)) from error
+
+
+def _version(adapter: Adapter) -> int:
+    """The oldest version of the format that has what is in the file, so that older programs read what they can."""
+    pools = {getattr(layer.config, "router_pool", "") for layer in adapter.layers.values()}
+    return FORMAT_VERSION if "paper" in pools else 1
