@@ -120,7 +120,10 @@ class Override:
         host = HostLayer(self.shape, frozen, weight, bias, self.module, self._constants)
         if weight is None:
             host.read = lambda: first.program.frozen_weight(self.module, x)
-        out = plan.run(tokens, host)
+        seen = None
+        if plan.looks and first.current.call.tokens is not None:
+            seen = first.tokens(tokens.shape[1])
+        out = plan.run(tokens, host) if seen is None else plan.run_on(tokens, host, *seen)
         return out if tokens is x else out.reshape(*x.shape[:-1], -1)
 
     def _current_plan(self, x: Tensor) -> Plan:

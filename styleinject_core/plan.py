@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -39,6 +40,8 @@ class Plan:
         self.kept = not torch.is_grad_enabled()
         known = {site.layer.shape.in_features for site in self.active}
         self._known = known.pop() if len(known) == 1 else -1
+        # what they look at, where the image's tokens share a sequence with others; "all" where it makes no difference
+        self.looks = {site.layer.tokens for site in self.active} - {"all"}
         places = dict.fromkeys(site.rows for site in self.active)
         self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
         self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
@@ -85,6 +88,53 @@ class Plan:
             places = later
         return h
 
+    def run_on(self, x: Tensor, host: HostLayer, tokens: slice, frames: int) -> Tensor:
+        """h* where the image's tokens are some of a sequence's, or those of several frames; every site looks at its own.
+
+        Args:
+            tokens: which of x's (B, L, k) are the image's.
+            frames: how many frames they are of.
+        """
+        looks = {site.layer.tokens for site in self.active}
+        if len(looks) > 1:
+            h = host(x)
+            fixed = replace(host, forward=lambda _: h)
+            plans = [Plan([site for site in self.active if site.layer.tokens == kind], x) for kind in sorted(looks)]
+            return torch.stack([plan.run_on(x, fixed, tokens, frames) - h for plan in plans]).sum(0) + h
+        if looks == {"all"}:
+            return self.run(x, host)
+        if looks == {"frame"} and frames > 1:
+            return self._run_on_frames(x, host, tokens, frames)
+        whole = tokens == slice(0, x.shape[1])
+        return self.run(x, host if whole else replace(host, tokens=tokens))
+
+    def _run_on_frames(self, x: Tensor, host: HostLayer, tokens: slice, frames: int) -> Tensor:
+        """h* with each frame an image of its own. Tokens of no frame get what the whole clip gives them."""
+
+        def split(values: Tensor) -> Tensor:
+            return values[:, tokens].unflatten(1, (frames, -1)).flatten(0, 1)  # (B, L, k) -> (B·frames, L / frames, k)
+
+        h = host(x)
+        part = replace(host, forward=lambda _: split(h), frames=frames)
+        image = self.run(split(x), part).unflatten(0, (x.shape[0], frames)).flatten(1, 2)
+        if tokens == slice(0, x.shape[1]):
+            return image
+        with self._unheard():
+            rest = self.run(x, replace(host, forward=lambda _: h, tokens=tokens))
+        return torch.cat((rest[:, : tokens.start], image, rest[:, tokens.stop :]), 1)
+
+    @contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """The call without its listeners."""
+        calls = {site.current: site.current.call for site in self.active}
+        try:
+            for current, call in calls.items():
+                current.call = replace(call, listeners=())
+            yield
+        finally:
+            for current, call in calls.items():
+                current.call = call
+
     def _on_known_channels(self, x: Tensor, host: HostLayer) -> Tensor:
         """h* of a layer with more channels than adapters were made for, or fewer: they change what they know of it.
 
@@ -128,7 +178,8 @@ def _first_channels(host: HostLayer, h: Tensor, inputs: int) -> HostLayer:
     """The first channels of a layer as one of its own, on the input for which they are `h`."""
     outputs = h.shape[1 if host.shape.is_conv else -1]
     shape = LayerShape(inputs, outputs, host.shape.kernel)
-    return HostLayer(shape, lambda _: h, None, None, host.module, read=lambda: host.frozen_weight()[:outputs, :inputs])
+    read = lambda: host.frozen_weight()[:outputs, :inputs]  # noqa: E731
+    return HostLayer(shape, lambda _: h, None, None, host.module, read=read, tokens=host.tokens, frames=host.frames)
 
 
 class _Group:
@@ -164,7 +215,7 @@ class _Group:
 
     def _heard(self, x: Tensor, host: HostLayer) -> Tensor:
         """The same with somebody listening to the routers."""
-        hearing, h = _Hearing(self.sites), None
+        hearing, h = _Hearing(self.sites, host), None
 
         def frozen(y: Tensor) -> Tensor:
             nonlocal h
@@ -190,25 +241,31 @@ def _autocast(x: Tensor) -> bool:
 class _Hearing:
     """What the listeners of the current call make of the probabilities of some sites."""
 
-    def __init__(self, sites: Sequence[Site]):
-        self.sites = sites
+    def __init__(self, sites: Sequence[Site], host: HostLayer):
+        self.sites, self.host = sites, host
         self.used: dict[Site, Tensor] = {}
 
     @torch.compiler.disable
     def __call__(self, weights: LayerWeights, s: Tensor) -> Tensor:
         site = next(site for site in self.sites if site is weights.owner)
-        listeners = site.current.call.listeners
+        listeners, shape = site.current.call.listeners, s.shape
+        s = self.host.joined(s)
         for listener in listeners:
             s = listener.steer(site.name, s)
+        seen = (self.host.seen(s) if s.ndim == 3 and self.host.frames == 1 else s).detach()
         for listener in listeners:
-            listener.record(site.name, s.detach())
-        self.used[site] = s.detach()
-        return s
+            listener.record(site.name, seen)
+        self.used[site] = seen
+        return s.reshape(shape)
 
 
 @torch.compiler.disable
 def _measure(site: Site, s: Tensor, x: Tensor, h: Tensor | None, host: HostLayer, weights: LayerWeights) -> None:
     with torch.no_grad():
+        x = host.joined(host.seen(x))
+        h = None if h is None else host.joined(host.seen(h))
+        if host.frames > 1 and s.shape[1] != x.shape[1]:
+            s = s.repeat_interleave(x.shape[1] // s.shape[1], 1)  # of each frame, for each of its tokens
         for listener in site.current.call.listeners:
             if listener.measures(site.name):
                 listener.measure(site.name, s, x, h, host, weights)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..adapter import Adapter
+from ..config import AdapterConfig
 from ..methods import config_to_dict, method_of
 from .atomic import WriteError, save_tensors
 from .errors import AdapterFileError
@@ -61,5 +62,5 @@ def save_adapter(
 
 def _version(adapter: Adapter) -> int:
     """The oldest version of the format that has what is in the file, so that older programs read what they can."""
-    pools = {getattr(layer.config, "router_pool", "") for layer in adapter.layers.values()}
-    return FORMAT_VERSION if "paper" in pools else 1
+    configs = [layer.config for layer in adapter.layers.values() if isinstance(layer.config, AdapterConfig)]
+    return FORMAT_VERSION if any(c.router_pool == "paper" or c.tokens != "image" for c in configs) else 1

@@ -21,8 +21,8 @@ from .update import Hear, LayerWeights, Prepared, gathered, prepare
 
 
 def can_fold(host: HostLayer, prepared: Sequence[Prepared]) -> bool:
-    """Whether fold is exact here: W0 readable, no update by position or that needs σ, a zero-padded convolution."""
-    if host.weight is None or getattr(host.module, "padding_mode", "zeros") != "zeros":
+    """Whether fold is exact here: W0 readable, all positions alike, no update that needs σ, a zero-padded convolution."""
+    if host.weight is None or host.tokens is not None or getattr(host.module, "padding_mode", "zeros") != "zeros":
         return False
     if host.shape.is_conv and isinstance(host.module.padding, str):
         return False

@@ -48,13 +48,21 @@ def add(updates: Sequence[Update], x: Tensor, h: Tensor, host: HostLayer) -> Ten
 
 
 def _rescaled(updates: Sequence[Update], h: Tensor, host: HostLayer) -> Tensor:
-    """h + (G + g / σ) ⊙ (h - μ)."""
+    """h + (G + g / σ) ⊙ (h - μ), of the image's tokens where there are others."""
+    if host.tokens is None:
+        return _rescaled_image(updates, h, host)
+    seen = h[:, host.tokens]
+    image = _rescaled_image(updates, seen, host)
+    return h if image is seen else torch.cat((h[:, : host.tokens.start], image, h[:, host.tokens.stop :]), 1)
+
+
+def _rescaled_image(updates: Sequence[Update], h: Tensor, host: HostLayer) -> Tensor:
     gain, needs_sigma = None, False
     for update in updates:
         for values in (update.gain, update.sigma_gain):
             if values is None:
                 continue
-            own = host.per_channel(values)
+            own = host.per_channel(host.seen(values) if values.ndim == 3 else values)
             if values is update.sigma_gain:
                 precise = h.to(statistics_dtype(h))
                 own = own / precise.std(host.positions, correction=0, keepdim=True).clamp(min=update.eps)

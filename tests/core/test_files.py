@@ -84,7 +84,12 @@ def test_golden_keys_and_shapes(tmp_path):
 
 
 def test_what_older_versions_cannot_run_they_refuse_by_the_version(tmp_path):
-    for config, version in (({}, "1"), ({"router_pool": "paper"}, "2"), ({"layers": {TO_Q: {"router_pool": "paper"}}}, "2")):
+    for config, version in (
+        ({}, "1"),
+        ({"tokens": "all"}, "2"),
+        ({"router_pool": "paper"}, "2"),
+        ({"layers": {TO_Q: {"router_pool": "paper"}}}, "2"),
+    ):
         save_adapter(adapter(**config), tmp_path / "a.safetensors")
         assert read_header(tmp_path / "a.safetensors").metadata["styleinject_version"] == version
         loaded = load_adapter(tmp_path / "a.safetensors")

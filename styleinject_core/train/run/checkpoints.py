@@ -117,6 +117,18 @@ class RunFolder:
         header = {"version": STATE_VERSION, "step": state.step, "plan": state.plan, "parts": _pack(state.parts, tensors)}
         save_tensors(tensors, self.state_file, {"styleinject_training": json.dumps(header)})
 
+    def chosen_before(self) -> dict[str, Any]:
+        """What a memory choice may choose, as this run has it: fields of its settings and of its adapter's config."""
+        try:
+            with safe_open(self.state_file, framework="pt") as file:
+                plan = json.loads((file.metadata() or {})["styleinject_training"])["plan"]
+            values = {**plan["settings"], **plan["adapter"]}
+            return {
+                name: values[name] for name in ("batch_size", "accumulation", "optimizer", "r", "n_styles") if name in values
+            }
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
+            return {}  # load_state says what is wrong with it
+
     def load_state(self, plan: Mapping[str, Any], steps: int) -> TrainState | None:
         """The newest state, or None where the run has none.
 
