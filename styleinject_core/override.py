@@ -131,10 +131,10 @@ class Override:
         return self._class_forward if self._former is None else self._former
 
     def _current_plan(self, x: Tensor) -> Plan:
-        compiling = torch.compiler.is_compiling()  # then all of it belongs into the graph
+        compiling = torch.compiler.is_compiling()
         plan, host = self._plan, self._frozen(x, keep=not compiling)
         if plan is None or compiling or torch.is_grad_enabled() or not plan.holds(self.sites, x, host):
-            plan = Plan(self.sites, x, host)
+            plan = Plan(self.sites, x, host, keep=not compiling)
             if not compiling:
                 self._plan = plan if plan.kept else None
         return plan

@@ -27,9 +27,10 @@ class Plan:
         sites: everything on the module, in order.
         x: an input.
         host: the layer by itself.
+        keep: whether it is to be asked later if it still `holds`; not while compiling, for all of it belongs into the graph.
     """
 
-    def __init__(self, sites: Sequence[Site], x: Tensor, host: HostLayer):
+    def __init__(self, sites: Sequence[Site], x: Tensor, host: HostLayer, keep: bool = False):
         self.host, self._sites, self._dtype, self._device = host, list(sites), x.dtype, x.device
         self.active = [site for site in sites if site.dma != 0 or site.sta != 0]
         self.current = list({site.current: None for site in self.active})
@@ -42,7 +43,7 @@ class Plan:
         places = dict.fromkeys(site.rows for site in self.active)
         self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
         self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
-        self.kept = not torch.is_grad_enabled() and all(group.lasting for group in self.groups.values())
+        self.kept = keep and not torch.is_grad_enabled() and all(group.lasting for group in self.groups.values())
         if self.kept:
             self._strengths = [(site, site.dma, site.sta) for site in sites]
             self._tables = [site.layer._parameters for site in self.active]

@@ -54,7 +54,7 @@ class AdapterRequest:
             "of kronecker: the sizes of A, (a1, a2); fewer numbers the nearer their product is to the root of the layer's."
         ),
     )
-    router_pool: str = field(default="mean", metadata=about('"mean", "sum" or "token".'))
+    router_pool: str = field(default="mean", metadata=about('"mean", "sum", "token" or "paper".'))
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
     tokens: str = field(
         default=AdapterConfig.tokens,
