@@ -21,7 +21,7 @@ from .router.embedding import METHODS
 from .router.plots import VIEWS
 from .selector import SelectorError
 from .summary import as_text, summarize
-from .train.request import AdapterRequest
+from .train.request import SIZES, AdapterRequest
 from .train.run.loop import TrainingError
 
 
@@ -60,10 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument(
         "--method", choices=choices(), default=AdapterRequest.method, help="what kind of adapter (default %(default)s)"
     )
-    init.add_argument("--rank", type=int, default=AdapterRequest.rank, help="r (default %(default)s)")
-    init.add_argument(
-        "--styles", type=int, default=AdapterRequest.styles, help="n, parallel down-projections (default %(default)s)"
-    )
+    init.add_argument("--rank", type=int, default=SIZES[0][0], help="r (default %(default)s)")
+    init.add_argument("--styles", type=int, default=SIZES[0][1], help="n, parallel down-projections (default %(default)s)")
     init.add_argument("--alpha", type=float, default=0.0, help="the low-rank part is scaled by alpha / rank (default: rank)")
     init.add_argument("--factors", default="64,4", metavar="A1,A2", help="kronecker: the sizes of A (default 64,4)")
     init.add_argument(
@@ -145,6 +143,8 @@ def _init(options: argparse.Namespace) -> int:
 
     if options.output.exists() and not options.force:
         raise FileExistsError(f"{options.output} exists: choose another name, or --force to replace it")
+    if min(options.rank, options.styles) < 1:
+        raise ValueError(f"--rank, --styles: expected 1 or more, found {options.rank} and {options.styles}")
     settings = AdapterRequest(
         method=options.method,
         rank=options.rank,

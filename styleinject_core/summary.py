@@ -10,6 +10,7 @@ from .files.sorting import reasons
 from .hosts.architectures import describe
 from .layer_names import parse
 from .methods import METHODS, AdapterLayer, config_to_dict
+from .router.mean import ROUTER_MEAN, UNUSED, shares, unused
 
 
 def summarize(adapter: Adapter) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def summarize(adapter: Adapter) -> dict[str, Any]:
         "parameters": adapter.parameter_count(),
         "bytes": sum(p.numel() * p.element_size() for p in adapter.parameters()),
         "config": config_to_dict(adapter.config),
-        "metadata": dict(sorted(adapter.metadata.items())),
+        "metadata": {key: value for key, value in sorted(adapter.metadata.items()) if key != ROUTER_MEAN},  # said by "use"
         "other_layers": sum(bool(layer.shape.other) for layer in layers.values()),
         "skipped": list(adapter.skipped),
         "unused": dict(adapter.unused),
@@ -67,4 +68,10 @@ def described(adapter: Adapter) -> dict[str, str]:
     for name, layers in kinds.items():
         where = f" of {METHODS[name].title} ({len(layers)})" if len(kinds) > 1 else ""
         lines.update({f"{label}{where}": value for label, value in METHODS[name].describe(layers).items()})
+    if (used := shares(adapter)) is not None:
+        order = sorted(zip(used.tolist(), adapter.style_names, strict=True), reverse=True)
+        most = ", ".join(f"{name} {share:.0%}" for share, name in order[:4])
+        lines["use"] = (
+            f"{most} in training; {unused(adapter):.0%} of the styles of single layers hardly ever (below {UNUSED:.0%})"
+        )
     return lines

@@ -37,7 +37,8 @@ _PREDICTIONS = {  # how a model's input is scaled, and how its output is read ->
     (_SCALED, comfy.model_sampling.X0.calculate_denoised): "sample",
     (_PLAIN, comfy.model_sampling.CONST.calculate_denoised): "flow",
 }
-# What a step needs beyond the weights, in units of what ComfyUI estimates for sampling: a backward pass keeps activations.
+# What a step needs beyond the weights where nobody has counted, in units of what ComfyUI estimates for sampling: a backward
+# pass keeps activations.
 _TRAINING_MEMORY = 4
 # ComfyUI's attention functions with a gradient; SageAttention and others leave the layers before them untrained.
 _WITH_GRADIENTS = {f"attention_{name}" for name in ("basic", "sub_quad", "split", "pytorch", "xformers")}
@@ -151,6 +152,10 @@ class ComfyTrainingModel(TrainingModel):
         return self.patcher.load_device
 
     @property
+    def whole(self) -> nn.Module:
+        return self.patcher.model
+
+    @property
     def latent_space(self) -> tuple[Any, ...]:
         return (type(self.patcher.model.latent_format).__name__,)
 
@@ -221,24 +226,37 @@ class ComfyTrainingModel(TrainingModel):
         return type(self.patcher.model.model_config).__name__
 
 
+def free_memory(models: Sequence[ComfyTrainingModel]) -> int:
+    """Bytes that a training of these models may use on their device: what is free, and what ComfyUI can free there."""
+    management, device = comfy.model_management, models[0].device
+    if device.type == "cpu":  # its models are in there already
+        held = sum(model.patcher.model_size() for model in models)
+    else:
+        held = sum(loaded.model_loaded_memory() for loaded in management.current_loaded_models if loaded.device == device)
+    return int(management.get_free_memory(device)) + held
+
+
 class Loaded:
     """Models on their device, ready for forward and backward passes.
 
     Args:
         models: the student, and the teacher where there is one.
         shape: of a batch of latents.
+        memory: bytes that a step needs beside the weights; 0 for a guess.
+        lends: whether weights may stay in RAM, and come to the card for the length of one operation. Blocks must run again in
+            the backward pass then: without that, all of these copies would be kept for it.
     """
 
-    def __init__(self, models: Sequence[ComfyTrainingModel], shape: Sequence[int]):
-        self.models, self.shape = models, list(shape)
+    def __init__(self, models: Sequence[ComfyTrainingModel], shape: Sequence[int], memory: int = 0, lends: bool = False):
+        self.models, self.shape, self.memory, self.lends = models, list(shape), memory, lends
 
     def prepare(self) -> None:
         """Load what is not loaded. After sampling in between, which may have made room for itself, call it again."""
         patchers = [model.patcher for model in self.models]
-        memory = _TRAINING_MEMORY * max(patcher.memory_required(self.shape) for patcher in patchers)
+        memory = self.memory or _TRAINING_MEMORY * max(patcher.memory_required(self.shape) for patcher in patchers)
         beside = [other for patcher in patchers for other in patcher.get_nested_additional_models()]
         with torch.inference_mode():  # as ComfyUI loads
-            comfy.model_management.load_models_gpu([*patchers, *beside], memory, force_full_load=True)
+            comfy.model_management.load_models_gpu([*patchers, *beside], memory, force_full_load=not self.lends)
         for patcher in patchers:
             patcher.pre_run()
         for patcher in (*patchers, *beside):
@@ -251,10 +269,13 @@ class Loaded:
         # Quantized layers multiply in 8 bits or less, which has no gradient in every version; told so, they unpack first.
         layers = [part for model in self.models for part in model.denoiser.modules() if hasattr(part, _UNPACKED)]
         former = [getattr(layer, _UNPACKED) for layer in layers]
+        # Weights that come from RAM by a stream of their own share a buffer: the backward pass would find it overwritten.
+        streams = management.NUM_STREAMS
         in_training = getattr(management, "in_training", None)  # newer versions avoid operations without gradients then
         try:
             if in_training is not None:
                 management.in_training = True
+            management.NUM_STREAMS = 0
             for layer in layers:
                 setattr(layer, _UNPACKED, True)
             self.prepare()
@@ -266,6 +287,7 @@ class Loaded:
         finally:
             if in_training is not None:
                 management.in_training = in_training
+            management.NUM_STREAMS = streams
             for layer, value in zip(layers, former, strict=True):
                 setattr(layer, _UNPACKED, value)
             for model in self.models:

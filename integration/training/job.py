@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from ...styleinject_core.selector import select
 from ...styleinject_core.train.data.source import LatentSource
+from ...styleinject_core.train.memory import Choice, Workload, choose
 from ...styleinject_core.train.objectives.tasks import FineTune
 from ...styleinject_core.train.request import TrainingRequest
 from ...styleinject_core.train.run.metadata import made_by
-from .comfy_model import Loaded
+from .comfy_model import Loaded, free_memory
 from .drawing import draw
-from .graph_inputs import Images
+from .graph_inputs import Images, Prompt
 from .graph_model import GraphModel
-from .named_runs import Outcome, train_in_folder
+from .named_runs import Outcome, chosen_before, train_in_folder
 from .train_options import TrainOptions
 
 
@@ -32,6 +34,7 @@ class Job:
         teacher: the one it learns from, in distillation.
         node_id: execution id of the node, for what it shows.
         trigger: the words that call what is learned, for the adapter's metadata.
+        memory: what was chosen to make it fit, see `fitted`.
 
     Raises:
         ValueError: layers that the model has not, or settings that do not fit it.
@@ -43,6 +46,7 @@ class Job:
     teacher: GraphModel | None = None
     node_id: str | None = None
     trigger: str = ""
+    memory: Choice | None = None
 
     def __post_init__(self) -> None:
         steered = self.student.steered_adapter()
@@ -53,6 +57,38 @@ class Job:
             )
         select(self.student.network.layer_shapes(), ",".join(self.request.adapter.targets))
 
+    def fitted(
+        self, shapes: Sequence[Sequence[int]], prompts: Sequence[Prompt], images: int, passes: int = 1, features: bool = False
+    ) -> Job:
+        """The same job, with what its memory choice chooses.
+
+        Args:
+            shapes: of latents, (C, ..., H, W).
+            passes, features: see `Workload`.
+
+        Raises:
+            MemoryChoiceError: it cannot be kept; says what would fit.
+        """
+        student = self.student.network
+        models = [student] if self.teacher is None else [student, self.teacher.network]
+        largest = self.student.encoder.framed(torch.zeros(*max(shapes, key=math.prod)))
+        longest = max(prompts, key=lambda prompt: prompt[0].shape[1])
+        (row,), _ = self.student.conditionings([longest], [largest], False)
+        work = Workload(
+            student,
+            self.request,
+            largest.shape,
+            row,
+            images,
+            None if self.teacher is None else self.teacher.network,
+            passes,
+            features,
+            may_checkpoint=bool(student.blocks()) and self.student.steered_adapter() is None,
+            may_lend=student.device.type not in ("cpu", "mps"),
+        )
+        choice = choose(work, free_memory(models), chosen_before(self.request.name, self.options.existing_run))
+        return replace(self, request=choice.request, memory=choice)
+
     def check_count(self, images: int) -> None:
         """Refuse a number of images of which none are left to train on (ValueError)."""
         self.request.split(images, "validation_images")
@@ -61,7 +97,9 @@ class Job:
     def loaded(self, shape: Sequence[int]) -> Iterator[Loaded]:
         """The models loaded for latents of this shape (C, ..., H, W), and outside of inference mode."""
         models = [self.student.network] if self.teacher is None else [self.student.network, self.teacher.network]
-        loaded = Loaded(models, [self.request.settings.batch_size, *shape])
+        chosen = self.memory or Choice(self.request)
+        shape = [self.request.settings.batch_size, *shape]
+        loaded = Loaded(models, shape, chosen.beside_weights, lends=chosen.lent > 0)
         with torch.inference_mode(False), torch.no_grad(), loaded.running():
             yield loaded
 
@@ -131,6 +169,7 @@ class Job:
             metadata=metadata,
             dtype=request.torch_dtype,
             node_id=self.node_id,
+            note="" if self.memory is None else self.memory.report,
             pictures=(lambda: self._pictures(loaded, images)) if self.options.vae is not None else None,
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,15 @@ class LossHistory:
     validation: tuple[tuple[int, float], ...] = ()
 
 
+def _numbered(name: str) -> Iterator[Path]:
+    """The folders of the runs of a name, and last the first one that is free."""
+    for number in itertools.count(1):
+        path = paths.trained_folder() / (name if number == 1 else f"{name}_{number}")
+        yield path
+        if not path.exists():
+            return
+
+
 def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunFolder:
     """The folder to train in: "name", or the numbered ones beside it ("name_2", ...).
 
@@ -55,12 +65,8 @@ def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunF
     Raises:
         ValueError, CheckpointError: a run must go on, and there is none, or the latest is another one.
     """
-    root = paths.trained_folder()
-    root.mkdir(parents=True, exist_ok=True)
-    number, there = 1, []
-    while (path := root / (name if number == 1 else f"{name}_{number}")).exists():
-        there.append(path)
-        number += 1
+    paths.trained_folder().mkdir(parents=True, exist_ok=True)
+    *there, path = _numbered(name)
     runs = [folder for folder in map(RunFolder, reversed(there)) if folder.has_state]
     if existing == MUST_GO_ON:
         if not runs:
@@ -78,6 +84,12 @@ def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunF
     return RunFolder(path)
 
 
+def chosen_before(name: str, existing: str) -> dict[str, Any]:
+    """What the latest run of a name was trained with, where it may go on: see `RunFolder.chosen_before`."""
+    paths_there = [path for path in _numbered(name) if path.exists()]
+    return RunFolder(paths_there[-1]).chosen_before() if paths_there and existing != NEW else {}
+
+
 class Watch(Observer):
     """Progress in the node: bar, text, the loss and the latest pictures; and ComfyUI's interrupt.
 
@@ -85,9 +97,11 @@ class Watch(Observer):
         run: whose loss file is plotted.
         node_id: the node that shows it, None for none.
         pictures: draws the validation pictures, (N, H, W, 3) in [0, 1].
+        note: shown below the progress all the time.
     """
 
-    def __init__(self, run: RunFolder, title: str, node_id: str | None, pictures: Callable[[], Tensor] | None):
+    def __init__(self, run: RunFolder, title: str, node_id: str | None, pictures: Callable[[], Tensor] | None, note: str = ""):
+        self.note = note
         self.run, self.title, self.node_id, self.pictures = run, title, node_id, pictures
         self._bar: Any = None
         self._latest: Image.Image | None = None  # pictures
@@ -113,6 +127,7 @@ class Watch(Observer):
             self.say(
                 f"step {progress.step} of {progress.steps}, loss {self._mean:.4f}, learning rate {progress.rate:.1e}, "
                 f"{progress.seconds_per_step:.2f} s a step, {_duration(progress.seconds_left)} left"
+                + (f"\n{self.note}" if self.note else "")
             )
         self._bar.update_absolute(progress.step, progress.steps, view)
 
@@ -189,12 +204,13 @@ def train_in_folder(
     dtype: torch.dtype,
     node_id: str | None,
     pictures: Callable[[], Tensor] | None,
+    note: str = "",
 ) -> Outcome:
     """Train an adapter under its name in output/styleinject; what was reached is on disk, however it ends.
 
     Args:
         adapter: untrained, on the device it trains on.
-        pictures: see `Watch`.
+        pictures, note: see `Watch`.
 
     Returns:
         The adapter on the CPU, named after its run.
@@ -202,7 +218,10 @@ def train_in_folder(
     run = open_run(adapter.name, existing, run_plan(adapter, task, settings), settings.steps)
     run.metadata, run.dtype = metadata, dtype
     name = run.path.name
-    watch = Watch(run, f"{name}: {task.objective}", node_id, pictures)
+    watch = Watch(run, f"{name}: {task.objective}", node_id, pictures, note)
+    if note:
+        logging.info("StyleInject training %s: %s", name, note)
+        watch.say(note)
     try:
         result = train(adapter, task, settings, run=run, observer=watch)
     except BaseException as error:
@@ -227,6 +246,7 @@ def train_in_folder(
         watch.problem(str(error))
         message += f". NOT saved: {error}"
     watch.say(message.split("\n", 1)[0])
+    message += f"\n{note}" if note else ""
     losses = LossHistory(watch.title, tuple(result.losses), tuple(result.validation))
     return Outcome(finished, result, losses, message)
 

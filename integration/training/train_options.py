@@ -47,6 +47,7 @@ class TrainOptions:
     vae: Any = None
     pictured: Sequence[Prompt] = ()
     factors: tuple[int, ...] = AdapterRequest.factors
+    tokens: str = AdapterRequest.tokens
 
     @property
     def drawing(self) -> Drawing:
@@ -54,7 +55,17 @@ class TrainOptions:
         return Drawing(self.sampling_steps, self.guidance)
 
     def request(
-        self, *, name: str, method: str, steps: int, learning_rate: float, batch_size: int, rank: int, styles: int, layers: str
+        self,
+        *,
+        name: str,
+        method: str,
+        steps: int,
+        learning_rate: float,
+        batch_size: int,
+        rank: int,
+        styles: int,
+        layers: str,
+        memory: str = TrainSettings.memory,
     ) -> TrainingRequest:
         """The core's request, from these and from the widgets that all training nodes have.
 
@@ -69,6 +80,7 @@ class TrainOptions:
             steps=steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
+            memory=memory,
             sample_every=self.picture_every if self.vae is not None else 0,
             **values,
         )
@@ -81,6 +93,7 @@ class TrainOptions:
             factors=self.factors,
             router_pool=self.router_pool,
             sta=self.sta,
+            tokens=self.tokens,
         )
         return TrainingRequest(
             name=check_name(name), adapter=adapter, settings=settings, held_out=self.validation_images, dtype=self.dtype

@@ -18,6 +18,7 @@ from .named_runs import Outcome
 
 def fine_tune(job: Job, images: Images) -> Outcome:
     """Train on images and their prompts."""
+    job = job.fitted([latent.shape for latent in images.latents], images.prompts, len(images.latents))
     with job.loaded(images.shape) as loaded:
         source, validation = job.sources(images)
         return job.run(loaded, FineTune(job.student.network, source, job.request.settings, **validation), images)
@@ -41,9 +42,12 @@ class ClassImages:
 
 def dreambooth(job: Job, images: Images, class_images: ClassImages) -> Outcome:
     """Train on a few images of one subject, beside images of its class."""
-    network, settings, prior = job.student.network, job.request.settings, None
-    DreamBooth.check(network, settings)
+    network, prior = job.student.network, None
+    DreamBooth.check(network, job.request.settings)
     job.check_count(len(images.latents))
+    shapes = [latent.shape for latent in (*images.latents, *(class_images.latents or []))]
+    job = job.fitted(shapes, images.prompts, len(shapes), passes=2 if class_images.weight > 0 else 1)
+    settings = job.request.settings
     with job.loaded(images.shape) as loaded:
         if class_images.weight > 0:
             latents, prompts = class_images.latents, class_images.prompts
@@ -111,7 +115,8 @@ class Lesson:
 def distill(job: Job, lesson: Lesson) -> Outcome:
     """Train the student to draw as the teacher does."""
     assert job.teacher is not None
-    student, teacher, settings = job.student.network, job.teacher.network, job.request.settings
+    taught_by = job.teacher
+    student, teacher = job.student.network, taught_by.network
     shared = lesson.teacher_prompts is None
     weights: dict[str, Any] = {
         "output_weight": lesson.output_weight,
@@ -119,18 +124,22 @@ def distill(job: Job, lesson: Lesson) -> Outcome:
     }
     if not shared and (job.student.empty is None) != (job.teacher.empty is None):
         raise ValueError("with teacher_conditioning, connect both empty and teacher_empty, or none of them")
-    Distil.check_pair(student, teacher, settings, weights["feature_weight"])
+    Distil.check_pair(student, teacher, job.request.settings, weights["feature_weight"])
     side = lesson.size // job.student.encoder.pixels_per_latent
     latents = lesson.latents
     shape = (job.student.encoder.channels, side, side) if latents is None else latents[0].shape
-    job.check_count(len(lesson.prompts) * lesson.images_per_prompt if latents is None else len(latents))
+    count = len(lesson.prompts) * lesson.images_per_prompt if latents is None else len(latents)
+    job.check_count(count)
+    shapes = [shape] if latents is None else [latent.shape for latent in latents]
+    job = job.fitted(shapes, lesson.prompts, count, features=weights["feature_weight"] > 0)
+    settings = job.request.settings
     with job.loaded(shape) as loaded:
         if shared:
             check_weights_differ(student, teacher)
         if latents is None:
             lesson = lesson.repeated()
             read = lesson.teacher_prompts or lesson.prompts
-            latents = drawn_for_training(job.teacher, read, shape, settings.seed, job.options.drawing)
+            latents = drawn_for_training(taught_by, read, shape, settings.seed, job.options.drawing)
             loaded.prepare()
         images = lesson.images(latents)
         source, validation = job.sources(images)

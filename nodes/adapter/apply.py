@@ -29,6 +29,8 @@ from ..schema import (
     trigger_output,
 )
 
+AS_TRAINED, AT_ITS_MEAN = "as trained", "held at its mean"
+
 
 class StyleInjectApply(io.ComfyNode):
     """MODEL and STYLEINJECT_ADAPTER -> MODEL, with every setting."""
@@ -40,7 +42,7 @@ class StyleInjectApply(io.ComfyNode):
             display_name="Apply StyleInject",
             description="Applies an adapter to a model. Chain several for several styles; LoRAs may come before or after.",
             search_aliases=["style adapter", "apply style", "lora"],
-            advanced=("layers",),
+            advanced=("layers", "router"),
             inputs=[
                 io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),
                 AdapterType.Input("adapter", tooltip="The adapter, from Load StyleInject Adapter."),
@@ -69,6 +71,14 @@ class StyleInjectApply(io.ComfyNode):
                     tooltip='Which layers to use: "all", or groups such as attention, conv, self, cross, image, down, mid, up, '
                     "up.1, first, block.0-9, to_q. Comma for either, & for both, ! for not: "
                     '"up & cross, mid".',
+                ),
+                io.Combo.Input(
+                    "router",
+                    options=[AS_TRAINED, AT_ITS_MEAN],
+                    default=AS_TRAINED,
+                    optional=True,
+                    tooltip="Held at its mean, every picture gets the mix of styles that training used on average: steadier, "
+                    "and better for things that the adapter was not trained on. `control` acts after it.",
                 ),
                 LayerWeightsType.Input(
                     "layer_weights",
@@ -102,9 +112,11 @@ class StyleInjectApply(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         layers: str,
+        router: str = AS_TRAINED,
         layer_weights: str = "",
         control: Sequence[Rule] = (),
     ) -> io.NodeOutput:
+        held = (Rule(hold_mean=True),) if router == AT_ITS_MEAN else ()
         patched, injection = apply_adapter(
             model,
             adapter,
@@ -115,7 +127,7 @@ class StyleInjectApply(io.ComfyNode):
             layer_weights=layer_weights or "",
             start_percent=start_percent,
             end_percent=end_percent,
-            control=control or (),
+            control=(*held, *(control or ())),
             node_id=executing_node(cls),
         )
         _, line = with_text_encoder(None, adapter)

@@ -16,7 +16,7 @@ from ..schema import AdapterType, RouterControlType, TraceType, after_input, per
 
 SLIDERS = 16
 _FEW = 4  # sliders of a new mixer; with an adapter, it shows as many as that has styles (web/js/style_mixer.js)
-_HOLD = ("no", "first step", "trace")
+_HOLD = ("no", "first step", "trace", "mean")
 _STYLES = 'One style a line, by name or number: "flat ink = {0}" or "3 = {0}"; "all = {0}" for every style'
 
 
@@ -84,7 +84,8 @@ class StyleInjectRouterControl(io.ComfyNode):
                     "hold",
                     options=list(_HOLD),
                     default=_HOLD[0],
-                    tooltip="Keep the mix of the first step of each run, or of a trace, at the same noise level.",
+                    tooltip="Keep the mix of the first step of each run, of a trace at the same noise level, or the mean over "
+                    "training, which is best for things that the adapter was not trained on.",
                 ),
                 role_input(),
                 layers_input(),
@@ -122,6 +123,7 @@ class StyleInjectRouterControl(io.ComfyNode):
             temperature=temperature,
             top_k=top_k,
             hold_first=hold == "first step",
+            hold_mean=hold == "mean",
             hold=traces_of(trace, after) if hold == "trace" else None,
             layers=layers,
             role=role,

@@ -26,10 +26,10 @@ from ...integration.training.trainings import (
 )
 from ...styleinject_core.methods import choices
 from ...styleinject_core.train.request import AdapterRequest
-from ...styleinject_core.train.settings import TrainSettings
+from ...styleinject_core.train.settings import MEMORY, TrainSettings
 from ..schema import AdapterType, LossType, OptionsType, schema
 
-_ADVANCED = ("method", "styles", "layers")
+_ADVANCED = ("method", "rank", "styles", "layers")
 _SEVERAL = "One LATENT or several, batches or lists; pictures of different sizes may be mixed."
 
 
@@ -54,6 +54,7 @@ class StyleInjectTrain(io.ComfyNode):
                 _empty_input(),
                 _options_input(),
                 _trigger_input(),
+                _memory_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -110,6 +111,7 @@ class StyleInjectDreamBooth(io.ComfyNode):
                 _empty_input(),
                 _options_input(),
                 _trigger_input(),
+                _memory_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -207,6 +209,7 @@ class StyleInjectDistill(io.ComfyNode):
                 ),
                 _options_input(),
                 _trigger_input(),
+                _memory_input(),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -271,21 +274,27 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             "jumps or becomes NaN.",
         ),
         io.Int.Input(
-            "batch_size", default=TrainSettings.batch_size, min=1, max=1024, tooltip="Images per step. More need more memory."
+            "batch_size",
+            default=TrainSettings.batch_size,
+            min=1,
+            max=1024,
+            tooltip="Images per step. Where memory does not hold them together, they go through the model one after the other.",
         ),
         io.Int.Input(
             "rank",
             default=AdapterRequest.rank,
-            min=1,
+            min=0,
             max=1024,
-            tooltip="Size of the learned change per layer. 4 to 32 is common. Unused by kronecker.",
+            tooltip="Size of the learned change per layer. 4 to 32 is common. 0: 32, or what fits into memory. Unused by "
+            "kronecker.",
         ),
         io.Int.Input(
             "styles",
             default=AdapterRequest.styles,
-            min=1,
+            min=0,
             max=256,
-            tooltip="Parallel changes that the style router mixes for each image. Unused by lora, kronecker and sta-only.",
+            tooltip="Parallel changes that the style router mixes for each image. 0: 16, or what fits into memory. Unused by "
+            "lora, kronecker and sta-only.",
         ),
         io.String.Input(
             "layers",
@@ -316,6 +325,19 @@ def _trigger_input() -> Any:
         force_input=True,
         tooltip="The words that call what is learned, to be saved with the adapter. They do not change the training: they "
         "are in the prompts already.",
+    )
+
+
+def _memory_input() -> Any:
+    return io.Combo.Input(
+        "memory",
+        options=list(MEMORY),
+        default=TrainSettings.memory,
+        optional=True,
+        tooltip="The graphics card's memory, or auto: what is free. Where a training needs more, its batches are divided, "
+        "gradient checkpointing is turned on, rank and styles that are 0 get smaller, an 8-bit optimizer is used where "
+        "bitsandbytes is installed, and last a part of the model stays in RAM. The node says what was chosen. off: all as it "
+        "is set. The need is counted from the model's shapes; no card has been measured.",
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..train.data.drawn import draw_once, kept_latents
 from ..train.data.folder import ImageFolder
 from ..train.data.source import FolderSource, LatentSource, Source, StreamSource
 from ..train.data.webdataset import ImageStream
+from ..train.memory import Choice, Workload, choose, free_memory
 from ..train.models.pipeline import PipelineModel
 from ..train.models.training_model import TextToImageModel
 from ..train.objectives.tasks import Distil, DreamBooth, FineTune, check_teacher, check_weights_differ
@@ -27,6 +28,7 @@ from ..train.parallel import Processes, launched_device
 from ..train.request import TrainingRequest
 from ..train.run.checkpoints import RunFolder
 from ..train.run.metadata import made_by
+from ..train.settings import MEMORY_OFF
 from .config_files import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"
@@ -39,6 +41,7 @@ class Job:
 
     Args:
         out: the run's folder, which exists.
+        memory: what was chosen to make it fit, in words.
     """
 
     config: TrainConfig
@@ -48,6 +51,7 @@ class Job:
     model: TextToImageModel
     adapter: Adapter
     task: FineTune
+    memory: str = ""
 
     def metadata(self) -> dict[str, str]:
         """How the adapter was made, for its file: ModelSpec fields and our own, no paths."""
@@ -92,10 +96,38 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     model = load_model(config.model, here)
     if config.data.resolution % model.pixels_per_latent:
         raise ConfigError(f"data.resolution: expected a multiple of {model.pixels_per_latent}, found {config.data.resolution}")
-    task = _task(config, here, None if dry else out, model, processes)
-    request = config.request()
-    adapter = request.new_adapter(model.denoiser)
-    return Job(config, request, out, processes, model, adapter.to(model.device), task)
+    teacher = load_model(config.teacher, here) if isinstance(config, DistilConfig) else None
+    choice = _fitted(config, model, teacher, RunFolder(out).chosen_before() if out.is_dir() else {})
+    config = replace(config, train=choice.request.settings, adapter=choice.request.adapter)
+    task = _task(config, here, None if dry else out, model, teacher, processes)
+    adapter = choice.request.new_adapter(model.denoiser)
+    return Job(config, choice.request, out, processes, model, adapter.to(model.device), task, choice.report)
+
+
+def _fitted(config: TrainConfig, model: TextToImageModel, teacher: TextToImageModel | None, previous: dict[str, Any]) -> Choice:
+    """What the config's memory choice chooses; the models are brought to the dtype it asks for."""
+    models = [model] if teacher is None else [model, teacher]
+    side = config.data.resolution // model.pixels_per_latent
+    channels = model.encode(torch.zeros(1, 3, 64, 64)).shape[1]
+    work = Workload(
+        model,
+        config.request(),
+        (channels, side, side),
+        model.encode_text([""]),
+        teacher=teacher,
+        passes=2 if isinstance(config, DreamBoothConfig) and config.dreambooth.prior_weight > 0 else 1,
+        features=isinstance(config, DistilConfig) and config.distil.features > 0,
+        may_checkpoint=bool(model.blocks()),
+        casts=all(m.may_be_bfloat16 for m in models),
+    )
+    if config.train.memory != MEMORY_OFF:
+        for each in models:
+            each.spare_encoders()
+    choice = choose(work, free_memory(model.device) + (work.weights() if model.device.type == "cpu" else 0), previous)
+    if choice.dtype is not None:
+        for each in models:
+            each.denoiser.to(choice.dtype)
+    return choice
 
 
 def load_model(table: ModelTable, here: Path) -> TextToImageModel:
@@ -107,9 +139,17 @@ def load_model(table: ModelTable, here: Path) -> TextToImageModel:
     return PipelineModel.load(here / table.path, launched_device(), getattr(torch, table.dtype), config)
 
 
-def _task(config: TrainConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes) -> FineTune:
+def _task(
+    config: TrainConfig,
+    here: Path,
+    out: Path | None,
+    model: TextToImageModel,
+    teacher: TextToImageModel | None,
+    processes: Processes,
+) -> FineTune:
     if isinstance(config, DistilConfig):
-        return _distillation(config, here, out, model, processes)
+        assert teacher is not None
+        return _distillation(config, here, out, model, teacher, processes)
     settings, empty = config.train, model.encode_text([""])
     if isinstance(config, DreamBoothConfig):
         table = config.dreambooth
@@ -120,8 +160,15 @@ def _task(config: TrainConfig, here: Path, out: Path | None, model: TextToImageM
     return FineTune(model, source, settings, empty, **validation)
 
 
-def _distillation(config: DistilConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes) -> Distil:
-    teacher, table = load_model(config.teacher, here), config.distil
+def _distillation(
+    config: DistilConfig,
+    here: Path,
+    out: Path | None,
+    model: TextToImageModel,
+    teacher: TextToImageModel,
+    processes: Processes,
+) -> Distil:
+    table = config.distil
     _check_teacher(model, teacher, table.shared_text_encoder)
     pairs = _prompt_pairs(config, here)
 

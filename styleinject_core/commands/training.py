@@ -46,7 +46,7 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
     if processes.is_main:
         print(_heading(job))
     with _Stop() as stop, _Watch(job, stop) as watch:
-        result = train(job.adapter, job.task, config.train, run=folder, observer=watch, processes=processes)
+        result = train(job.adapter, job.task, job.config.train, run=folder, observer=watch, processes=processes)
         step = result.best_step or result.step
         if processes.is_main:
             final = folder.final_file
@@ -144,6 +144,7 @@ def _heading(job: Job) -> str:
     return (
         f"{job.task.objective} on {job.model.name}: {count}, {len(job.adapter.names)} layers, "
         f"{job.adapter.parameter_count():,} parameters, {passes} images a step, on {next(job.adapter.parameters()).device}"
+        + (f"\n{job.memory}" if job.memory else "")
     )
 
 

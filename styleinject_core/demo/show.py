@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..attach import Applied, attach
+from ..call import ModelCall
 from ..files import load_adapter, save_adapter
 from ..layer_names import parse
+from ..router.control import Rule, Steered, Steering
 from ..router.recorder import record
 from ..router.trace import RouterTrace
 from ..train.run.watch import ProgressBar, loss_plot
@@ -47,15 +51,16 @@ def run(out: Path, style: str, *, steps: int | None = None, train: bool = True, 
     out.mkdir(parents=True, exist_ok=True)
     model = DemoModel()
     shipped = load_adapter(adapter_path(style))
-    rows: list[tuple[str, Adapter | None]] = [
-        ("base model, no adapter", None),
-        (f"LoRA, {_steps(lora := load_adapter(adapter_path(style, 'lora')))} steps", lora),
-        (f"StyleInject, {_steps(shipped)} steps", shipped),
+    rows: list[tuple[str, Adapter | None, bool]] = [
+        ("base model, no adapter", None, False),
+        (f"LoRA, {_steps(lora := load_adapter(adapter_path(style, 'lora')))} steps", lora, False),
+        (f"StyleInject, {_steps(shipped)} steps", shipped, False),
+        ("the same, its router held at its mean", shipped, True),
     ]
     adapter = shipped
     if train:
         adapter = _train(model, out, style, steps or STEPS, seed)
-        rows.append((f"StyleInject, {steps or STEPS} steps, just trained", adapter))
+        rows.append((f"StyleInject, {steps or STEPS} steps, just trained", adapter, False))
     _draw(model, out, adapter, style, seed)
     _measure(model, rows, style, seed, samples=2 if train else 1)
     print(f"\nPictures and adapter are in {out}{'/' if not str(out).endswith('/') else ''} ({time.monotonic() - began:.0f} s)")
@@ -109,7 +114,7 @@ def _liveliest(trace: RouterTrace, by_step: Tensor, part: str) -> str:
     return max((name for name in trace.layers if parse(name).side == part), key=change.__getitem__)
 
 
-def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style: str, seed: int, samples: int) -> None:
+def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None, bool]], style: str, seed: int, samples: int) -> None:
     """Print how often a classifier recognizes concept and style in `samples` of each held-out concept."""
     from tqdm import tqdm
 
@@ -117,23 +122,30 @@ def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None]], style
     names = [data.concepts()[k].name for k in held_out]
     classifier = load_classifier()
     results = []
-    for label, adapter in tqdm(rows, desc="Measuring", leave=False):
-        shares = [recognized(classifier, _images(model, adapter, names, seed + k + 1), held_out, style) for k in range(samples)]
-        concept, drawn = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-        results.append((label, 0 if adapter is None else adapter.parameter_count(), concept, drawn))
+    for label, adapter, held in tqdm(rows, desc="Measuring", leave=False):
+        drawn = [_images(model, adapter, names, seed + k + 1, held=held) for k in range(samples)]
+        shares = [recognized(classifier, images, held_out, style) for images in drawn]
+        concept, found = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+        results.append((label, 0 if adapter is None else adapter.parameter_count(), concept, found))
     truth = recognized(classifier, data.images(style)[held_out], held_out, style)
     print(f"\n{len(names)} concepts never shown in {style}, {samples} each; what a classifier of all styles sees:\n")
     print(f"  {'':44} {'parameters':>10}  {'concept':>8}  {'style':>8}")
-    for label, parameters, concept, drawn in results:
-        print(f"  {label:44} {parameters:>10,}  {concept:>8.0%}  {drawn:>8.0%}")
+    for label, parameters, concept, found in results:
+        print(f"  {label:44} {parameters:>10,}  {concept:>8.0%}  {found:>8.0%}")
     print(f"  {'the drawings themselves':44} {'':>10}  {truth[0]:>8.0%}  {truth[1]:>8.0%}")
 
 
-def _images(model: DemoModel, adapter: Adapter | None, names: Sequence[str], seed: int, strength: float = 1.0) -> Tensor:
-    """One image per prompt, (N, 3, 64, 64) in [-1, 1]."""
+def _images(
+    model: DemoModel, adapter: Adapter | None, names: Sequence[str], seed: int, strength: float = 1.0, *, held: bool = False
+) -> Tensor:
+    """One image per prompt, (N, 3, 64, 64) in [-1, 1]; with `held`, the router is held at its mean."""
     if adapter is None:
         return model.autoencoder.decode(_sample(model, names, seed))
-    with attach(model.unet, Applied(adapter, strength)):
+    with attach(model.unet, Applied(adapter, strength)) as attachment, ExitStack() as stack:
+        if held:
+            steering = Steering([Rule(hold_mean=True)], adapter)
+            steers = steering.steers([True], ("all",), ("all",), sigma=math.nan, memory={})
+            stack.enter_context(attachment.in_call(ModelCall(listeners=(Steered(steers),))))
         return model.autoencoder.decode(_sample(model, names, seed))
 
 

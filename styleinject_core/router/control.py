@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..adapter import Adapter, no_router
 from ..call import Listener
 from ..layers import LayerShape
 from ..selector import select
+from .mean import router_mean
 from .trace import RouterTrace
 
 Steer = Callable[[Tensor], Tensor]  # s of a call -> the s to use
@@ -46,6 +48,7 @@ class Rule:
         temperature: above 1 evens the styles out, below 1 sharpens.
         top_k: how many styles may be used; 0 for all.
         hold_first: keep what each conditioning had when the rule first met it in a run.
+        hold_mean: s is its mean over the training, which the adapter's file has.
         hold: take s from this trace, at the nearest noise level, for the same prompt and layer; of several, from the latest
             of the adapter's name.
         layers: a layer selector. role: one of ROLES.
@@ -61,6 +64,7 @@ class Rule:
     temperature: float = 1.0
     top_k: int = 0
     hold_first: bool = False
+    hold_mean: bool = False
     hold: RouterTrace | Sequence[RouterTrace] | None = None
     layers: str = "all"
     role: str = "all"
@@ -78,8 +82,8 @@ class Rule:
             raise ControlError(f"temperature is {self.temperature}, expected a positive number")
         if self.top_k < 0:
             raise ControlError(f"top_k is {self.top_k}, expected 0 for all styles, or more")
-        if bool(self.weights) + self.hold_first + (self.hold is not None) > 1:
-            raise ControlError("weights and the two ways to hold s exclude each other: chain two rules instead")
+        if bool(self.weights) + self.hold_first + self.hold_mean + (self.hold is not None) > 1:
+            raise ControlError("weights and the three ways to hold s exclude each other: chain two rules instead")
         if self.role not in ROLES:
             raise ControlError(f"role is {self.role!r}, expected one of {', '.join(ROLES)}")
         if not 0 <= self.start_percent <= self.end_percent <= 1:
@@ -162,6 +166,26 @@ class Steered(Listener):
         return s if steer is None else steer(s)
 
 
+class GivenStyles(Listener):
+    """One style for each image, in the place of what its router says.
+
+    Args:
+        styles: (B,) numbers from 0, on the device of s; -1 leaves an image to its router. Layers that see another number of
+            images, or have fewer styles, are left to theirs.
+    """
+
+    def __init__(self, styles: Tensor):
+        self.styles = styles
+        self._most = int(styles.max()) if len(styles) else 0
+
+    def steer(self, layer: str, s: Tensor) -> Tensor:
+        if s.shape[0] != len(self.styles) or s.shape[-1] <= self._most:
+            return s
+        given = one_hot(self.styles.clamp(min=0), s.shape[-1]).to(s.dtype)
+        shape = (len(s), *([1] * (s.ndim - 1)))  # by token: the same for every token
+        return torch.where(self.styles.view(shape) < 0, s, given.view(*shape[:-1], -1))
+
+
 @dataclass(frozen=True)
 class _Chain:
     steers: list[Steer]
@@ -194,6 +218,12 @@ class _Bound:
         self._trace = None if rule.hold is None else _trace_of(adapter.name, rule.hold)
         if self._trace is not None:
             _check_trace(self._trace, self.layers, styles, adapter.name)
+        self._means = router_mean(adapter) if rule.hold_mean else {}
+        if rule.hold_mean and not self._means:
+            raise ControlError(
+                f"{adapter.name}: its file does not have the mean of its router to hold it at: an older version trained it; "
+                "train it again, or hold it to a trace"
+            )
         self._on_device: dict[tuple[Hashable, ...], Tensor] = {}
 
     def vector(self, part: str, like: Tensor) -> Tensor | None:
@@ -201,7 +231,9 @@ class _Bound:
         return self._moved((part,), self._vectors[part], like) if part in self._vectors else None
 
     def held(self, layer: str, role: str, images: int, sigma: Tensor | float, like: Tensor) -> Tensor | None:
-        """The trace's s at the nearest noise level, (images, n); None where the trace has not got the layer."""
+        """The mean of s, or the trace's s at the nearest noise level, (images, n); None where there is none for the layer."""
+        if layer in self._means:
+            return self._moved(("mean", layer), self._means[layer], like).expand(images, -1)
         trace = self._trace
         if trace is None or layer not in trace.layers:
             return None

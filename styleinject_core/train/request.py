@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..config import LayerConfig
+from ..config import AdapterConfig, LayerConfig
 from ..layers import LayerShape
 from ..methods import configure, kronecker
 from .settings import TrainSettings, about, check_choice
 
+SIZES = ((32, 16), (16, 8), (16, 4), (8, 4))  # (rank, styles) to choose from by memory; the first are the paper's
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -47,8 +48,13 @@ class AdapterRequest:
             '"kronecker" (DiffuseKronA: rank, styles, alpha and all below factors mean nothing to it).'
         ),
     )
-    rank: int = field(default=32, metadata=about("r."))
-    styles: int = field(default=16, metadata=about("n, parallel down-projections; 1 for lora and sta-only."))
+    rank: int = field(default=0, metadata=about(f"r; 0: {SIZES[0][0]}, or what fits train.memory."))
+    styles: int = field(
+        default=0,
+        metadata=about(
+            f"n, parallel down-projections; 0: {SIZES[0][1]}, or what fits train.memory. Of lora and sta-only always 1."
+        ),
+    )
     alpha: float = field(default=0.0, metadata=about("the low-rank part is scaled by alpha / rank; 0 means alpha = rank."))
     targets: tuple[str, ...] = field(
         default=(),
@@ -63,8 +69,15 @@ class AdapterRequest:
             "of kronecker: the sizes of A, (a1, a2); fewer numbers the nearer their product is to the root of the layer's."
         ),
     )
-    router_pool: str = field(default="mean", metadata=about('"mean", "sum" or "token".'))
+    router_pool: str = field(default="mean", metadata=about('"mean", "sum", "token" or "paper".'))
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
+    tokens: str = field(
+        default=AdapterConfig.tokens,
+        metadata=about(
+            "what router and statistics look at where prompt and image are one sequence, as in many transformers:\n"
+            '"image", the image\'s tokens (of a clip those of all frames); "frame", each frame of a clip by itself; "all".'
+        ),
+    )
 
     def __post_init__(self) -> None:
         config = self.config()  # its own checks
@@ -73,7 +86,11 @@ class AdapterRequest:
 
     def config(self) -> LayerConfig:
         """The adapter's config."""
-        return configure(self)
+        return configure(self if self.rank and self.styles else self.sized(*SIZES[0]))
+
+    def sized(self, rank: int, styles: int) -> AdapterRequest:
+        """The same, with these in the place of a rank or styles of 0."""
+        return replace(self, rank=self.rank or rank, styles=self.styles or styles)
 
 
 @dataclass(frozen=True)

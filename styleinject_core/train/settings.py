@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 SCHEDULES = ("constant", "cosine", "linear")
+MEMORY_AUTO, MEMORY_OFF = "auto", "off"
+MEMORY_SIZES = {"8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB and more": 24}
+MEMORY = (MEMORY_AUTO, *MEMORY_SIZES, MEMORY_OFF)
 OPTIMIZERS = ("adamw", "adamw8bit", "schedulefree", "prodigy")
 
 
@@ -53,6 +56,14 @@ class TrainSettings:
         default=False,
         metadata=about("keeps the inputs of blocks only and runs them again in the backward pass: slower, smaller."),
     )
+    memory: str = field(
+        default=MEMORY_AUTO,
+        metadata=about(
+            f"{', '.join(MEMORY)}. Where less is there than a training needs, it divides batches,\n"
+            "turns on gradient_checkpointing, computes in bfloat16, makes an adapter smaller whose rank and styles are 0,\n"
+            "uses adamw8bit where that is installed; and says so. auto reads the free memory, off changes nothing."
+        ),
+    )
     seed: int = field(default=0, metadata=about("of the adapter, the noise, and the order of the data."))
     checkpoint_every: int = field(default=1000, metadata=about("steps between checkpoints; 0 writes only the last."))
     sample_every: int = field(
@@ -75,6 +86,7 @@ class TrainSettings:
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", "0 to 1", self.caption_dropout)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("memory", self.memory, MEMORY)
         _require(not (self.patience and not self.validate_every), "patience", "validate_every with it", self.validate_every)
 
     def rate(self, step: int) -> float:
@@ -92,10 +104,10 @@ class TrainSettings:
     def result_fields(self) -> dict[str, Any]:
         """The settings that decide which adapter comes out; a resumed run must have the same.
 
-        How often to save and look does not matter, nor what is kept for the backward pass, and a constant rate may go on for
+        How often to save and look does not matter, nor where memory comes from, and a constant rate may go on for
         more steps.
         """
-        free = {"checkpoint_every", "sample_every", "gradient_checkpointing"} | (
+        free = {"checkpoint_every", "sample_every", "gradient_checkpointing", "memory"} | (
             {"steps"} if self.schedule == "constant" else set()
         )
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}

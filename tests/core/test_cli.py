@@ -44,7 +44,7 @@ def test_init_and_info(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["init", "--base", "sd15", "--targets", "to_x", "OUT"], "'to_x' matches none of the 282 layers"),
-        (["init", "--base", "sd15", "--rank", "0", "OUT"], "r: expected an integer of at least 1, found 0"),
+        (["init", "--base", "sd15", "--rank", "0", "OUT"], "--rank, --styles: expected 1 or more, found 0 and 16"),
         (["init", "--base", "sd15", "OUT.pt"], "expected a name that ends in .safetensors"),
         (["info", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["demo", "--style", "oil", "--out", "OUT"], "--style 'oil': expected one of twemoji, noto"),

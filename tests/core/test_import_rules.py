@@ -16,9 +16,9 @@ FLOORS = ["styleinject_core", "integration", "nodes"]
 # Within a package, its parts likewise: modules, or sub-packages.
 ORDER = {
     "styleinject_core": ["config", "layers", "functional", "methods", "layer_vocabulary", "layer_names", "selector", "adapter",
-                         "call", "site", "plan", "override", "attach", "files", "hosts", "summary", "colors", "router", "deadiff", "train", "demo",
+                         "call", "site", "plan", "override", "attach", "files", "hosts", "colors", "router", "summary", "deadiff", "train", "demo",
                          "commands", "cli"],
-    "styleinject_core/train": ["settings", "request", "parallel", "random_numbers", "data", "models", "objectives", "run"],
+    "styleinject_core/train": ["settings", "request", "parallel", "random_numbers", "data", "models", "activations", "memory", "objectives", "run"],
     "integration": ["paths", "live", "places", "injection", "monitor", "guidance", "taking_part", "reference", "sampling_run", "sampling", "weight_patches", "patcher", "saving",
                     "reference_encoder", "text_encoder", "demo_model", "training"],
     "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "train_options", "drawing", "job", "trainings"],

@@ -10,7 +10,9 @@ from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, SelectorError
 from styleinject_core.router.control import ControlError, Rule, Steering, parse_styles
+from styleinject_core.router.mean import ROUTER_MEAN, keep_router_mean, router_mean, shares
 from styleinject_core.router.trace import RouterTrace
+from styleinject_core.summary import summarize
 
 NAMES = ("flat", "ink", "style 3")
 
@@ -37,6 +39,48 @@ def steered(
     memory = {} if memory is None else memory
     steers = steering.steers(active, roles, keys or roles, sigma, memory)
     return steers[layer](s) if layer in steers else s
+
+
+def test_held_at_the_mean(adapter, s):
+    with pytest.raises(ControlError, match="pen: its file does not have the mean of its router"):
+        Steering([Rule(hold_mean=True)], adapter)
+    keep_router_mean(adapter, {"down_blocks.to_q": torch.tensor([0.5, 0.3, 0.2])})
+    held = steered(adapter, s, Rule(hold_mean=True))
+    torch.testing.assert_close(held, torch.tensor([0.5, 0.3, 0.2]).expand(4, 3))
+    only = steered(adapter, s, Rule(hold_mean=True, role="negative", temperature=2.0))
+    torch.testing.assert_close(only[2:], torch.softmax(torch.tensor([0.5, 0.3, 0.2]).log() / 2, -1).expand(2, 3))
+    assert torch.equal(only[:2], s[:2])
+    by_token = steered(adapter, s.unsqueeze(1).expand(-1, 5, -1), Rule(hold_mean=True))
+    torch.testing.assert_close(by_token, torch.tensor([0.5, 0.3, 0.2]).expand(4, 5, 3))
+    left = steered(adapter, s, Rule(hold_mean=True), layer="down_blocks.to_v")  # has none in the file
+    assert torch.equal(left, s)
+    with pytest.raises(ControlError, match="three ways to hold"):
+        Rule(hold_mean=True, hold_first=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[",
+        "[]",
+        "7",
+        '{"down_blocks.to_q": [1, 2]}',
+        '{"down_blocks.to_q": [0, 0, 0]}',
+        '{"down_blocks.to_q": [1, "x", NaN]}',
+    ],
+)
+def test_a_mean_that_cannot_be_read_is_none(adapter, text):
+    adapter.metadata[ROUTER_MEAN] = text
+    assert router_mean(adapter) == {} and shares(adapter) is None
+
+
+def test_info_says_how_much_the_styles_are_used(adapter):
+    assert "use" not in summarize(adapter)["properties"]
+    keep_router_mean(adapter, {"down_blocks.to_q": torch.tensor([0.3, 0.694, 0.006]), "conv": torch.tensor([0.5, 0.5])})
+    assert summarize(adapter)["properties"]["use"] == (
+        "ink 69%, flat 30%, style 3 1% in training; 20% of the styles of single layers hardly ever (below 1%)"
+    )
 
 
 def test_formulas(adapter, s):

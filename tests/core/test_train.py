@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, attach, load_adapter
+from styleinject_core.call import Listener, ModelCall
 from styleinject_core.files import AdapterFileError
+from styleinject_core.router.mean import ROUTER_MEAN, router_mean
 from styleinject_core.train.parallel import Processes
 from styleinject_core.train.run.checkpoints import CheckpointError, RunFolder
 from styleinject_core.train.run.loop import Observer, TrainingError, run_plan, train
@@ -48,8 +51,8 @@ class Restyle:
 
     @contextmanager
     def installed(self, adapter):
-        with attach(self.host, adapter):
-            yield
+        with attach(self.host, adapter) as attachment:
+            yield attachment
 
     def loss(self, rng):
         self.seen += 1
@@ -173,6 +176,43 @@ def test_resume_is_exact(tmp_path, optimizer, stop):
         assert same(*both)
     lines = [json.loads(line) for line in folder.loss_file.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
+
+
+def test_the_mean_of_the_router_is_kept_with_the_adapter(task, tmp_path):
+    """Of its own steps, the same over a resume; of the best step where there is a best one."""
+    adapter, heard = task.adapter(), []
+
+    class Heard(Listener):
+        def record(self, layer, s):
+            heard.append(s.detach().mean(0))
+
+    class Listened(Restyle):
+        @contextmanager
+        def installed(self, adapter):
+            with attach(self.host, adapter) as attachment, attachment.in_call(ModelCall(listeners=(Heard(),))):
+                yield attachment
+
+    settings = replace(SETTINGS, steps=14, schedule="constant")
+    train(adapter, Listened(), settings, run=RunFolder(tmp_path / "whole"))
+    mean = torch.zeros(2)
+    for step, s in enumerate(heard[::2]):  # two passes a step: the first counts
+        mean = torch.lerp(mean, s, max(0.01, 1 / (step + 1)))
+    torch.testing.assert_close(router_mean(adapter)["to_q"], mean, atol=1e-5, rtol=0)
+    saved = load_adapter(tmp_path / "whole" / "step-000014.safetensors")
+    assert saved.metadata[ROUTER_MEAN] == adapter.metadata[ROUTER_MEAN]
+
+    first, second = task.adapter(), task.adapter()
+    train(first, Restyle(), replace(settings, steps=7), run=RunFolder(tmp_path / "parts"))
+    assert router_mean(first)["to_q"].tolist() != router_mean(adapter)["to_q"].tolist()
+    train(second, Restyle(), settings, run=RunFolder(tmp_path / "parts"))
+    assert second.metadata[ROUTER_MEAN] == adapter.metadata[ROUTER_MEAN]
+
+    best, last = task.adapter(), task.adapter()
+    losses = iter([1.0, 2.0])
+    task.validation_loss = lambda: next(losses)
+    train(best, task, replace(settings, validate_every=7), run=RunFolder(tmp_path / "best"))
+    train(last, Restyle(), replace(settings, steps=7))
+    assert same(best, last) and best.metadata[ROUTER_MEAN] == first.metadata[ROUTER_MEAN] == last.metadata[ROUTER_MEAN]
 
 
 def test_going_on_after_the_end(task, tmp_path):

@@ -54,7 +54,7 @@ def test_methods_are_configs(method):
     ("values", "message"),
     [
         ({"method": "dora"}, "method: expected one of styleinject, lora, kronecker, dma-only, sta-only, found 'dora'"),
-        ({"rank": 0}, "r: expected an integer of at least 1, found 0"),
+        ({"rank": -1}, "r: expected an integer of at least 1, found -1"),
     ],
 )
 def test_what_no_adapter_can_be(values, message):

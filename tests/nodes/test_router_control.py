@@ -122,6 +122,25 @@ def test_holding_to_a_trace_repeats_its_run(run_node, recorded):
         rule(run_node, hold="trace")
 
 
+def test_the_router_is_held_at_its_mean(run_node, model, adapter, sample, recorded, pack):
+    """By Apply's widget and by a control alike; controls act after the widget."""
+    mean = pack.submodule("styleinject_core.router.mean")
+    for inputs in ({"router": "held at its mean"}, {"control": rule(run_node, hold="mean")}):
+        with pytest.raises(ValueError, match="does not have the mean of its router"):
+            run_node("StyleInjectApply", model=model, adapter=adapter, **inputs)
+    held = adapter.with_style_names(["a", "b", "c"])
+    mean.keep_router_mean(held, {name: torch.tensor([0.5, 0.3, 0.2]) for name in held.routed})
+    free = sample(run_node("StyleInjectApply", model=model, adapter=held)[0])
+    by_widget = sample(run_node("StyleInjectApply", model=model, adapter=held, router="held at its mean")[0])
+    by_control = sample(run_node("StyleInjectApply", model=model, adapter=held, control=rule(run_node, hold="mean"))[0])
+    by_hand = sample(run_node("StyleInjectApply", model=model, adapter=held, control=rule(run_node, weights="5, 3, 2"))[0])
+    assert torch.equal(by_widget, by_control) and not torch.allclose(by_widget, free, atol=1e-3)
+    torch.testing.assert_close(by_widget, by_hand, atol=1e-4, rtol=1e-4)
+    alone = rule(run_node, weights="1 = 1")
+    after = sample(run_node("StyleInjectApply", model=model, adapter=held, router="held at its mean", control=alone)[0])
+    assert torch.equal(after, sample(run_node("StyleInjectApply", model=model, adapter=held, control=alone)[0]))
+
+
 def test_controls_stay_when_the_strength_changes_and_add_up(run_node, steer, sample, recorded):
     first = rule(run_node, weights="all = 1")
     both = rule(run_node, bias="2 = 100", role="positive", control=first)

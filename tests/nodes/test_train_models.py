@@ -402,7 +402,7 @@ def test_a_dropped_caption_keeps_the_size_of_its_picture(pack, train, monkeypatc
     prompts = [[torch.randn(1, 77, 64), {"pooled_output": torch.randn(1, 1280)}] for _ in range(5)]
     train(
         model=model, conditioning=prompts[:4], latents=[latents(2), latents(2, height=12)], empty=[prompts[4]], batch_size=1,
-        steps=8, options={"caption_dropout": 1.0},
+        steps=8, options={"caption_dropout": 1.0}, memory="off",
     )  # fmt: skip
     encoder = pack.submodule("integration.training.graph_inputs").Encoder(model)
     expected = {height: encoder.prompts([tuple(prompts[4])], [(4, height, 8)])[0]["y"] for height in (8, 12)}
@@ -420,7 +420,13 @@ def test_prompts_that_cannot_be_repeated_are_never_mixed(pack, tiny_unet_model, 
     predict = module.predict
     monkeypatch.setattr(module, "predict", lambda self, *a: seen.append(a[2]["c_crossattn"].shape) or predict(self, *a))
     prompts = [conditioning(k, tokens=tokens) for k, tokens in enumerate((23, 26, 29, 31))]
-    given = {"model": model, "conditioning": prompts, "empty": conditioning(9, tokens=5), "options": {"caption_dropout": 0.5}}
+    given = {
+        "model": model,
+        "conditioning": prompts,
+        "empty": conditioning(9, tokens=5),
+        "options": {"caption_dropout": 0.5},
+        "memory": "off",
+    }
     with pytest.raises(
         ValueError, match=r"batch_size 2: this model takes prompts of different lengths \(5, 23, 26, 29, 31 tokens\)"
     ):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class PipelineModel(TextToImageModel):
         pipeline.vae.requires_grad_(False).eval()
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
             pipeline.vae.to(torch.float32)  # SDXL's overflows in float16
-        self.pipeline = pipeline
+        self.pipeline, self._spared = pipeline, False
         self.is_xl = getattr(pipeline, "text_encoder_2", None) is not None
         self.architecture = _ARCHITECTURES.get(unet.config.cross_attention_dim, "unknown")
         self.pixels_per_latent = pipeline.vae_scale_factor
@@ -94,6 +95,30 @@ class PipelineModel(TextToImageModel):
         return self.denoiser.device  # type: ignore[return-value]
 
     @property
+    def may_be_bfloat16(self) -> bool:  # type: ignore[override]
+        return self.dtype == torch.float32 and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def spare_encoders(self) -> None:
+        self._spared = True
+        for encoder in self._encoders():
+            encoder.to("cpu")
+
+    def _encoders(self) -> list[Any]:
+        names = ("vae", "text_encoder", "text_encoder_2")
+        return [encoder for name in names if (encoder := getattr(self.pipeline, name, None)) is not None]
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """The encoders on the model's device."""
+        try:
+            for encoder in self._encoders():
+                encoder.to(self.device)
+            yield
+        finally:
+            if self._spared:
+                self.spare_encoders()
+
+    @property
     def latent_space(self) -> tuple[Any, ...]:
         config = self.pipeline.vae.config
         return config.latent_channels, config.scaling_factor, self.pixels_per_latent
@@ -115,19 +140,23 @@ class PipelineModel(TextToImageModel):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        with self._encoding():
+            mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         return (mean * vae.config.scaling_factor).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float().clamp(-1, 1).cpu()
+        with self._encoding():
+            pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        return pixels.float().clamp(-1, 1).cpu()
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        encoded = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        with self._encoding():
+            encoded = self.pipeline.encode_prompt(
+                list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         conditioning = {"context": encoded[0].cpu()}
         if self.is_xl:
             conditioning["pooled"] = encoded[2].cpu()

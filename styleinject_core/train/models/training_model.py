@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapter import Adapter
+from ...adapter import Adapter, host_shapes
 from ...attach import Applied, Attachment
 from ...layer_names import is_block
+from ...layers import LayerShape
 from ..data.batches import Conditioning, tensors_hash
 from .noise import NoiseSchedule
 
@@ -39,6 +40,11 @@ class TrainingModel(ABC):
         return next(self.denoiser.parameters()).device
 
     @property
+    def whole(self) -> nn.Module:
+        """All that a prediction runs, the denoiser in it."""
+        return self.denoiser
+
+    @property
     def latent_space(self) -> tuple[Any, ...]:
         """What its latents are; models whose latents are the same have the same. Empty where that is not known."""
         return ()
@@ -51,6 +57,10 @@ class TrainingModel(ABC):
     def attachment(self, adapter: Adapter) -> Attachment:
         """The adapter matched to the denoiser. Raises AdapterMismatchError."""
         return Attachment(self.denoiser, [Applied(adapter)])
+
+    def layer_shapes(self) -> dict[str, LayerShape]:
+        """Every layer that can be adapted, by the name that adapters call it by."""
+        return host_shapes(self.denoiser)
 
     @abstractmethod
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -73,6 +83,7 @@ class TextToImageModel(TrainingModel):
     """
 
     architecture = "unknown"  # as in ModelSpec's field
+    may_be_bfloat16 = False  # whether its denoiser can be brought to bfloat16, and gains by it
     pixels_per_latent = 8
 
     def __init__(self, denoiser: nn.Module, schedule: NoiseSchedule, name: str):
@@ -82,6 +93,9 @@ class TextToImageModel(TrainingModel):
     @property
     def latent_space(self) -> tuple[Any, ...]:
         return (type(self).__name__,)
+
+    def spare_encoders(self) -> None:
+        """Keep the encoders in RAM from now on, but for the time they are used, where they are large."""
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:

@@ -182,6 +182,16 @@ class RunFolder:
                 os.replace(self.state_file, self.previous_state_file)
         self._newest_is_damaged = False
 
+    def chosen_before(self) -> dict[str, Any]:
+        """What a memory choice may choose, as this run has it: fields of its settings and of its adapter's config."""
+        for path in filter(Path.is_file, (self.state_file, self.previous_state_file)):
+            with suppress(_DamagedError, CheckpointError, KeyError, TypeError):  # load_state says what is wrong with it
+                plan = _read_state(path).plan
+                values = {**plan["settings"], **plan["adapter"]}
+                names = ("batch_size", "accumulation", "optimizer", "r", "n_styles")
+                return {name: values[name] for name in names if name in values}
+        return {}
+
     def load_state(
         self, plan: Mapping[str, Any], steps: int, problem: Callable[[str], None] = lambda _: None
     ) -> TrainState | None:

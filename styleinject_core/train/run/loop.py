@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter import Adapter
+from ...attach import Attachment
+from ...call import ModelCall
 from ...files import AdapterFileError
+from ...router.mean import MeanMeter, keep_router_mean
 from ..data.images import DataError
 from ..parallel import Processes
 from ..random_numbers import RandomNumbers
@@ -49,8 +53,8 @@ class Task(Protocol):
         """What the user should know before training; empty where there is nothing."""
         ...
 
-    def installed(self, adapter: Adapter) -> AbstractContextManager[Any]:
-        """The adapter on the model; held open over forward and backward passes."""
+    def installed(self, adapter: Adapter) -> AbstractContextManager[Attachment | None]:
+        """The adapter on the model; held open over forward and backward passes. None: what is trained has no routers."""
         ...
 
     def loss(self, rng: RandomNumbers) -> Tensor:
@@ -141,8 +145,8 @@ def train(
         if run is not None:
             loop.resume(run)
         loop.try_writing()
-        with torch.inference_mode(False), torch.enable_grad(), task.installed(adapter):
-            loop.go()
+        with torch.inference_mode(False), torch.enable_grad(), task.installed(adapter) as attachment:
+            loop.go(attachment)
     return loop.result
 
 
@@ -180,7 +184,7 @@ class _Loop:
         device = self.parameters[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=task.is_float16)
         self.result = Result()
-        self.best: tuple[float, dict[str, Tensor]] | None = None
+        self.best: tuple[float, dict[str, Tensor], dict[str, Tensor]] | None = None  # its loss, parameters and mean of s
         self.waited = 0  # measurements since the best one
         self.saved_at = 0
         self.refused = 0  # checkpoints in a row
@@ -189,6 +193,8 @@ class _Loop:
         self.overflows = 0  # steps in a row that float16 made too large, and the scaler left out
         self.mid_step = False  # between the optimizer's step and the end of what belongs to it
         self.seconds: float | None = None
+        self.meter = MeanMeter()
+        self.listening: Callable[[], AbstractContextManager[None]] = nullcontext
 
     # the run on disk
 
@@ -221,8 +227,10 @@ class _Loop:
         self.task.load_state_dict(parts["task"])
         self.position = parts["task"]
         if parts["best"] is not None:
-            self.result.best_step, value, tensors = parts["best"]
-            self.best = (value, tensors)
+            self.result.best_step, value, tensors, *means = parts["best"]  # an older version kept no mean of s
+            self.best = (value, tensors, means[0] if means else {})
+        if "router" in parts:
+            self.meter.load_state_dict(parts["router"])
         self.waited = parts["waited"]
 
     def try_writing(self) -> None:
@@ -250,10 +258,12 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "task": self.position,
+            "router": self.meter.state_dict(),
             "best": best,
             "waited": self.waited,
         }
         with evaluating(self.optimizer):
+            self._keep_mean(self.meter.means)
             run.save_adapter(self.adapter, run.adapter_file(self.result.step), self.result.step)
         run.save_state(TrainState(self.result.step, self.plan(), parts))
 
@@ -290,8 +300,10 @@ class _Loop:
 
     # the steps
 
-    def go(self) -> None:
+    def go(self, attachment: Attachment | None) -> None:
         settings = self.settings
+        if attachment is not None:
+            self.listening = partial(attachment.in_call, ModelCall(listeners=(self.meter,)))
         if self.task.advice:
             self.observer.problem(self.task.advice)
         try:
@@ -310,6 +322,7 @@ class _Loop:
                 self._save_at_last()
             raise
         self._save_at_last()
+        self._keep_mean(self.meter.means if self.best is None else self.best[2])
         if self.best is not None:
             self.adapter.load_state_dict(self.best[1])
         elif hasattr(self.optimizer, "eval"):
@@ -324,7 +337,8 @@ class _Loop:
     def step(self) -> None:
         began, settings, step = time.perf_counter(), self.settings, self.result.step
         rate = set_rate(self.optimizer, settings, step)
-        loss = self._gradients(step)
+        with self.listening():
+            loss = self._gradients(step)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.processes.average([*gradients, loss])  # before the scaler looks for overflows: all processes see the same ones
         self.scaler.unscale_(self.optimizer)
@@ -336,6 +350,7 @@ class _Loop:
             what = f"gradient became {float(norm)}" if math.isfinite(value) else f"loss became {value}"
             raise TrainingError(f"the {what} at step {step + 1} of {settings.steps}: lower the learning rate")
         self.mid_step = True
+        self.meter.step()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.result.step += 1
@@ -401,7 +416,9 @@ class _Loop:
                 self.observer.problem(f"the validation loss of step {self.result.step} is {value}")
             if math.isfinite(value) and (self.best is None or value < self.best[0]):
                 tensors = {name: tensor.detach().clone() for name, tensor in self.adapter.state_dict().items()}
-                self.best, self.result.best_step, self.waited = (value, tensors), self.result.step, 0
+                self.best = (value, tensors, dict(self.meter.means))
+                self.result.best_step, self.waited = self.result.step, 0
+                self._keep_mean(self.meter.means)
                 if self.run is not None:
                     with self._surviving("best adapter"):
                         self.run.save_adapter(self.adapter, self.run.best_file, self.result.step)
@@ -409,6 +426,10 @@ class _Loop:
                 self.waited += 1
         self.result.stopped_early = self._patience_is_over()
         return value
+
+    def _keep_mean(self, means: Mapping[str, Tensor]) -> None:
+        if means and isinstance(self.adapter, Adapter):
+            keep_router_mean(self.adapter, means)
 
     def _patience_is_over(self) -> bool:
         return 0 < self.settings.patience <= self.waited
