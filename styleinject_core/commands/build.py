@@ -20,7 +20,7 @@ from ..train.data.drawn import draw_once, kept_latents
 from ..train.data.folder import ImageFolder
 from ..train.data.source import FolderSource, LatentSource, Source, StreamSource
 from ..train.data.webdataset import ImageStream
-from ..train.memory import Choice, Workload, choose, free_memory
+from ..train.memory import Choice, Workload, choose, free_memory, is_out_of_memory
 from ..train.models.pipeline import PipelineModel
 from ..train.models.training_model import TextToImageModel
 from ..train.objectives.tasks import Distil, DreamBooth, FineTune, check_teacher, check_weights_differ
@@ -133,10 +133,13 @@ def _fitted(config: TrainConfig, model: TextToImageModel, teacher: TextToImageMo
 def load_model(table: ModelTable, here: Path) -> TextToImageModel:
     """The model of a config. Raises ModelError, ValueError."""
     if table.path == DEMO or table.path.startswith(f"{DEMO}:"):
+        if table.sampling():
+            raise ConfigError("model.prediction_type, model.zero_terminal_snr: the embedded model's are known")
         _, _, style = table.path.partition(":")
         return DemoTrainingModel.load(style) if style else DemoTrainingModel.load()
     config = here / table.config if table.config else None
-    return PipelineModel.load(here / table.path, launched_device(), getattr(torch, table.dtype), config)
+    dtype = getattr(torch, table.dtype)
+    return PipelineModel.load(here / table.path, launched_device(), dtype, config, table.sampling())
 
 
 def _task(
@@ -223,6 +226,7 @@ def _images(
             center_crop=data.center_crop,
             flip=data.flip,
         )
+        reading["size_conditioning"] = model.size_conditioning
         return StreamSource(stream, model.encode, lambda text: model.encode_text([text]), **reading), {}
     folder = _folder(data, here / data.folder, settings.seed, caption)
     trained_on, held_out = config.request().split(len(folder), "data.validation")
@@ -262,7 +266,25 @@ def _folder_source(
         return model.encode_text([caption])
 
     options: dict[str, Any] = {"batch_size": batch_size, "seed": config.train.seed, "processes": processes}
-    return FolderSource(folder, model.encode, read, indices=indices, **options, **reading)
+    reading["size_conditioning"] = model.size_conditioning
+    source = FolderSource(folder, model.encode, read, indices=indices, **options, **reading)
+    source.advice = "; ".join(filter(None, (source.advice, _too_long(model, folder))))
+    return source
+
+
+def _too_long(model: TextToImageModel, folder: ImageFolder) -> str:
+    """What is not read of captions, in words."""
+    lengths = {caption: model.length(caption) for caption in folder.captions}
+    long = {caption: found for caption, found in lengths.items() if found is not None and found[0] > found[1]}
+    if not long:
+        return ""
+    longest = max(long, key=lambda caption: long[caption])
+    tokens, read = long[longest]
+    count = sum(caption in long for caption in folder.captions)
+    return (
+        f"{count} of {len(folder)} captions are longer than the {read} tokens that the text encoder reads, and their ends do "
+        f'not count (longest: {tokens}, "{longest[:40]}...")'
+    )
 
 
 def _prior(
@@ -305,13 +327,18 @@ def _generated(
     if out is None:
         shape = model.encode(torch.zeros(1, 3, resolution, resolution)).shape[1:]
         return torch.randn(len(prompts), *shape)
-    asked = [model.fingerprint, list(prompts), steps, guidance, resolution, seed]
+    asked = [model.fingerprint, model.sampling, list(prompts), steps, guidance, resolution, seed]
     path = out / f"generated-{_hash(asked)}.latents"
     if processes.is_main:
         from tqdm import tqdm
 
         def draw(start: int, stop: int) -> Tensor:
-            return model.sample(prompts[start:stop], resolution, seed + start, steps, guidance)
+            try:
+                return model.sample(prompts[start:stop], resolution, seed + start, steps, guidance)
+            except RuntimeError as error:
+                if stop - start == 1 or not is_out_of_memory(error):
+                    raise
+            return torch.cat([draw(k, k + 1) for k in range(start, stop)])
 
         with tqdm(total=len(prompts), desc=f"{model.name} draws images, {_AT_ONCE} at a time") as bar:
             draw_once(path, len(prompts), draw, at_once=_AT_ONCE, progress=lambda there: bar.update(there - bar.n))

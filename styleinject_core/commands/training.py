@@ -106,18 +106,21 @@ class _Watch(ProgressBar):
         output, resolution = self.job.config.output, self.job.config.data.resolution
         if not output.prompts:
             return
-        latents = self.job.model.sample(output.prompts, resolution, self.job.config.train.seed, guidance=output.guidance)
-        images = self.job.model.decode(latents)
+        model, seed, images = self.job.model, self.job.config.train.seed, []
         with self._surviving(f"pictures of step {step}"):
-            _save_pictures(images, self.folder.samples / f"step-{step:06}.png")
+            for k, prompt in enumerate(output.prompts):  # one by one: beside a training there is little memory left
+                images.append(model.decode(model.sample([prompt], resolution, seed + k, guidance=output.guidance)))
+            _save_pictures(torch.cat(images), self.folder.samples / f"step-{step:06}.png")
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
-        """What is only for looking at ends no run: a disk that refuses is reported, and training goes on."""
+        """What is only for looking at ends no run: whatever is wrong with it is reported, and training goes on."""
         try:
             yield
-        except (OSError, ImportError) as error:
-            self.problem(f"{what}: {error}")
+        except Exception as error:
+            self.problem(f"{what}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def __exit__(self, kind: Any, *exception: Any) -> None:
         super().__exit__(kind, *exception)
@@ -145,7 +148,18 @@ def _heading(job: Job) -> str:
         f"{job.task.objective} on {job.model.name}: {count}, {len(job.adapter.names)} layers, "
         f"{job.adapter.parameter_count():,} parameters, {passes} images a step, on {next(job.adapter.parameters()).device}"
         + (f"\n{job.memory}" if job.memory else "")
+        + f"\n{job.model.name} {job.model.about}\nlayers: {', '.join(job.config.adapter.targets)}; {_found(data)}"
     )
+
+
+def _found(data: dict[str, Any]) -> str:
+    """What was found as data, in words."""
+    sizes = data.get("buckets", {})
+    counts = [f"{sizes[size]} of {size}" if isinstance(sizes, dict) else str(size) for size in sizes]
+    kinds = {"txt": "captions from .txt files", "metadata.jsonl": "captions from metadata.jsonl", "one for all": "one caption"}
+    said = [kinds.get(data.get("captions", ""), "") or "captions beside the images" if counts else "images drawn from prompts"]
+    said += [f"sizes {', '.join(counts[:6])}{', ...' if len(counts) > 6 else ''}"] if counts else []
+    return "; ".join(said)
 
 
 def _plan(job: Job) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from ..parallel import Processes
 from .batches import Batch, Conditioning, joined, rows, tensors_hash
-from .buckets import BatchOrder
+from .buckets import BatchOrder, Size
 from .folder import ImageFolder
-from .images import Example
+from .images import DataError, Example
 from .webdataset import ImageStream
 
 Prompts = Conditioning | Sequence[Conditioning]
@@ -111,6 +112,9 @@ class LatentSource:
         pass
 
 
+SizeConditioning = Callable[[Size, Size, Size], Conditioning]
+
+
 class _Encoding:
     """Pictures and captions through a model's encoders, one by one, so that no batch changes what comes out."""
 
@@ -119,26 +123,52 @@ class _Encoding:
         encode: Callable[[Tensor], Tensor],
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
+        size_conditioning: SizeConditioning | None = None,
     ):
         self._encode, self._encode_text, self._encode_teacher_text = encode, encode_text, encode_teacher_text
+        self._size_conditioning = size_conditioning
         self._prompts: dict[str, tuple[Conditioning, Conditioning | None]] = {}
 
-    def latents(self, example: Example) -> Tensor:
+    def example(self, example: Example) -> _Encoded:
+        """Raises DataError: latents that are no numbers."""
         with torch.no_grad():
-            return self._encode(example.pixels.unsqueeze(0))[0].float().cpu()
+            latents = self._encode(example.pixels.unsqueeze(0))[0].float().cpu()
+        if not torch.isfinite(latents).all():
+            raise DataError(
+                f"{example.name}: the VAE makes NaN or infinite numbers of it, as some do in float16: set model.dtype to "
+                "bfloat16 or float32, or take a VAE that is mended for float16"
+            )
+        height, width = example.pixels.shape[-2:]
+        about = self._size_conditioning(example.original, example.crop, (height, width)) if self._size_conditioning else {}
+        return _Encoded(latents, example.caption, about)
 
-    def batch(self, latents: Sequence[Tensor], captions: Sequence[str]) -> Batch:
+    def batch(self, examples: Sequence[_Encoded]) -> Batch:
+        captions = [example.caption for example in examples]
         for caption in captions:
             if caption not in self._prompts:
                 with torch.no_grad():
                     teacher = self._encode_teacher_text(caption) if self._encode_teacher_text else None
                     self._prompts[caption] = (self._encode_text(caption), teacher)
         prompts = [self._prompts[caption] for caption in captions]
+        about = joined([example.about for example in examples])
         teachers = [teacher for _, teacher in prompts if teacher is not None]
-        return Batch(torch.stack(list(latents)), joined([c for c, _ in prompts]), joined(teachers) if teachers else None)
+        return Batch(
+            torch.stack([example.latents for example in examples]),
+            {**joined([c for c, _ in prompts]), **about},
+            {**joined(teachers), **about} if teachers else None,
+        )
 
     def forget_prompts(self) -> None:
         self._prompts.clear()
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """An example as the model sees it; `about` is its size conditioning, one row."""
+
+    latents: Tensor
+    caption: str
+    about: Conditioning
 
 
 class FolderSource:
@@ -147,6 +177,7 @@ class FolderSource:
     Args:
         encode: (1, 3, H, W) in [-1, 1] -> latents (1, C, h, w).
         encode_text, encode_teacher_text: a caption -> its conditioning, one row.
+        size_conditioning: (original size, crop, size) -> what the model is told about an image beside its caption.
         indices: which of the folder's images; None takes all.
     """
 
@@ -156,6 +187,7 @@ class FolderSource:
         encode: Callable[[Tensor], Tensor],
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
+        size_conditioning: SizeConditioning | None = None,
         *,
         indices: Sequence[int] | None = None,
         batch_size: int = 1,
@@ -163,8 +195,8 @@ class FolderSource:
         processes: Processes = Processes(),  # noqa: B008 - frozen
     ):
         self.folder = folder
-        self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
-        self._kept: dict[int, tuple[Tensor, str]] = {}
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning)
+        self._kept: dict[int, _Encoded] = {}
         self.indices = list(range(len(folder))) if indices is None else list(indices)
         self._among = frozenset(self.indices)
         sizes = [folder.sizes[k] for k in self.indices]
@@ -172,14 +204,12 @@ class FolderSource:
         self.advice = "; ".join(filter(None, (folder.advice, self.order.advice)))
 
     def batch(self, index: int) -> Batch:
-        examples = [self._example(self.indices[k], index) for k in self.order.batch(index)]
-        return self._encoding.batch([latents for latents, _ in examples], [caption for _, caption in examples])
+        return self._encoding.batch([self._example(self.indices[k], index) for k in self.order.batch(index)])
 
-    def _example(self, k: int, index: int) -> tuple[Tensor, str]:
+    def _example(self, k: int, index: int) -> _Encoded:
         if k in self._kept:
             return self._kept[k]
-        example = self.folder.read(k, index, self._among)
-        encoded = (self._encoding.latents(example), example.caption)
+        encoded = self._encoding.example(self.folder.read(k, index, self._among))
         if self.folder.center_crop and not self.folder.flip:
             self._kept[k] = encoded
         return encoded
@@ -208,14 +238,15 @@ class StreamSource:
         encode: Callable[[Tensor], Tensor],
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
+        size_conditioning: SizeConditioning | None = None,
     ):
         self.stream = stream
-        self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning)
 
     def batch(self, index: int) -> Batch:
         examples = self.stream.next_batch()
         self._encoding.forget_prompts()  # a stream's captions have no end
-        return self._encoding.batch([self._encoding.latents(e) for e in examples], [e.caption for e in examples])
+        return self._encoding.batch([self._encoding.example(example) for example in examples])
 
     def summary(self) -> dict[str, Any]:
         return self.stream.summary()
