@@ -10,7 +10,7 @@ import pytest
 from editor import TIMEOUT, Editor
 from test_live_view import HTML, both_ways
 
-EXAMPLE = Path(__file__).parents[2] / "example_workflows" / "09 See and steer the style router.json"
+EXAMPLE = Path(__file__).parents[2] / "example_workflows" / "10 See and steer the style router.json"
 LABELS = """() => {
   const graph = window.app.rootGraph ?? window.app.graph;
   const mixer = graph.nodes.find((node) => node.type === 'StyleInjectStyleMixer');

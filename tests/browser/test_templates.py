@@ -12,7 +12,7 @@ from test_live_view import both_ways
 
 REPO = Path(__file__).parents[2]
 TEMPLATES = sorted((REPO / "example_workflows").glob("*.json"))
-REFERENCE_MODEL = REPO / "styleinject_core" / "demo" / "assets" / "deadiff" / "emoji-deadiff.safetensors"  # what 10 names
+REFERENCE_MODEL = REPO / "styleinject_core" / "demo" / "assets" / "deadiff" / "emoji-deadiff.safetensors"  # what 11 names
 # The boxes of all nodes with their titles, in the canvas's own units: [left, top, width, height].
 BOXES = """() => {
   const graph = window.app.rootGraph ?? window.app.graph;
@@ -56,7 +56,7 @@ def test_templates_open_without_overlaps_and_errors(open_editor: Callable[..., E
         nodes = editor.page.evaluate(BOXES)
         assert len(nodes) > 5 and all(node["box"][2] > 50 for node in nodes)
         assert overlapping(nodes) == [], path.stem
-        if REFERENCE_MODEL.is_file() or not path.stem.startswith("10 "):
+        if REFERENCE_MODEL.is_file() or not path.stem.startswith("11 "):
             assert editor.page.evaluate(MISSING) == [], path.stem
 
 
