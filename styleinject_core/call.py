@@ -15,6 +15,29 @@ from .functional.host import HostLayer
 EVERYWHERE = "all"  # the role of rows that no host has told apart
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Where the image's tokens are in the sequences of a transformer, for one call of it.
+
+    Args:
+        count: how many there are.
+        after: how many follow them in every sequence that holds them: padding, reference images. What else a sequence holds is
+            before them, unless `leading`.
+        frames: of the clip that they are of, which follow one another.
+        leading: whether nothing is before them, and all else after them.
+    """
+
+    count: int
+    after: int = 0
+    frames: int = 1
+    leading: bool = False
+
+    def within(self, length: int) -> slice | None:
+        """Where they are in a sequence of that length; None where it cannot be one that holds them."""
+        start = 0 if self.leading else length - self.after - self.count
+        return slice(start, start + self.count) if start >= 0 and start + self.count <= length else None
+
+
 class Listener:
     """Somebody who steers, records or measures what the routers of one adapter do in a call; these defaults do nothing.
 
@@ -47,6 +70,7 @@ class ModelCall:
         extras: what else the host says, for those who know the host.
         find_roles: tells the roles of the batch's equal parts ("positive", "negative", ...), in order, when asked.
         listeners: who steers and records; the first to steer is the first asked.
+        tokens: where the image's tokens are; None where there are no others, or nobody knows.
     """
 
     images: int = 0
@@ -54,6 +78,7 @@ class ModelCall:
     extras: Mapping[str, Any] = field(default_factory=dict)
     find_roles: Callable[[], tuple[str, ...]] = lambda: (EVERYWHERE,)
     listeners: tuple[Listener, ...] = ()
+    tokens: Tokens | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-ROUTER_POOLS = ("mean", "sum", "token")
+ROUTER_POOLS = ("mean", "sum", "token", "paper")
+TOKENS = ("image", "frame", "all")
 STA_FORMS = ("multiplicative", "additive", "none")
 _LARGEST = 3.4028234663852886e38  # of float32
 Config = TypeVar("Config", bound="LayerConfig")
@@ -89,10 +90,13 @@ class AdapterConfig(LayerConfig):
         r: rank of every down- and up-projection.
         n_styles: n, the number of parallel down-projections the router mixes.
         alpha: the low-rank increment is scaled by alpha / r; None means alpha = r.
-        router_pool: how router logits become one vector per image: "mean" or "sum" over positions, or "token"
-            (every token by itself; Linear layers only).
+        router_pool: how router logits become one vector per image: "mean" or "sum" over positions; or "token": every token has
+            its own (Linear layers only); or "paper", as its text says: "token" on Linear layers, "sum" on convolutions.
         sta: "multiplicative" (f_s(σ) = σ·(1 + hyper(s))), "additive" (σ + hyper(s)), or "none" (no AdaIN step).
         eps: lower bound of σ where it is divided by.
+        tokens: what router and statistics of a transformer's layer look at: "image", the image's tokens, or all of a clip's
+            (the prompt's, padding and reference images in the same sequence get Δh alone); "frame", each frame of a clip by
+            itself; or "all", every token of the sequence.
         target_modules: what `Adapter.create` adapts, as selector terms (see `styleinject_core.selector`).
         layers: {module name: {field: value}} for layers that differ in any field but target_modules.
 
@@ -110,6 +114,7 @@ class AdapterConfig(LayerConfig):
     eps: float = 1e-5
     target_modules: tuple[str, ...] = ("to_q", "to_v")
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokens: str = "image"
 
     @classmethod
     def default_targets(cls) -> tuple[str, ...]:
@@ -129,7 +134,15 @@ class AdapterConfig(LayerConfig):
             raise ValueError(f"router_pool: expected one of {', '.join(ROUTER_POOLS)}, found {self.router_pool!r}")
         if self.sta not in STA_FORMS:
             raise ValueError(f"sta: expected one of {', '.join(STA_FORMS)}, found {self.sta!r}")
+        if self.tokens not in TOKENS:
+            raise ValueError(f"tokens: expected one of {', '.join(TOKENS)}, found {self.tokens!r}")
         self.check_layers()
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        if self.tokens == "image":  # so that versions that do not know the field read what means the same to them
+            del values["tokens"]
+        return values
 
     @property
     def method(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .call import CurrentCall
 from .functional.host import REPLACED
+from .layer_names import parse
 from .methods.method import AdapterLayer
 
 
@@ -74,6 +75,17 @@ class Site:
     adapter: str = ""  # its name
     said: bool = False  # that it is left out
     parameter: str = "weight"  # which of the module's it changes, where the module is neither Linear nor Conv2d
+
+    def tokens(self, length: int) -> tuple[slice, int] | None:
+        """Where in a sequence of that length the image's tokens are, and how many frames they are of; None where all it holds
+        is looked at, as in layers that see the prompt alone."""
+        tokens = self.current.call.tokens
+        if tokens is None or parse(self.name).stream in ("text", "reference"):
+            return None
+        where = tokens.within(length)
+        if where is None or (where == slice(0, length) and tokens.frames == 1):
+            return None
+        return where, tokens.frames
 
     @torch.compiler.disable
     def leave_out(self, inputs: int, outputs: int) -> None:

@@ -47,6 +47,7 @@ class TrainOptions:
     vae: Any = None
     pictured: Sequence[Prompt] = ()
     factors: tuple[int, ...] = AdapterRequest.factors
+    tokens: str = AdapterRequest.tokens
 
     @property
     def drawing(self) -> Drawing:
@@ -92,6 +93,7 @@ class TrainOptions:
             factors=self.factors,
             router_pool=self.router_pool,
             sta=self.sta,
+            tokens=self.tokens,
         )
         return TrainingRequest(
             name=check_name(name), adapter=adapter, settings=settings, held_out=self.validation_images, dtype=self.dtype

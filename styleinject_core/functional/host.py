@@ -26,7 +26,10 @@ class HostLayer:
             may a form compute h by itself.
         module: the layer, asked for stride, padding and dilation of a convolution.
         constants: what is worked out once for inputs of a size, and kept by whoever made this; None to keep nothing.
-        read: gives W0 as a plain tensor, wherever it lies, for changes that depend on it; it may cost.
+        read: gives W0 as a plain tensor for an x, wherever it lies, for changes that depend on it; it may cost.
+        tokens: which of x's and h's tokens are the image's, where others share a sequence with them; None for all. Routers and
+            statistics look at these alone, and these alone are rescaled.
+        frames: how many of x's rows, one after the other, are frames of one image.
     """
 
     shape: LayerShape
@@ -35,7 +38,9 @@ class HostLayer:
     bias: Tensor | None
     module: Any
     constants: dict[Any, Any] | None = None
-    read: Callable[[], Tensor] | None = None
+    read: Callable[[Tensor], Tensor] | None = None
+    tokens: slice | None = None
+    frames: int = 1
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
@@ -44,29 +49,40 @@ class HostLayer:
         """Some of the layer's output channels as a layer of its own, on the input for which their output is `h`."""
         weight, bias = (None if t is None else t[rows] for t in (self.weight, self.bias))
         shape = LayerShape(self.shape.in_features, rows.stop - rows.start, self.shape.kernel)
-        return HostLayer(shape, lambda _: h, weight, bias, self.module, read=lambda: self.frozen_weight()[rows])
+        read = lambda x: self.frozen_weight(x)[rows]  # noqa: E731
+        return HostLayer(shape, lambda _: h, weight, bias, self.module, read=read, tokens=self.tokens, frames=self.frames)
 
-    def frozen_weight(self) -> Tensor:
-        """W0, in W0's shape. Raises ValueError: nobody can say what it is."""
+    def frozen_weight(self, x: Tensor) -> Tensor:
+        """W0, in W0's shape and x's dtype and device. Raises ValueError: nobody can say what it is."""
         if self.weight is not None:
             return self.weight
         if self.read is None:
             raise ValueError(f"the frozen weight of {self.shape} cannot be read, and a decomposed change (DoRA) needs it")
-        return self.read()
+        return self.read(x)
 
     @property
     def positions(self) -> tuple[int, ...]:
         """The dimensions of x and h that a channel's statistics run over."""
         return (2, 3) if self.shape.is_conv else (1,)
 
+    def seen(self, values: Tensor) -> Tensor:
+        """What statistics look at: all of x or h, or the image's tokens."""
+        return values if self.tokens is None else values[:, self.tokens]
+
+    def joined(self, values: Tensor) -> Tensor:
+        """The rows of all frames of an image as tokens of one: (B·frames, L, c) or (B·frames, c) to (B, frames[·L], c)."""
+        return values.reshape(values.shape[0] // self.frames, -1, values.shape[-1]) if self.frames > 1 else values
+
     def mean(self, x: Tensor) -> Tensor:
-        """x averaged over positions, (B, k), in at least float32."""
+        """x averaged over the positions that are looked at, (B, k), in at least float32."""
         where = 1 if self.shape.kernel is None else (2, 3)
+        if self.tokens is not None:
+            x = x[:, self.tokens]
         return x.mean(where, dtype=statistics_dtype(x))
 
     def count(self, x: Tensor) -> int:
-        """How many positions an image of x has."""
-        return x.shape[2] * x.shape[3] if self.shape.is_conv else x.shape[1]
+        """How many positions of an image of x are looked at."""
+        return x.shape[2] * x.shape[3] if self.shape.is_conv else self.seen(x).shape[1]
 
     def per_channel(self, values: Tensor) -> Tensor:
         """Values (B, d) shaped to broadcast over positions; values by token (B, L, d) are left as they are."""

@@ -103,6 +103,11 @@ class AdapterLayer(nn.Module):
         return True
 
     @property
+    def tokens(self) -> str:
+        """What of a sequence it looks at to decide what to do, one of `config.TOKENS`: "all" also where it looks at nothing."""
+        return "all"
+
+    @property
     def styles(self) -> int:
         """How many styles a router chooses from; 0 for a layer without router."""
         return 0
@@ -151,6 +156,8 @@ class AdapterSettings(Protocol):
     def router_pool(self) -> str: ...
     @property
     def sta(self) -> str: ...
+    @property
+    def tokens(self) -> str: ...
     @property
     def targets(self) -> tuple[str, ...]:
         """A layer selector's terms; none for what the method's paper adapts."""

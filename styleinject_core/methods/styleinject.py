@@ -81,6 +81,10 @@ class StyleInjectLayer(AdapterLayer):
         return StyleInjectLayer(shape, self.config, {"A": A, "B": self.B.detach()})
 
     @property
+    def tokens(self) -> str:
+        return "all" if self.fixed else self.config.tokens
+
+    @property
     def styles(self) -> int:
         return 0 if self.router_weight is None else self.config.n_styles
 
@@ -92,11 +96,10 @@ class StyleInjectLayer(AdapterLayer):
         self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
     ) -> StyleInjectWeights:
         c = self.config
-        casts = {part: (precise or cast) if part in self.PRECISE else cast for part in PARTS}
+        pool = c.router_pool if c.router_pool != "paper" else "sum" if self.shape.is_conv else "token"
+        casts = {part: cast if precise is None or part not in self.PRECISE else precise for part in PARTS}
         parts: dict[str, Any] = {part: None if (p := getattr(self, part)) is None else casts[part](p) for part in PARTS}
-        return StyleInjectWeights(
-            **parts, router_pool=c.router_pool, sta_form=c.sta, eps=c.eps, dma=dma * c.scale, sta=sta, owner=owner
-        )
+        return StyleInjectWeights(**parts, router_pool=pool, sta_form=c.sta, eps=c.eps, dma=dma * c.scale, sta=sta, owner=owner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +147,10 @@ class StyleInjectWeights:
         return prepare(several)
 
     def increment(self, x: Tensor, h: Tensor, host: HostLayer, hear: Hear | None) -> Tensor:
-        """The paper's equations 2 to 4, as increments on h."""
-        mean = h.mean(host.positions, keepdim=True)  # μ, eq. 3
-        std = h.std(host.positions, correction=0, keepdim=True)  # σ, eq. 3
+        """The paper's equations 2 to 4, as increments on h. Tokens that are not the image's get Δh alone."""
+        image = host.seen(h)
+        mean = image.mean(host.positions, keepdim=True)  # μ, eq. 3
+        std = image.std(host.positions, correction=0, keepdim=True)  # σ, eq. 3
         s = self.plain_route(x, host)
         if hear is not None and self.router_weight is not None:
             s = hear(self, s)
@@ -158,6 +162,10 @@ class StyleInjectWeights:
             normalized = (h - mean) / sigma  # ĥ
             stylized = normalized * f_s + mean  # eq. 4 without Δh
             out = self.sta * (stylized - h)
+            if host.tokens is not None:
+                is_image = torch.zeros(h.shape[1], 1, dtype=torch.bool, device=h.device)
+                is_image[host.tokens] = True
+                out = torch.where(is_image, out, 0)
         if self.dma != 0:
             delta: Any = 0.0  # Δh, eq. 2
             for i in range(self.A.shape[0]):
@@ -173,15 +181,16 @@ class StyleInjectWeights:
         tokens = x.flatten(2).mT if host.shape.is_conv else x  # (B, positions, k)
         logits = tokens @ self.router_weight.mT + self.router_bias  # (B, positions, n)
         if self.router_pool == "mean":
-            logits = logits.mean(1)
+            logits = host.seen(logits).mean(1)
         elif self.router_pool == "sum":
-            logits = logits.sum(1)
+            logits = host.seen(logits).sum(1)
         return torch.softmax(logits, -1)
 
 
 def configure(settings: AdapterSettings, special: Mapping[str, Any]) -> AdapterConfig:
     """The config of a new adapter; `special` replaces what the settings say."""
-    values = {"r": settings.rank, "n_styles": settings.styles, "router_pool": settings.router_pool, "sta": settings.sta}
+    values = {"r": settings.rank, "n_styles": settings.styles, "router_pool": settings.router_pool, "sta": settings.sta,
+              "tokens": settings.tokens}  # fmt: skip
     targets = settings.targets or AdapterConfig.default_targets()
     return AdapterConfig(**{**values, **special}, alpha=settings.alpha or None, target_modules=targets)
 

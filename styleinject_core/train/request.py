@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..adapter import Adapter
-from ..config import LayerConfig
+from ..config import AdapterConfig, LayerConfig
 from ..layers import LayerShape
 from ..methods import configure, kronecker
 from .settings import TrainSettings, about, check_choice
@@ -54,8 +54,15 @@ class AdapterRequest:
             "of kronecker: the sizes of A, (a1, a2); fewer numbers the nearer their product is to the root of the layer's."
         ),
     )
-    router_pool: str = field(default="mean", metadata=about('"mean", "sum" or "token".'))
+    router_pool: str = field(default="mean", metadata=about('"mean", "sum", "token" or "paper".'))
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
+    tokens: str = field(
+        default=AdapterConfig.tokens,
+        metadata=about(
+            "what router and statistics look at where prompt and image are one sequence, as in many transformers:\n"
+            '"image", the image\'s tokens (of a clip those of all frames); "frame", each frame of a clip by itself; "all".'
+        ),
+    )
 
     def __post_init__(self) -> None:
         config = self.config()  # its own checks
