@@ -76,7 +76,10 @@ function follow(loader) {
   const chosen = widget.callback;
   widget.callback = function (/** @type {any[]} */ ...args) {
     const result = chosen?.apply(this, args);
-    for (const node of loader.graph?.nodes ?? []) if (node.comfyClass === NODE && loaderOf(node) === loader) ask(node);
+    for (const node of loader.graph?.nodes ?? []) {
+      // By its id: in Vue nodes, the graph's nodes are proxies.
+      if (node.comfyClass === NODE && loaderOf(node)?.id === loader.id) ask(node);
+    }
     return result;
   };
 }
