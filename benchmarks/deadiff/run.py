@@ -51,8 +51,16 @@ WORDS = "words"  # the model told the style in words: the ceiling
 LABELS = {WORDS: "the style told in a word (ceiling)", SEPARATE: "separate softmax, reconstruction (like IP-Adapter)",
           "coupled-reconstruction": "one softmax, reconstruction", "coupled-pairs": "one softmax, pairs",
           "split-pairs": "and in the style layers alone", "whole": "both streams (DEADiff)"}  # fmt: skip
-COLUMNS = {"concept": "concept", "style": "style", "both": "both", "distance": "KID",
-           "color_leak": "color leak", "concept_leak": "concept leak", "content_concept": "content: concept", "content_style": "content: style"}  # fmt: skip
+COLUMNS = {
+    "concept": "concept",
+    "style": "style",
+    "both": "both",
+    "distance": "KID",
+    "color_leak": "color leak",
+    "concept_leak": "concept leak",
+    "content_concept": "content: concept",
+    "content_style": "content: style",
+}
 
 
 class SeparateSoftmax:
