@@ -18,6 +18,7 @@ from ..demo.training import DemoTrainingModel
 from ..train.data.batches import Conditioning, joined
 from ..train.data.drawn import draw_once, kept_latents
 from ..train.data.folder import ImageFolder
+from ..train.data.kept import Kept
 from ..train.data.source import FolderSource, LatentSource, Source, StreamSource
 from ..train.data.webdataset import ImageStream
 from ..train.memory import Choice, Workload, choose, free_memory, is_out_of_memory
@@ -32,6 +33,7 @@ from ..train.settings import MEMORY_OFF
 from .config_files import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"
+ENCODED = "encoded"  # in the run's folder: what does not fit in memory, while it trains
 _AT_ONCE = 4  # images that a model draws before training
 
 
@@ -156,10 +158,11 @@ def _task(
     settings, empty = config.train, model.encode_text([""])
     if isinstance(config, DreamBoothConfig):
         table = config.dreambooth
-        source, validation = _images(config, here, model, processes, caption=table.instance_prompt)
-        prior = _prior(config, here, out, model, processes)
+        kept = _kept(config, out, model)
+        source, validation = _images(config, here, model, processes, caption=table.instance_prompt, kept=kept)
+        prior = _prior(config, here, out, model, processes, kept)
         return DreamBooth(model, source, settings, empty, prior=prior, prior_weight=table.prior_weight, **validation)
-    source, validation = _images(config, here, model, processes)
+    source, validation = _images(config, here, model, processes, kept=_kept(config, out, model))
     return FineTune(model, source, settings, empty, **validation)
 
 
@@ -182,7 +185,8 @@ def _distillation(
     validation: dict[str, Any] = {}
     source: Source
     if config.data.folder or config.data.shards:
-        source, validation = _images(config, here, model, processes, encode_teacher_text=its_reader)
+        kept = _kept(config, out, model, teacher.sampling, table.shared_text_encoder, pairs)
+        source, validation = _images(config, here, model, processes, encode_teacher_text=its_reader, kept=kept)
     else:
         prompts = [prompt for prompt in pairs for _ in range(table.images_per_prompt)]
         translated = [pairs[prompt] for prompt in prompts]
@@ -202,6 +206,12 @@ def _distillation(
         teacher_reads="the student's prompts" if table.shared_text_encoder else f"its own, {_hash(pairs)}",
         **validation,
     )
+
+
+def _kept(config: TrainConfig, out: Path | None, model: TextToImageModel, *also: Any) -> Kept:
+    """Where latents and captions are kept, for these encoders."""
+    identity = _hash([model.sampling, config.model.dtype, *also])
+    return Kept(None if out is None else out / ENCODED, identity, problem=lambda line: warnings.warn(line, stacklevel=2))
 
 
 def _images(
@@ -227,6 +237,7 @@ def _images(
             flip=data.flip,
         )
         reading["size_conditioning"] = model.size_conditioning
+        reading.pop("kept", None)  # a stream has no end
         return StreamSource(stream, model.encode, lambda text: model.encode_text([text]), **reading), {}
     folder = _folder(data, here / data.folder, settings.seed, caption)
     trained_on, held_out = config.request().split(len(folder), "data.validation")
@@ -288,7 +299,7 @@ def _too_long(model: TextToImageModel, folder: ImageFolder) -> str:
 
 
 def _prior(
-    config: DreamBoothConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes
+    config: DreamBoothConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes, kept: Kept
 ) -> Source | None:
     """The class images of DreamBooth: given, or drawn by the base model."""
     table = config.dreambooth
@@ -296,7 +307,7 @@ def _prior(
         return None
     if table.class_folder:
         folder = _folder(config.data, here / table.class_folder, config.train.seed, table.class_prompt)
-        return _folder_source(config, folder, None, model, config.train.batch_size, processes)
+        return _folder_source(config, folder, None, model, config.train.batch_size, processes, kept=kept)
     prompts = [table.class_prompt] * table.class_images
     drawn = _generated(config, out, model, prompts, table.class_steps, table.guidance, processes)
     return _latents(config, drawn, model.encode_text([table.class_prompt]), processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ..files.atomic import replacing
+from ..train.data.kept import MEMORY
+from ..train.data.source import FolderSource
 from ..train.parallel import launched_processes
 from ..train.random_numbers import RandomNumbers
 from ..train.run.checkpoints import RunFolder, validations
 from ..train.run.loop import Progress, Result, train
 from ..train.run.watch import ProgressBar, loss_plot
-from .build import Job, build
+from .build import ENCODED, Job, build
 from .config_files import TrainConfig, load_config
 
 PLOT_EVERY = 60.0  # seconds
@@ -51,6 +54,7 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
         if processes.is_main:
             final = folder.final_file
             folder.save_adapter(job.adapter, final, step)
+            shutil.rmtree(job.out / ENCODED, ignore_errors=True)
         watch.plot()
     if processes.is_main:
         kept = f", the best of {len(result.validation)} validations" if result.best_step else ""
@@ -193,6 +197,10 @@ def _plan(job: Job) -> str:
     ]
     if torch.cuda.is_available():
         lines.append(f"  measured     {torch.cuda.max_memory_allocated() / _MEBI:,.0f} MiB at most on the GPU")
+    if isinstance(job.task.source, FolderSource):
+        size = job.task.source.kept_size()
+        rest = f", of which {(size - MEMORY) / _MEBI:,.0f} MiB on disk, in {ENCODED}" if size > MEMORY else ""
+        lines.append(f"  images       {size / _MEBI:,.0f} MiB of latents and captions in memory{rest}")
     every = settings.checkpoint_every
     lines.append(f"  checkpoints  {f'every {every} steps' if every else 'at the end'}, in {job.out}")
     lines.append("  data         " + json.dumps(job.task.plan()["data"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -16,8 +16,10 @@ from .batches import Batch, Conditioning, joined, rows, tensors_hash
 from .buckets import BatchOrder, Size
 from .folder import ImageFolder
 from .images import DataError, Example
+from .kept import Kept, size_of
 from .webdataset import ImageStream
 
+_OF_A_STREAM = 2**26  # bytes: its captions have no end
 Prompts = Conditioning | Sequence[Conditioning]
 
 
@@ -115,6 +117,9 @@ class LatentSource:
 SizeConditioning = Callable[[Size, Size, Size], Conditioning]
 
 
+_ABOUT, _TEACHERS = "about.", "teacher."  # before the names of tensors that are kept together
+
+
 class _Encoding:
     """Pictures and captions through a model's encoders, one by one, so that no batch changes what comes out."""
 
@@ -124,10 +129,11 @@ class _Encoding:
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
         size_conditioning: SizeConditioning | None = None,
+        kept: Kept | None = None,
     ):
         self._encode, self._encode_text, self._encode_teacher_text = encode, encode_text, encode_teacher_text
         self._size_conditioning = size_conditioning
-        self._prompts: dict[str, tuple[Conditioning, Conditioning | None]] = {}
+        self.kept = Kept() if kept is None else kept
 
     def example(self, example: Example) -> _Encoded:
         """Raises DataError: latents that are no numbers."""
@@ -142,24 +148,40 @@ class _Encoding:
         about = self._size_conditioning(example.original, example.crop, (height, width)) if self._size_conditioning else {}
         return _Encoded(latents, example.caption, about)
 
+    def kept_example(self, key: str, read: Callable[[], Example]) -> _Encoded:
+        """An example whose latents are kept; `read` is called where they are not."""
+
+        def make() -> dict[str, Tensor]:
+            encoded = self.example(read())
+            return {"latents": encoded.latents, **{f"{_ABOUT}{name}": value for name, value in encoded.about.items()}}
+
+        found = self.kept.get(f"image {key}", make)
+        about = {name.removeprefix(_ABOUT): value for name, value in found.items() if name.startswith(_ABOUT)}
+        return _Encoded(found["latents"], "", about)
+
+    def prompt(self, caption: str) -> dict[str, Tensor]:
+        """The conditioning of a caption, and the teacher's under names of their own."""
+
+        def make() -> dict[str, Tensor]:
+            with torch.no_grad():
+                teacher = self._encode_teacher_text(caption) if self._encode_teacher_text else {}
+                return {**self._encode_text(caption), **{f"{_TEACHERS}{name}": value for name, value in teacher.items()}}
+
+        return self.kept.get(f"prompt {caption}", make)
+
     def batch(self, examples: Sequence[_Encoded]) -> Batch:
-        captions = [example.caption for example in examples]
-        for caption in captions:
-            if caption not in self._prompts:
-                with torch.no_grad():
-                    teacher = self._encode_teacher_text(caption) if self._encode_teacher_text else None
-                    self._prompts[caption] = (self._encode_text(caption), teacher)
-        prompts = [self._prompts[caption] for caption in captions]
+        prompts = [self.prompt(example.caption) for example in examples]
+        own = [{name: value for name, value in prompt.items() if not name.startswith(_TEACHERS)} for prompt in prompts]
+        teachers = [
+            {name.removeprefix(_TEACHERS): value for name, value in prompt.items() if name.startswith(_TEACHERS)}
+            for prompt in prompts
+        ]
         about = joined([example.about for example in examples])
-        teachers = [teacher for _, teacher in prompts if teacher is not None]
         return Batch(
             torch.stack([example.latents for example in examples]),
-            {**joined([c for c, _ in prompts]), **about},
-            {**joined(teachers), **about} if teachers else None,
+            {**joined(own), **about},
+            {**joined(teachers), **about} if teachers[0] else None,
         )
-
-    def forget_prompts(self) -> None:
-        self._prompts.clear()
 
 
 @dataclass(frozen=True)
@@ -179,6 +201,7 @@ class FolderSource:
         encode_text, encode_teacher_text: a caption -> its conditioning, one row.
         size_conditioning: (original size, crop, size) -> what the model is told about an image beside its caption.
         indices: which of the folder's images; None takes all.
+        kept: where latents and conditioning are kept.
     """
 
     def __init__(
@@ -193,10 +216,11 @@ class FolderSource:
         batch_size: int = 1,
         seed: int = 0,
         processes: Processes = Processes(),  # noqa: B008 - frozen
+        kept: Kept | None = None,
     ):
         self.folder = folder
-        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning)
-        self._kept: dict[int, _Encoded] = {}
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, kept)
+        self._standing_in: dict[int, _Encoded] = {}  # for those that cannot be decoded
         self.indices = list(range(len(folder))) if indices is None else list(indices)
         self._among = frozenset(self.indices)
         sizes = [folder.sizes[k] for k in self.indices]
@@ -207,12 +231,30 @@ class FolderSource:
         return self._encoding.batch([self._example(self.indices[k], index) for k in self.order.batch(index)])
 
     def _example(self, k: int, index: int) -> _Encoded:
-        if k in self._kept:
-            return self._kept[k]
-        encoded = self._encoding.example(self.folder.read(k, index, self._among))
-        if self.folder.center_crop and not self.folder.flip:
-            self._kept[k] = encoded
-        return encoded
+        if not self.folder.center_crop or self.folder.flip:
+            return self._encoding.example(self.folder.read(k, index, self._among))
+        if k in self._standing_in:
+            return self._standing_in[k]
+
+        def read() -> Example:
+            example = self.folder.read(k, index, self._among)
+            if example.name != self.folder.name(k):
+                raise _StandsIn(example)
+            return example
+
+        try:
+            return replace(self._encoding.kept_example(self.folder.stamp(k), read), caption=self.folder.captions[k])
+        except _StandsIn as other:
+            self._standing_in[k] = self._encoding.example(other.example)
+            return self._standing_in[k]
+
+    def kept_size(self) -> int:
+        """Bytes that all latents and captions take, by those of the first."""
+        example = self._example(self.indices[0], 0)
+        prompt = self._encoding.prompt(example.caption)
+        images = 0 if not self.folder.center_crop or self.folder.flip else len(self.indices)
+        distinct = len({self.folder.captions[k] for k in self.indices})
+        return images * size_of({"latents": example.latents}) + distinct * size_of(prompt)
 
     def summary(self) -> dict[str, Any]:
         known = self.folder.summary()
@@ -225,6 +267,14 @@ class FolderSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+class _StandsIn(Exception):
+    """Another picture was read in the place of a broken one."""
+
+    def __init__(self, example: Example):
+        super().__init__(example.name)
+        self.example = example
 
 
 class StreamSource:
@@ -241,11 +291,10 @@ class StreamSource:
         size_conditioning: SizeConditioning | None = None,
     ):
         self.stream = stream
-        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning)
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, Kept(memory=_OF_A_STREAM))
 
     def batch(self, index: int) -> Batch:
         examples = self.stream.next_batch()
-        self._encoding.forget_prompts()  # a stream's captions have no end
         return self._encoding.batch([self._encoding.example(example) for example in examples])
 
     def summary(self) -> dict[str, Any]:
