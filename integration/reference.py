@@ -149,6 +149,17 @@ def masked_options(
     return {**options, "patches_replace": replaced}
 
 
+def unmasked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformer_options as they were before `masked_options`; the same ones where it had not been."""
+    replaced = options.get("patches_replace") or {}
+    patches = replaced.get("attn2") or {}
+    if not any(isinstance(patch, MaskedAttention) for patch in patches.values()):
+        return options
+    former = {key: patch.inner if isinstance(patch, MaskedAttention) else patch for key, patch in patches.items()}
+    kept = {key: patch for key, patch in former.items() if patch is not None}
+    return {**options, "patches_replace": {**replaced, "attn2": kept}}
+
+
 class MaskedAttention:
     """An attn2 replace patch: the joint attention with each reference's mask on the columns of its tokens.
 
