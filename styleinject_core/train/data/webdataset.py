@@ -42,7 +42,7 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Neighboring members of a tar file that have one key: the name up to its first dot."""
 
     tar: tarfile.TarFile
@@ -50,6 +50,12 @@ class _Group:
     members: dict[str, tarfile.TarInfo]  # by suffix
     offset: int
     end: int  # where the next group begins
+
+    def open(self, suffix: str) -> BinaryIO:
+        """The bytes of one member."""
+        file = self.tar.extractfile(self.members[suffix])
+        assert file is not None  # only regular files are in a group
+        return file  # type: ignore[return-value]  # as good as one
 
 
 class ImageStream:
@@ -185,7 +191,7 @@ class ImageStream:
         while self._turn < len(order):
             shard = order[self._turn]
             try:
-                for group in _groups(self.shards[shard], self._offset):
+                for group in groups(self.shards[shard], self._offset):
                     self._offset = group.end  # before the yield: a state taken there goes on behind this sample
                     if sample := self._usable(shard, group):
                         yield sample
@@ -193,7 +199,7 @@ class ImageStream:
                 self._corrupt.add(self.shards[shard].name, error)
             self._turn, self._offset = self._turn + 1, 0
 
-    def _usable(self, shard: int, group: _Group) -> _Sample | None:
+    def _usable(self, shard: int, group: Group) -> _Sample | None:
         try:
             return self._sample(shard, group)
         except CorruptError as error:
@@ -202,13 +208,13 @@ class ImageStream:
             raise DataError(f"the first {_HOPELESS} samples are all unusable: {first_names(self.skipped.values())}")
         return None
 
-    def _sample(self, shard: int, group: _Group) -> _Sample:
+    def _sample(self, shard: int, group: Group) -> _Sample:
         name = f"{self.shards[shard].name}/{group.key}"
-        picture = next((info for suffix, info in group.members.items() if f".{suffix}" in SUFFIXES), None)
-        if picture is None:
+        suffix = next((suffix for suffix in group.members if f".{suffix}" in SUFFIXES), None)
+        if suffix is None:
             raise CorruptError(f"{name}: no picture ({', '.join(SUFFIXES)}), only {', '.join(group.members)}")
         caption = _caption(group, name)
-        size = nearest_bucket(self._sizes, *read_size(_member(group, picture), name))
+        size, picture = nearest_bucket(self._sizes, *read_size(group.open(suffix), name)), group.members[suffix]
         return _Sample(shard, group.offset, (picture.offset_data, picture.size), caption, name, size)
 
     def _made_for(self) -> dict:
@@ -251,7 +257,7 @@ class ImageStream:
         self._draws = self._shuffled()
 
     def _sample_at(self, shard: int, offset: int) -> _Sample:
-        for group in _groups(self.shards[shard], offset):
+        for group in groups(self.shards[shard], offset):
             return self._sample(shard, group)
         raise DataError(f"{self.shards[shard].name}: nothing at byte {offset}: the shard has changed since the state was saved")
 
@@ -304,8 +310,8 @@ def _open(shard: Path) -> BinaryIO:
         raise DataError(f"{shard.name}: cannot be opened: {error.strerror}") from error
 
 
-def _groups(shard: Path, offset: int) -> Iterator[_Group]:
-    """The samples of a shard from a byte offset on, which is 0 or that of a group."""
+def groups(shard: Path, offset: int = 0) -> Iterator[Group]:
+    """The samples of a shard from a byte offset on, which is 0 or that of a group. Raises DataError."""
     with _open(shard) as file:
         file.seek(offset)
         try:
@@ -318,13 +324,13 @@ def _groups(shard: Path, offset: int) -> Iterator[_Group]:
                 if not info.isreg() or not stem or stem.startswith("__"):
                     continue
                 if members and key != str(path.with_name(stem)):
-                    yield _Group(tar, key, members, start, info.offset)
+                    yield Group(tar, key, members, start, info.offset)
                     members = {}
                 if not members:
                     key, start = str(path.with_name(stem)), info.offset
                 members[suffix.lower()] = info
             if members:
-                yield _Group(tar, key, members, start, tar.offset)
+                yield Group(tar, key, members, start, tar.offset)
             file.seek(tar.offset)
             if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a header it cannot read for the end
                 raise tarfile.ReadError("no header where one belongs")
@@ -332,18 +338,12 @@ def _groups(shard: Path, offset: int) -> Iterator[_Group]:
             raise CorruptError(f"{shard.name}: not a whole, uncompressed tar file: {error}") from error
 
 
-def _member(group: _Group, info: tarfile.TarInfo) -> BinaryIO:
-    file = group.tar.extractfile(info)
-    assert file is not None  # only regular files are in a group
-    return file  # type: ignore[return-value]  # as good as one
-
-
-def _caption(group: _Group, name: str) -> str:
+def _caption(group: Group, name: str) -> str:
     try:
-        if info := group.members.get("txt"):
-            return one_line(_member(group, info).read().decode("utf-8-sig"))
-        if info := group.members.get("json"):
-            return caption_in(json.loads(_member(group, info).read()))
+        if "txt" in group.members:
+            return one_line(group.open("txt").read().decode("utf-8-sig"))
+        if "json" in group.members:
+            return caption_in(json.loads(group.open("json").read()))
     except ValueError as error:  # bad UTF-8 and bad JSON too
         raise CorruptError(f"{name}: caption: {error}") from error
     raise CorruptError(f"{name}: no caption (.txt or .json), only {', '.join(group.members)}")
