@@ -91,6 +91,7 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
             raise ConfigError(f"output.folder: it is inside {name}, where the run's pictures would be taken for data")
     if processes.is_main and not dry:
         out.mkdir(exist_ok=True)
+        RunFolder(out, name=config.output.name).try_writing(0, config.train.steps)  # images may be drawn for an hour first
     processes.wait()
     model = load_model(config.model, here)
     if config.data.resolution % model.pixels_per_latent:

@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..train.request import DTYPES, AdapterRequest, Drawing, TrainingRequest
+from ..train.request import DTYPES, AdapterRequest, Drawing, TrainingRequest, check_name
 from ..train.settings import TrainSettings, about, check_choice
 
 Table = TypeVar("Table")
@@ -108,8 +108,7 @@ class OutputTable:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
-        if not re.fullmatch(r"[^/\\:]+", self.name) or self.name.startswith("."):
-            raise ValueError(f"name: expected a file name without folders, found {self.name!r}")
+        check_name(self.name)
 
 
 @dataclass(frozen=True)
