@@ -34,19 +34,16 @@ import torch
 from measure import features, kid
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_deadiff import COUPLED, VARIANTS, Lines, prepared
+from train_deadiff import COUPLED, STYLE_STEPS, VARIANTS, trained
 
 from styleinject_core.deadiff import Deadiff
 from styleinject_core.demo import data
 from styleinject_core.demo.classifier import load_classifier
-from styleinject_core.demo.deadiff import five_style_training, paired_images
+from styleinject_core.demo.deadiff import five_style_training
 from styleinject_core.demo.reference_scores import measure, measure_new_styles
-from styleinject_core.train.objectives.reference import ReferenceTask, Shares
-from styleinject_core.train.run.loop import train
+from styleinject_core.train.objectives.reference import Shares
 from styleinject_core.train.run.reference_folder import ReferenceFolder
-from styleinject_core.train.settings import TrainSettings
 
-STYLE_STEPS = 500
 SEPARATE = "separate-reconstruction"
 ALL = {SEPARATE: (COUPLED, Shares(0, 0, 1)), **VARIANTS}
 WORDS = "words"  # the model told the style in words: the ceiling
@@ -108,17 +105,9 @@ def run(variant: str, seed: int, steps: int, work: Path) -> dict[str, float]:
     if variant == WORDS:
         return measured(None)
     config, shares = ALL[variant]
-    total = round(steps / (shares.style or shares.reconstruction))
     folder = ReferenceFolder(work / f"{variant}-{seed}-{steps}")
-    settings = TrainSettings(
-        total, 16, learning_rate=1e-3, schedule="cosine", warmup=min(50, total - 1), seed=seed, checkpoint_every=100,
-        caption_dropout=0.0, weight_decay=1e-2,
-    )  # fmt: skip
-    deadiff = prepared(model, folder.path, config, seed, aligned=shares.content > 0)
     with separate(model.denoiser) if variant == SEPARATE else nullcontext():
-        task = ReferenceTask(model, paired_images(model, held_out=False), settings, shares)
-        train(deadiff, task, settings, run=folder, observer=Lines())  # type: ignore[arg-type]
-        return measured(deadiff.eval())
+        return measured(trained(model, folder, config, shares, steps, seed))
 
 
 def table(lines: list[dict[str, Any]]) -> str:

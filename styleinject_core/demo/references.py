@@ -59,7 +59,7 @@ def run(out: Path, image: Path | None = None, *, seed: int = 0, scores: bool = T
 
 
 def references() -> list[tuple[str, Tensor]]:
-    """A drawing of a held-out thing in each style: (label, (1, 3, 64, 64) in [-1, 1]); the styles nothing was trained on last."""
+    """A drawing of a held-out thing in each style, NEW_STYLES last: (label, (1, 3, 64, 64) in [-1, 1])."""
     held = torch.tensor([k for k, concept in enumerate(data.concepts()) if concept.held_out])
     drawings = {style: data.images(style)[held] for style in data.styles()}
     drawings |= {f"{style}{NEW}": data.new_style_images(style) for style in data.NEW_STYLES}
