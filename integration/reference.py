@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -100,7 +101,7 @@ class AppliedReference:
 
     def call(self, call: ModelCall) -> ModelCall:
         """The call with its roles as this reference needs them: "negative", and anything else."""
-        return ModelCall(call.images, call.sigma, call.extras, lambda: self._roles(call))
+        return ModelCall(call.images, call.sigma, call.extras, cache(lambda: self._roles(call)))
 
     def _roles(self, call: ModelCall) -> tuple[str, ...]:
         roles, entries = call.roles, list(call.extras.get("cond_or_uncond") or ())
