@@ -215,6 +215,7 @@ def _images(
             settings.batch_size,
             buckets=data.buckets,
             bucket_step=data.bucket_step,
+            bucket_ratio=data.bucket_ratio,
             seed=settings.seed,
             rank=processes.rank,
             world=processes.world,
@@ -238,6 +239,7 @@ def _folder(data: DataTable, path: Path, seed: int, caption: str | None) -> Imag
         data.resolution,
         buckets=data.buckets,
         bucket_step=data.bucket_step,
+        bucket_ratio=data.bucket_ratio,
         on_corrupt=data.on_corrupt,  # type: ignore[arg-type]
         caption=caption,
         center_crop=data.center_crop,

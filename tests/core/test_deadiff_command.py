@@ -122,7 +122,7 @@ def test_labels_of_a_shard_may_be_in_json(folder):
         ({"000.png": b"x", "000.json": b"[1]"}, 'a.tar/000.json: expected {"style".*found list'),
         ({"000.png": b"x", "000.json": b"{"}, "a.tar/000.json: "),
         ({"000.png": b"x", "000.json": b'{"style": 3}'}, "a.tar/000.json: style: expected a text, found 3"),
-        ({"s/000.png": b"x", "s/000.txt": b"\xff"}, "a.tar/s/000.txt: .*utf-8"),
+        ({"s/000.png": b"x", "s/000.txt": b"\xff"}, "a.tar/s/000.txt: not UTF-8"),
         ({"notes.txt": b"x"}, "data.shards: no pictures .* in 1 shards, the first is a.tar"),
     ],
 )

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from .captions import one_line
+from .captions import decoded, one_line
 from .images import SUFFIXES, DataError
-from .webdataset import Group, find_shards, groups
+from .webdataset import Group, find_shards, groups, member
 
 _STYLE = "style"  # the file of a style's folder that has its words
 
@@ -60,7 +61,7 @@ def pictures_in_folder(root: Path) -> list[Picture]:
     """The pictures of a folder of styles, in a fixed order.
 
     Raises:
-        DataError: no such folder, or none in it.
+        DataError: no such folder, none in it, or a text that cannot be read.
     """
     if not root.is_dir():
         raise DataError(f"data.folder: {root.name!r} is no folder")
@@ -131,7 +132,7 @@ def _labels(shard: Path, group: Group) -> Mapping[str, str]:
     name = f"{shard.name}/{group.key}.json"
     try:
         said = json.loads(_decoded(shard, group, "json"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: {error}") from error
     if not isinstance(said, dict):
         raise DataError(f'{name}: expected {{"style": ..., "subject": ...}}, found {type(said).__name__}')
@@ -143,13 +144,16 @@ def _labels(shard: Path, group: Group) -> Mapping[str, str]:
 
 def _decoded(shard: Path, group: Group, suffix: str) -> str:
     try:
-        return group.open(suffix).read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        return decoded(member(group, group.members[suffix]).read())
+    except (ValueError, tarfile.TarError, OSError) as error:
         raise DataError(f"{shard.name}/{group.key}.{suffix}: {error}") from error
 
 
 def _text(path: Path) -> str:
-    return one_line(path.read_text(encoding="utf-8-sig")) if path.is_file() else ""
+    try:
+        return one_line(decoded(path.read_bytes())) if path.is_file() else ""
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path.parent.name}/{path.name}: {error}") from error
 
 
 def _words(name: str) -> str:

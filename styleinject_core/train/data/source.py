@@ -169,7 +169,7 @@ class FolderSource:
         self._among = frozenset(self.indices)
         sizes = [folder.sizes[k] for k in self.indices]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
-        self.advice = self.order.advice
+        self.advice = "; ".join(filter(None, (folder.advice, self.order.advice)))
 
     def batch(self, index: int) -> Batch:
         examples = [self._example(self.indices[k], index) for k in self.order.batch(index)]
