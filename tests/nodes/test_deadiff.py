@@ -561,6 +561,7 @@ def test_models_that_do_not_fit(core, apply, tokens, tiny_unet_model, sample) ->
         ):
             apply(other, style=style)
         assert leftovers(other) == []
+    apply(tiny_unet_model(in_channels=9), style=style)  # inpainting: the cross-attentions are the same
 
 
 def test_other_wrong_input(core, model, deadiff, apply, tokens, sample, run_node) -> None:
