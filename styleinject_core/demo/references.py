@@ -65,7 +65,7 @@ def references() -> list[tuple[str, Tensor]]:
     drawings |= {f"{style}{NEW}": data.new_style_images(style) for style in data.NEW_STYLES}
     count = len(data.styles()) + 2  # the same things as without the new styles
     places = [(k + 1) * len(held) // count for k in range(count - 1)]
-    places.append(len(held) // 2)
+    places.append(5 * len(held) // 8)  # a thing that is no column
     return [(label, images[k : k + 1]) for (label, images), k in zip(drawings.items(), places, strict=True)]
 
 
