@@ -19,6 +19,7 @@ from ..train.data.batches import Conditioning, joined
 from ..train.data.drawn import draw_once, kept_latents
 from ..train.data.folder import ImageFolder
 from ..train.data.kept import Kept
+from ..train.data.labels import StyleLabels
 from ..train.data.source import FolderSource, LatentSource, Source, StreamSource
 from ..train.data.webdataset import ImageStream
 from ..train.memory import Choice, Workload, choose, free_memory, is_out_of_memory
@@ -103,6 +104,9 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     config = replace(config, train=choice.request.settings, adapter=choice.request.adapter)
     task = _task(config, here, None if dry else out, model, teacher, processes)
     adapter = choice.request.new_adapter(model.denoiser)
+    if config.data.styles:
+        config.check_styles(config.adapter)  # what fits in memory may have fewer
+        adapter = adapter.with_style_names(config.data.styles)
     return Job(config, choice.request, out, processes, model, adapter.to(model.device), task, choice.report)
 
 
@@ -163,7 +167,7 @@ def _task(
         prior = _prior(config, here, out, model, processes, kept)
         return DreamBooth(model, source, settings, empty, prior=prior, prior_weight=table.prior_weight, **validation)
     source, validation = _images(config, here, model, processes, kept=_kept(config, out, model))
-    return FineTune(model, source, settings, empty, **validation)
+    return FineTune(model, source, settings, empty, style_dropout=config.data.style_dropout, **validation)
 
 
 def _distillation(
@@ -201,6 +205,7 @@ def _distillation(
         config.train,
         model.encode_text([""]),
         None if table.shared_text_encoder else teacher.encode_text([""]),
+        style_dropout=config.data.style_dropout,
         output_weight=table.output_weight,
         feature_weight=table.features,
         teacher_reads="the student's prompts" if table.shared_text_encoder else f"its own, {_hash(pairs)}",
@@ -219,6 +224,7 @@ def _images(
 ) -> tuple[Source, dict[str, Any]]:
     """The source of a config's images, and the validation arguments of its task."""
     data, settings = config.data, config.train
+    reading["labels"] = StyleLabels(data.styles) if data.styles else None
     if data.shards:
         if caption is not None:
             raise ConfigError("data.shards: DreamBooth takes its few images from data.folder")

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..train.data.labels import StyleLabels
 from ..train.models.noise import PREDICTION_TYPES
 from ..train.request import DTYPES, AdapterRequest, Drawing, TrainingRequest, check_name
 from ..train.settings import TrainSettings, about, check_choice
@@ -88,6 +89,16 @@ class DataTable:
     )
     center_crop: bool = field(default=True, metadata=about("false crops anywhere."))
     flip: bool = field(default=False, metadata=about("mirror half of the images."))
+    styles: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            "names of styles that folders or captions have: an image of such a folder, or with such a word, trains that\n"
+            "style of the adapter, and Style Mixer has it by its name. Not for DreamBooth."
+        ),
+    )
+    style_dropout: float = field(
+        default=0.1, metadata=about("share of these images whose style the router chooses all the same, so that it learns to.")
+    )
     on_corrupt: str = field(
         default="skip", metadata=about('what to do about an image that cannot be read: "skip" it, or "stop".')
     )
@@ -97,6 +108,9 @@ class DataTable:
         check_choice("on_corrupt", self.on_corrupt, ("skip", "stop"))
         _at_least(self, 1, "resolution", "bucket_step", "bucket_ratio")
         _at_least(self, 0, "validation")
+        StyleLabels(self.styles)
+        if not 0 <= self.style_dropout < 1:
+            raise ValueError(f"style_dropout: expected 0 to below 1, found {self.style_dropout}")
         if self.folder and self.shards:
             raise ValueError("folder and shards: give one of them")
         if self.validation and not self.folder:
@@ -216,6 +230,18 @@ class TrainConfig:
             raise ValueError("train.validate_every: set data.validation to how many images are held out for it")
         if self.train.sample_every and not self.output.prompts:
             raise ValueError("train.sample_every: set output.prompts to what is to be drawn")
+        if self.data.styles:
+            self.check_styles(self.adapter)
+            if not (self.data.folder or self.data.shards):
+                raise ValueError("data.styles: are named by images, give data.folder or data.shards")
+
+    def check_styles(self, adapter: AdapterRequest) -> None:
+        """Refuse named styles that an adapter has no place for (ValueError)."""
+        names, places = len(self.data.styles), getattr(adapter.config(), "n_styles", 1)
+        if places == 1:
+            raise ValueError(f"data.styles: an adapter of the method {adapter.method!r} has no styles to choose from")
+        if names > places:
+            raise ValueError(f"data.styles: {names} names, but adapter.styles is {places}")
 
     @property
     def needs_no_images(self) -> bool:
@@ -237,6 +263,11 @@ class DreamBoothConfig(TrainConfig):
     """`styleinject dreambooth`: one subject from a few images."""
 
     dreambooth: DreamBoothTable
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.styles:
+            raise ValueError("data.styles: DreamBooth learns one subject, not styles")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from styleinject_core import load_adapter
 from styleinject_core.cli import main
 from styleinject_core.commands import training as run_module
+from styleinject_core.commands.build import build
 from styleinject_core.commands.config_files import (
     ConfigError,
     DistilConfig,
@@ -29,6 +30,7 @@ from styleinject_core.commands.config_files import (
     template,
 )
 from styleinject_core.demo import data
+from styleinject_core.train.parallel import Processes
 
 ROOT = Path(__file__).parents[2]
 COMMON = {
@@ -278,6 +280,44 @@ def test_every_held_out_image_is_measured_once(here):
     task.validation_loss()
     assert sorted(seen) == sorted(task.validation.indices) and len(seen) == 4
     assert not {*task.source.indices} & {*seen}
+
+
+def test_styles_are_named_by_folders_and_captions(here, capsys):
+    """Each trains its own style of the adapter, which has its name; what names none is counted; what does not fit is refused."""
+    picture_folder(here / "data")
+    for style in ("noto", "fluent3d"):
+        picture_folder(here / "data" / style, 3, style)
+    for k, path in enumerate(sorted((here / "data").glob("*.txt"))):
+        path.write_text("a twemoji drawing" if k else "twemoji, not noto")
+    table = {"styles": ["Twemoji", "noto", "fluent3d"], "style_dropout": 0.0}
+    path = write(here, data={**table, "folder": "data"}, adapter={"styles": 4, "rank": 2}, train={"steps": 3})
+    job = build(load_config(TrainConfig, path), here, Processes())
+    assert job.adapter.style_names == ("Twemoji", "noto", "fluent3d", "style 4")
+    folder = job.task.source.folder
+    expected = {folder.name(k): {"noto": 1, "fluent3d": 2}.get(folder.name(k).split("/")[0], 0) for k in range(len(folder))}
+    expected[min(expected, key=lambda name: ("/" in name, name))] = -1  # its caption has two of the words
+    seen = {}
+    for index in range(20):
+        batch = job.task.source.batch(index)
+        for k, style in zip(job.task.source.order.batch(index), batch.styles.tolist(), strict=True):
+            seen[folder.name(job.task.source.indices[k])] = style
+    assert seen == expected
+    assert "1 of 12 images name no style, or several" in job.task.advice
+    assert main(["train", str(path)]) == 0
+    saved = load_adapter(here / "run" / "noto style.safetensors")
+    assert saved.style_names[:3] == ("Twemoji", "noto", "fluent3d")
+
+    for changes, message in (
+        ({"data": {**table, "folder": "data", "styles": ["a", "A"]}}, "styles: 'a' is there twice"),
+        ({"data": {**table, "folder": "data"}, "adapter": {"styles": 2}}, "data.styles: 3 names, but adapter.styles is 2"),
+        ({"data": {**table, "folder": "data"}, "adapter": {"method": "lora"}}, "the method 'lora' has no styles"),
+        ({"data": {**table, "folder": "data", "style_dropout": 1.0}}, "style_dropout: expected 0 to below 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(TrainConfig, write(here, **changes))
+    path = write(here, data={**table, "folder": "data", "styles": ["noto", "cubism"]}, adapter={"styles": 4, "rank": 2})
+    assert main(["train", str(path), "--dry-run"]) == 1
+    assert "no image is in a folder 'cubism', or has it as the only style" in capsys.readouterr().err
 
 
 def test_baselines(here):

@@ -17,6 +17,7 @@ from .buckets import BatchOrder, Size
 from .folder import ImageFolder
 from .images import DataError, Example
 from .kept import Kept, size_of
+from .labels import StyleLabels
 from .webdataset import ImageStream
 
 _OF_A_STREAM = 2**26  # bytes: its captions have no end
@@ -130,7 +131,9 @@ class _Encoding:
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
         size_conditioning: SizeConditioning | None = None,
         kept: Kept | None = None,
+        labels: StyleLabels | None = None,
     ):
+        self.labels = labels
         self._encode, self._encode_text, self._encode_teacher_text = encode, encode_text, encode_teacher_text
         self._size_conditioning = size_conditioning
         self.kept = Kept() if kept is None else kept
@@ -146,7 +149,10 @@ class _Encoding:
             )
         height, width = example.pixels.shape[-2:]
         about = self._size_conditioning(example.original, example.crop, (height, width)) if self._size_conditioning else {}
-        return _Encoded(latents, example.caption, about)
+        return _Encoded(latents, example.caption, about, self.style(example.name, example.caption))
+
+    def style(self, name: str, caption: str) -> int:
+        return -1 if self.labels is None else self.labels.of(name, caption)
 
     def kept_example(self, key: str, read: Callable[[], Example]) -> _Encoded:
         """An example whose latents are kept; `read` is called where they are not."""
@@ -181,16 +187,18 @@ class _Encoding:
             torch.stack([example.latents for example in examples]),
             {**joined(own), **about},
             {**joined(teachers), **about} if teachers[0] else None,
+            styles=None if self.labels is None else torch.tensor([example.style for example in examples]),
         )
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """An example as the model sees it; `about` is its size conditioning, one row."""
+    """An example as the model sees it; `about` is its size conditioning, one row, `style` the number of its style or -1."""
 
     latents: Tensor
     caption: str
     about: Conditioning
+    style: int = -1
 
 
 class FolderSource:
@@ -202,6 +210,10 @@ class FolderSource:
         size_conditioning: (original size, crop, size) -> what the model is told about an image beside its caption.
         indices: which of the folder's images; None takes all.
         kept: where latents and conditioning are kept.
+        labels: which styles are looked for in folders and captions.
+
+    Raises:
+        DataError: a style that no image has.
     """
 
     def __init__(
@@ -217,15 +229,18 @@ class FolderSource:
         seed: int = 0,
         processes: Processes = Processes(),  # noqa: B008 - frozen
         kept: Kept | None = None,
+        labels: StyleLabels | None = None,
     ):
         self.folder = folder
-        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, kept)
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, kept, labels)
+        self._styles = [self._encoding.style(folder.name(k), folder.captions[k]) for k in range(len(folder))]
         self._standing_in: dict[int, _Encoded] = {}  # for those that cannot be decoded
         self.indices = list(range(len(folder))) if indices is None else list(indices)
         self._among = frozenset(self.indices)
         sizes = [folder.sizes[k] for k in self.indices]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
-        self.advice = "; ".join(filter(None, (folder.advice, self.order.advice)))
+        said = labels.counted(self._styles) if labels is not None else ""
+        self.advice = "; ".join(filter(None, (folder.advice, self.order.advice, said)))
 
     def batch(self, index: int) -> Batch:
         return self._encoding.batch([self._example(self.indices[k], index) for k in self.order.batch(index)])
@@ -243,7 +258,8 @@ class FolderSource:
             return example
 
         try:
-            return replace(self._encoding.kept_example(self.folder.stamp(k), read), caption=self.folder.captions[k])
+            found = self._encoding.kept_example(self.folder.stamp(k), read)
+            return replace(found, caption=self.folder.captions[k], style=self._styles[k])
         except _StandsIn as other:
             self._standing_in[k] = self._encoding.example(other.example)
             return self._standing_in[k]
@@ -260,6 +276,8 @@ class FolderSource:
         known = self.folder.summary()
         if len(self.indices) < len(self.folder):
             known["chosen"] = len(self.indices)
+        if self._encoding.labels is not None:
+            known["styles"] = [*self._encoding.labels.names, tensors_hash([torch.tensor(self._styles)])]
         return known
 
     def state_dict(self) -> dict[str, Any]:
@@ -289,16 +307,20 @@ class StreamSource:
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
         size_conditioning: SizeConditioning | None = None,
+        *,
+        labels: StyleLabels | None = None,
     ):
         self.stream = stream
-        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, Kept(memory=_OF_A_STREAM))
+        kept = Kept(memory=_OF_A_STREAM)
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, kept, labels)
 
     def batch(self, index: int) -> Batch:
         examples = self.stream.next_batch()
         return self._encoding.batch([self._encoding.example(example) for example in examples])
 
     def summary(self) -> dict[str, Any]:
-        return self.stream.summary()
+        labels = self._encoding.labels
+        return self.stream.summary() | ({} if labels is None else {"styles": list(labels.names)})
 
     def state_dict(self) -> dict[str, Any]:
         return self.stream.state_dict()

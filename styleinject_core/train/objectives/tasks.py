@@ -181,11 +181,20 @@ class Distil(FineTune):
         teacher_reads: str = "",
         validation: Source | None = None,
         validation_batches: int = 4,
+        style_dropout: float = 0.1,
     ):
         self.check_pair(model, teacher, settings, feature_weight)
         if (empty is None) != (teacher_empty is None) and teacher_empty is not None:
             raise ValueError("the teacher has an empty prompt, the student has none: give both, or none")
-        super().__init__(model, source, settings, empty, validation=validation, validation_batches=validation_batches)
+        super().__init__(
+            model,
+            source,
+            settings,
+            empty,
+            validation=validation,
+            validation_batches=validation_batches,
+            style_dropout=style_dropout,
+        )
         self.teacher, self.teacher_empty = teacher, teacher_empty if settings.caption_dropout else None
         self.output_weight, self.feature_weight, self.teacher_reads = output_weight, feature_weight, teacher_reads
         self._blocks, self._teacher_blocks = (m.blocks() if feature_weight else {} for m in (model, teacher))
@@ -209,7 +218,7 @@ class Distil(FineTune):
         with torch.no_grad(), block_features(self._teacher_blocks) as wanted:
             at = matching_times(self.model.schedule, times, self.teacher.schedule)
             teacher = self.teacher.predict(noisy, at, for_teacher)
-        with block_features(self._blocks) as features:
+        with self._given_styles(batch, rng, dropout), block_features(self._blocks) as features:
             student = self.model.predict(noisy, times, conditioning)
         if self.teacher.schedule.prediction_type != self.model.schedule.prediction_type:
             sample = predicted_sample(self.teacher.schedule, teacher, noisy, at)
