@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_wrappe
 from torch import Tensor, nn
 
 from ..styleinject_core import Attachment
-from ..styleinject_core.call import Listener, ModelCall
+from ..styleinject_core.call import Listener, ModelCall, Tokens
 from ..styleinject_core.functional.host import HostLayer
 from ..styleinject_core.router.control import Steered
 from ..styleinject_core.router.recorder import Call, Recorder
@@ -27,6 +27,7 @@ from .injection import KEY, Injection
 from .monitor import Monitor
 from .reference import AppliedReference, masked_options
 from .sampling_run import UNKNOWN, Conditionings, Run
+from .tokens import tokens_of
 
 _FUNCTION_WRAPPER = "model_function_wrapper"
 _APPLY = "apply_model"
@@ -47,7 +48,7 @@ class ApplyModelWrapper:
             return executor(*args, **kwargs)
         options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
         with ExitStack() as stack:
-            call = stack.enter_context(_adapted(self.injections, model, x, timestep, options))
+            call = stack.enter_context(_adapted(self.injections, model, x, timestep, options, kwargs))
             active = [reference for reference in self.references if reference.active(model, timestep)]
             calls = [reference.call(call) for reference in active]
             for reference, own in zip(active, calls, strict=True):
@@ -72,10 +73,19 @@ def _wrappers_of(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def _adapted(
-    injections: Iterable[Injection], model: nn.Module, x: Tensor, timestep: Tensor, options: Mapping[str, Any]
+    injections: Iterable[Injection],
+    model: nn.Module,
+    x: Tensor,
+    timestep: Tensor,
+    options: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> Iterator[ModelCall]:
-    """A model with the adapters that are active at this noise level, for the length of one call of it, which it yields."""
-    call = model_call(x, timestep, options)
+    """A model with the adapters that are active at this noise level, for the length of one call of it, which it yields.
+
+    Args:
+        given: what else the call is given, by name.
+    """
+    call = model_call(x, timestep, options, tokens_of(model, x, given))
     now = options.get(KEY)
     run = now.run if isinstance(now, Conditionings) else None
     active = [(injection, injection.attachment(model)) for injection in injections if injection.active(model, timestep)]
@@ -109,7 +119,7 @@ class FunctionWrapper:
         options = args["c"].get("transformer_options") or {}
 
         def adapted() -> AbstractContextManager[ModelCall]:
-            return _adapted(self.run.injections, model, args["input"], args["timestep"], options)
+            return _adapted(self.run.injections, model, args["input"], args["timestep"], options, args["c"])
 
         stack = ExitStack()
 
@@ -136,7 +146,7 @@ class FunctionWrapper:
         return self
 
 
-def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any]) -> ModelCall:
+def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any], tokens: Tokens | None = None) -> ModelCall:
     """What one `apply_model` call knows; `options` are its transformer_options."""
     now = options.get(KEY)
 
@@ -145,7 +155,7 @@ def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any]) -> Model
 
     # no count where gradients are wanted: a backward pass may run blocks of an earlier call again
     images = 0 if torch.is_grad_enabled() else x.shape[0]
-    return ModelCall(images, timestep.flatten()[0], options, roles)
+    return ModelCall(images, timestep.flatten()[0], options, roles, tokens=tokens)
 
 
 @contextmanager

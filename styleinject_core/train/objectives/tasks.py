@@ -72,7 +72,8 @@ class FineTune:
         with ExitStack() as stack:
             attachment = stack.enter_context(self.model.attachment(adapter))
             if self.settings.gradient_checkpointing:
-                stack.enter_context(checkpointed(self.model.blocks(), self.model.in_place_blocks()))
+                blocks, in_place = self.model.blocks(), self.model.in_place_blocks()
+                stack.enter_context(checkpointed(blocks, in_place, self.model.current_calls()))
             yield attachment
 
     def loss(self, rng: RandomNumbers) -> Tensor:
