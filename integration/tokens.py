@@ -2,18 +2,19 @@
 
 How many there are follows from the latents and the size of a patch. What shares a sequence with them is in `LAYOUTS`, for each
 network of ComfyUI that mixes prompt and image in one. Of any other network only sequences of the image's tokens alone are
-recognized; `unknown` says in which layers that is too little.
+recognized; `layers_with_unknown_tokens` says where that is too little.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..styleinject_core import Adapter
 from ..styleinject_core.call import Tokens
 from ..styleinject_core.layer_names import parse
 from .places import diffusion_model
@@ -74,15 +75,15 @@ def tokens_of(model: nn.Module, x: Tensor, given: Mapping[str, Any]) -> Tokens |
     return Tokens(count, after + (-count % multiple if multiple else 0), frames, leading=layout.leading)
 
 
-def unknown(model: nn.Module, layers: Iterable[str]) -> list[str]:
-    """Those of a transformer's layers whose tokens may be the image's and others, which nobody tells apart here."""
+def layers_with_unknown_tokens(model: nn.Module, adapter: Adapter) -> list[str]:
+    """An adapter's layers that look at the image's tokens alone, in a transformer of which nobody here can tell them."""
     host = diffusion_model(model)
     if type(host).__name__ in LAYOUTS:
         return []
-    names = {name: parse(name) for name in layers}
-    known = _patch(host) is not None
-    mixed = ("both", "") if known else ("both", "", "image")
-    return [name for name, layer in names.items() if layer.stream in mixed and layer.has_tokens and not layer.side]
+    looking = [name for name, layer in adapter.layers.items() if layer.tokens != "all"]
+    # alone in their sequences they are recognized by their number, where that is known
+    mixed = ("both", "") if _patch(host) is not None else ("both", "", "image")
+    return [name for name in looking if (named := parse(name)).stream in mixed and named.stack]
 
 
 def _patch(host: nn.Module) -> tuple[int, int, int] | None:

@@ -47,9 +47,9 @@ class Batch:
 
 def rows(conditioning: Mapping[str, Any], index: Tensor | Sequence[int]) -> Conditioning:
     """The prompts of some rows."""
-    index = torch.as_tensor(index)
+    numbers = index.tolist() if isinstance(index, Tensor) else list(index)
     return {
-        key: Each(value[k] for k in index.tolist()) if isinstance(value, Each) else value[index.to(value.device)]
+        key: Each(value[k] for k in numbers) if isinstance(value, Each) else value[numbers]
         for key, value in conditioning.items()
     }
 

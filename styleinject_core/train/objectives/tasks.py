@@ -13,10 +13,10 @@ from ...adapter import Adapter
 from ...attach import Attachment
 from ..data.batches import Batch, Conditioning, conditioning_hash, where
 from ..data.source import Source
-from ..models.noise import add_noise, matching_times, predicted_sample, prediction_of
+from ..models.noise import add_noise, logit_normal, matching_times, predicted_sample, prediction_of
 from ..models.training_model import TrainingModel
 from ..random_numbers import VALIDATION, RandomNumbers
-from ..settings import TrainSettings
+from ..settings import FLOW_TIMES, TrainSettings
 from .losses import block_features, checkpointed, distil_loss, fine_tune_loss
 
 
@@ -99,7 +99,10 @@ class FineTune:
 
     def _noisy(self, latents: Tensor, rng: RandomNumbers) -> tuple[Tensor, Tensor, Tensor]:
         schedule = self.model.schedule
-        times = schedule.times(rng.uniform(len(latents))).to(latents.device)
+        uniform = rng.uniform(len(latents))
+        if schedule.prediction_type == "flow" and self.settings.flow_times == FLOW_TIMES[0]:
+            uniform = logit_normal(uniform)
+        times = schedule.times(uniform).to(latents.device)
         noise = rng.normal(latents)
         return times, noise, add_noise(schedule, latents, noise, times)
 
