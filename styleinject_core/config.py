@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-ROUTER_POOLS = ("mean", "sum", "token")
+ROUTER_POOLS = ("mean", "sum", "token", "paper")
 TOKENS = ("image", "frame", "all")
 STA_FORMS = ("multiplicative", "additive", "none")
 _LARGEST = 3.4028234663852886e38  # of float32
@@ -90,8 +90,8 @@ class AdapterConfig(LayerConfig):
         r: rank of every down- and up-projection.
         n_styles: n, the number of parallel down-projections the router mixes.
         alpha: the low-rank increment is scaled by alpha / r; None means alpha = r.
-        router_pool: how router logits become one vector per image: "mean" or "sum" over positions, or "token"
-            (every token by itself; Linear layers only).
+        router_pool: how router logits become one vector per image: "mean" or "sum" over positions; or "token": every token has
+            its own (Linear layers only); or "paper", as its text says: "token" on Linear layers, "sum" on convolutions.
         sta: "multiplicative" (f_s(σ) = σ·(1 + hyper(s))), "additive" (σ + hyper(s)), or "none" (no AdaIN step).
         eps: lower bound of σ where it is divided by.
         tokens: what router and statistics of a transformer's layer look at: "image", the image's tokens, or all of a clip's

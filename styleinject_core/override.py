@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -48,6 +49,7 @@ class Override:
         self.sites: list[Site] = []
         self.tails: list[Tail] = []
         self._plan: Plan | None = None
+        self._host: HostLayer | None = None
         self._constants: dict[Any, Any] = {}
         self._class_forward = type(module).forward.__get__(module)
         self._former: Callable[..., Tensor] | None = None  # an instance-level forward somebody set before us
@@ -86,54 +88,70 @@ class Override:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """h* of the module (or h, bit for bit, where every strength is 0), with the rows that are appended to it."""
-        out = self._adapted(x, *args, **kwargs)
-        if not self.tails:
-            return out
+        plan = self._current_plan(x)
+        if not plan.active:
+            out = self._original(x, *args, **kwargs)
+        elif self.shape.other:
+            with _changed(self.module, plan.active):
+                out = self._original(x, *args, **kwargs)
+        else:
+            out = self._adapted(plan, x, args, kwargs)
+        for current in plan.current:
+            current.ran = True
+        return out if not self.tails else self._with_tails(x, out)
+
+    def _with_tails(self, x: Tensor, out: Tensor) -> Tensor:
         for tail in self.tails:
             tail.current.ran = True
         found = (tail.rows(x, out, tail.current.call) for tail in self.tails)
         return torch.cat([out, *(rows for rows in found if rows is not None)], 1)
 
-    def _adapted(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        original = self._class_forward if self._former is None else self._former
-        plan = self._current_plan(x)
-        if not plan.active:
-            return original(x, *args, **kwargs)
-        for site in plan.active:
-            site.current.ran = True
-        if self.shape.other:
-            with _changed(self.module, plan.active):
-                return original(x, *args, **kwargs)
-        first, tokens = plan.active[0], x
-        if not self.shape.is_conv:
+    def _adapted(self, plan: Plan, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        first, host, tokens = plan.active[0], plan.host, x
+        if host.shape.kernel is None:
             tokens = as_tokens(x, first.program.samples(x, first.name, first.current.call.images))
-
-        def frozen(y: Tensor) -> Tensor:
-            if y is not tokens:
-                return original(y, *args, **kwargs)
-            out = original(x, *args, **kwargs)
-            return out if tokens is x else out.reshape(*tokens.shape[:-1], -1)
-
-        weight = bias = None
-        if self._former is None and first.program.readable(self.module, x):
-            weight, bias = self.module._parameters["weight"], self.module._parameters["bias"]
-        host = HostLayer(self.shape, frozen, weight, bias, self.module, self._constants)
-        if weight is None:
-            host.read = lambda: first.program.frozen_weight(self.module, x)
         seen = None
         if plan.looks and first.current.call.tokens is not None:
             seen = first.tokens(tokens.shape[1])
+        if tokens is x and seen is None and not args and not kwargs:
+            return plan.run(x, host)
+
+        def frozen(y: Tensor) -> Tensor:
+            if y is not tokens:
+                return self._original(y, *args, **kwargs)
+            out = self._original(x, *args, **kwargs)
+            return out if tokens is x else out.reshape(*tokens.shape[:-1], -1)
+
+        host = replace(host, forward=frozen)
         out = plan.run(tokens, host) if seen is None else plan.run_on(tokens, host, *seen)
         return out if tokens is x else out.reshape(*x.shape[:-1], -1)
 
+    @property
+    def _original(self) -> Callable[..., Tensor]:
+        return self._class_forward if self._former is None else self._former
+
     def _current_plan(self, x: Tensor) -> Plan:
-        if torch.compiler.is_compiling():  # all of it belongs into the graph
-            return Plan(self.sites, x)
-        plan = self._plan
-        if plan is None or torch.is_grad_enabled() or not plan.holds(self.sites, x):
-            plan = Plan(self.sites, x)
-            self._plan = plan if plan.kept else None
+        compiling = torch.compiler.is_compiling()
+        plan, host = self._plan, self._frozen(x, keep=not compiling)
+        if plan is None or compiling or torch.is_grad_enabled() or not plan.holds(self.sites, x, host):
+            plan = Plan(self.sites, x, host, keep=not compiling)
+            if not compiling:
+                self._plan = plan if plan.kept else None
         return plan
+
+    def _frozen(self, x: Tensor, keep: bool) -> HostLayer:
+        """The module by itself; one object for as long as nothing of it changes."""
+        forward, weight, bias = self._original, None, None
+        program = self.sites[0].program if self.sites else None
+        if self._former is None and program is not None and program.readable(self.module, x):
+            weight, bias = self.module._parameters["weight"], self.module._parameters["bias"]
+        host = self._host
+        if not keep or host is None or host.forward is not forward or host.weight is not weight or host.bias is not bias:
+            read = None if program is None else partial(program.frozen_weight, self.module)
+            host = HostLayer(self.shape, forward, weight, bias, self.module, self._constants, read)
+            if keep:
+                self._host = host
+        return host
 
 
 Part = TypeVar("Part", Site, Tail)

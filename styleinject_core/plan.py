@@ -11,15 +11,9 @@ from torch import Tensor
 
 from .functional import dispatch
 from .functional.host import HostLayer, statistics_dtype
-from .functional.update import LayerWeights, prepare
+from .functional.update import Hear, LayerWeights, prepare
 from .layers import LayerShape
 from .site import Rows, Site
-
-
-def _version(parameter: Tensor | None) -> int:
-    """How often it has been changed in place; always 0 for one made in inference mode, as ComfyUI makes them: those have no
-    count, and are changed by nobody."""
-    return 0 if parameter is None or parameter.is_inference() else parameter._version
 
 
 class Plan:
@@ -27,51 +21,61 @@ class Plan:
 
     A plan is kept only where every large tensor in it is the adapter's own parameter, and no gradient is wanted: what is
     copied are routers, hypernetworks and, of several adapters side by side, up-projections. `holds` compares all it was made
-    of (the sites, their strengths, their parameters with storage and version), so that a stale one is never used.
+    of (the layer, the sites, their strengths, their parameters with storage and version), so that a stale one is never used.
 
     Args:
         sites: everything on the module, in order.
         x: an input.
+        host: the layer by itself.
+        keep: whether it is to be asked later if it still `holds`; not while compiling, for all of it belongs into the graph.
     """
 
-    def __init__(self, sites: Sequence[Site], x: Tensor):
-        self._sites, self._like = list(sites), (x.dtype, x.device)
+    def __init__(self, sites: Sequence[Site], x: Tensor, host: HostLayer, keep: bool = False):
+        self.host, self._sites, self._dtype, self._device = host, list(sites), x.dtype, x.device
         self.active = [site for site in sites if site.dma != 0 or site.sta != 0]
-        self.kept = not torch.is_grad_enabled()
+        self.current = list({site.current: None for site in self.active})
         known = {site.layer.shape.in_features for site in self.active}
         self._known = known.pop() if len(known) == 1 else -1
+        if host.weight is not None and host.weight.shape[0] != host.shape.out_features:
+            self._known = -1
         # what they look at, where the image's tokens share a sequence with others; "all" where it makes no difference
         self.looks = {site.layer.tokens for site in self.active} - {"all"}
         places = dict.fromkeys(site.rows for site in self.active)
         self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
         self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
-        self.kept = self.kept and all(group.lasting for group in self.groups.values())
+        self.kept = keep and not torch.is_grad_enabled() and all(group.lasting for group in self.groups.values())
         if self.kept:
             self._strengths = [(site, site.dma, site.sta) for site in sites]
-            self._made_of = [
-                (site.layer._parameters, part, p, _version(p), 0 if p is None else p.data_ptr())
-                for site in self.active
-                for part, p in site.layer._parameters.items()
-            ]
+            self._tables = [site.layer._parameters for site in self.active]
+            parameters = [p for table in self._tables for p in table.values()]
+            self._parameters = list(map(id, parameters))  # no other has these ids while `_tensors` keeps them
+            self._tensors = [p for p in parameters if p is not None]
+            self._pointers = [p.data_ptr() for p in self._tensors]
+            # those made in inference mode, as ComfyUI makes them, have no count of changes, and are changed by nobody
+            self._counted = [p for p in self._tensors if not p.is_inference()]
+            self._versions = [p._version for p in self._counted]
 
-    def holds(self, sites: Sequence[Site], x: Tensor) -> bool:
+    def holds(self, sites: Sequence[Site], x: Tensor, host: HostLayer) -> bool:
         """Whether it is what would be prepared now."""
-        if self._sites != sites or self._like != (x.dtype, x.device):
+        if self.host is not host or self._sites != sites or self._dtype != x.dtype or self._device != x.device:
             return False
         for site, dma, sta in self._strengths:
             if site.dma != dma or site.sta != sta:
                 return False
-        for parameters, part, parameter, version, pointer in self._made_of:
-            if parameters[part] is not parameter:
-                return False
-            if parameter is not None and (_version(parameter) != version or parameter.data_ptr() != pointer):
-                return False
-        return True
+        return (
+            self._parameters == [id(p) for table in self._tables for p in table.values()]
+            and self._pointers == [p.data_ptr() for p in self._tensors]
+            and self._versions == [p._version for p in self._counted]
+        )
 
     def run(self, x: Tensor, host: HostLayer) -> Tensor:
-        """h* of the layer. Slices of a fused layer are adapted on their own channels, after what adapts it whole."""
-        wider = host.weight is not None and host.weight.shape[0] != host.shape.out_features
-        if x.shape[-1 if host.shape.kernel is None else 1] != self._known or wider:
+        """h* of the layer. Slices of a fused layer are adapted on their own channels, after what adapts it whole.
+
+        Args:
+            x: (B, L, k) or (B, k, H, W).
+            host: the layer as it is called this time.
+        """
+        if x.shape[-1 if host.shape.kernel is None else 1] != self._known:
             return self._on_known_channels(x, host)
         if self.whole is not None:
             return self.whole.run(x, host)
@@ -99,7 +103,7 @@ class Plan:
         if len(looks) > 1:
             h = host(x)
             fixed = replace(host, forward=lambda _: h)
-            plans = [Plan([site for site in self.active if site.layer.tokens == kind], x) for kind in sorted(looks)]
+            plans = [Plan([s for s in self.active if s.layer.tokens == kind], x, fixed) for kind in sorted(looks)]
             return torch.stack([plan.run_on(x, fixed, tokens, frames) - h for plan in plans]).sum(0) + h
         if looks == {"all"}:
             return self.run(x, host)
@@ -144,7 +148,7 @@ class Plan:
         for (k, d), sites in by_channels.items():
             own = h.narrow(dim, 0, d)
             part = _first_channels(host, own, k)
-            change = Plan(sites, x).run(x.narrow(dim, 0, k), part) - own
+            change = Plan(sites, x, part).run(x.narrow(dim, 0, k), part) - own
             rest = h.shape[dim] - d
             if rest:
                 change = torch.cat([change, torch.zeros_like(h.narrow(dim, d, rest))], dim)
@@ -168,7 +172,7 @@ def _first_channels(host: HostLayer, h: Tensor, inputs: int) -> HostLayer:
     """The first channels of a layer as one of its own, on the input for which they are `h`."""
     outputs = h.shape[1 if host.shape.is_conv else -1]
     shape = LayerShape(inputs, outputs, host.shape.kernel)
-    read = lambda: host.frozen_weight()[:outputs, :inputs]  # noqa: E731
+    read = lambda x: host.frozen_weight(x)[:outputs, :inputs]  # noqa: E731
     return HostLayer(shape, lambda _: h, None, None, host.module, read=read, tokens=host.tokens, frames=host.frames)
 
 
@@ -177,6 +181,9 @@ class _Group:
 
     def __init__(self, sites: Sequence[Site], x: Tensor):
         self.sites, self.lasting = list(sites), True
+        self.current = list({site.current: None for site in sites})
+        # torch knows no autocast for meta tensors
+        self._device = None if x.device.type == "meta" else x.device.type
         precise = statistics_dtype(x)
         self.weights = [self._weights(site, x, precise) for site in sites]
         self.prepared = prepare([weights for weights in self.weights if weights.active])
@@ -194,14 +201,15 @@ class _Group:
         return site.layer.weights(cast, dma=site.dma, sta=site.sta, owner=site, precise=cast_precise)
 
     def run(self, x: Tensor, host: HostLayer) -> Tensor:
-        for site in self.sites:
-            if site.current.call.listeners:
+        for current in self.current:
+            if current.call.listeners:
                 return self._heard(x, host)
-        if not self.prepared:
-            return host(x)
-        if _autocast(x):
-            return dispatch.forward(x, host, self.weights)
-        return dispatch.run(x, host, self.prepared)
+        return self._forward(x, host)
+
+    def _forward(self, x: Tensor, host: HostLayer, hear: Hear | None = None) -> Tensor:
+        if self._device is not None and torch.is_autocast_enabled(self._device):
+            return dispatch.forward(x, host, self.weights, hear)
+        return dispatch.run(x, host, self.prepared, hear)
 
     def _heard(self, x: Tensor, host: HostLayer) -> Tensor:
         """The same with somebody listening to the routers."""
@@ -214,18 +222,10 @@ class _Group:
                 h = out
             return out
 
-        watched = replace(host, forward=frozen)
-        if _autocast(x) or not self.prepared:
-            out = dispatch.forward(x, watched, self.weights, hearing)
-        else:
-            out = dispatch.run(x, watched, self.prepared, hearing)
+        out = self._forward(x, replace(host, forward=frozen), hearing)
         for site, s in hearing.used.items():
             _measure(site, s, x, h, host, self.weights[self.sites.index(site)])
         return out
-
-
-def _autocast(x: Tensor) -> bool:
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 class _Hearing:

@@ -32,6 +32,8 @@ class Method:
         factors: of a DiffuseKronA adapter.
         four: adapts all four attention projections, as DiffuseKronA's paper does; a LoRA then has half the rank.
         rate: the learning rate, one of RATES, from which the best is looked for; 0 trains nothing.
+        pool: how its router sees an image.
+        given: s is the style's own label; for tasks of several styles.
     """
 
     label: str
@@ -41,6 +43,8 @@ class Method:
     rate: float = 1e-2
     factors: tuple[int, int] | None = None
     four: bool = False
+    pool: str = "mean"
+    given: bool = False
 
     @property
     def adapts(self) -> bool:
@@ -57,6 +61,9 @@ METHODS = {
     "n1": Method("STA only (StyleInject, n = 1)", 1, sta=True),
     "n4": Method("StyleInject, n = 4", 4, sta=True),
     "n16": Method("StyleInject, n = 16", 16, sta=True),
+    "n16_paper": Method("StyleInject, n = 16, routed by token", 16, sta=True, pool="paper"),
+    "n4_given": Method("StyleInject, n = 4, s given by the style", 4, sta=True, given=True),
+    "n16_given": Method("StyleInject, n = 16, s given by the style", 16, sta=True, given=True),
     "krona": Method("DiffuseKronA, factors 4, 3", factors=(4, 3)),
     "krona_small": Method("DiffuseKronA, factors 8, 2", factors=(8, 2)),
     "lora_four": Method("LoRA, rank r / 2, four projections", 1, four=True),
@@ -97,7 +104,8 @@ def config(key: str, rank: int, targets: tuple[str, ...]) -> LayerConfig:
         return KroneckerConfig(method.factors, target_modules=targets)
     if method.equal:
         rank = _equal_rank(rank, targets)
-    return AdapterConfig(r=rank, n_styles=method.n, sta="multiplicative" if method.sta else "none", target_modules=targets)
+    sta = "multiplicative" if method.sta else "none"
+    return AdapterConfig(r=rank, n_styles=method.n, router_pool=method.pool, sta=sta, target_modules=targets)
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from chinese import chinese_names, train_chinese_encoder
@@ -11,9 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from styleinject_core.attach import Attachment
+from styleinject_core.call import ModelCall
 from styleinject_core.demo import data
 from styleinject_core.demo.classifier import Classifier, load_classifier
+from styleinject_core.demo.text import TextEncoder
 from styleinject_core.demo.training import DemoTrainingModel
+from styleinject_core.router.control import Rule, Steered, Steering
 from styleinject_core.train.data.source import LatentSource
 from styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
 from styleinject_core.train.settings import TrainSettings
@@ -71,12 +77,13 @@ class Problem:
         """The prompts of concepts, for the model that is trained."""
         return [data.concepts()[k].name for k in concepts]
 
-    def task(self, model: DemoTrainingModel, settings: TrainSettings) -> FineTune:
+    def task(self, model: DemoTrainingModel, settings: TrainSettings, given: bool = False) -> FineTune:
+        """What is trained for; with `given`, s is the style of each example."""
         latents = model.encode(data.images(self.style)[self.shown])
         prompts = model.encode_text(self.names(self.shown))
         return FineTune(model, self.source(latents, prompts, settings), settings, model.encode_text([""]))
 
-    def source(self, latents: Tensor, prompts: dict[str, Tensor], settings: TrainSettings, **more: dict) -> LatentSource:
+    def source(self, latents: Tensor, prompts: dict[str, Tensor], settings: TrainSettings, **more: Any) -> LatentSource:
         batch = min(settings.batch_size, len(latents))
         return LatentSource(list(latents), prompts, batch_size=batch, seed=settings.seed, **more)
 
@@ -94,8 +101,20 @@ class Problem:
         """What the samples of these concepts are compared with."""
         return data.images(self.style)[concepts]
 
-    def measure(self, model: DemoTrainingModel, seed: int, tuning: bool = False) -> dict[str, float]:
-        """The columns of one row; of concepts trained on alone, to choose a learning rate by."""
+    def measure(
+        self,
+        model: DemoTrainingModel,
+        seed: int,
+        tuning: bool = False,
+        attachment: Attachment | None = None,
+        given: bool = False,
+    ) -> dict[str, float]:
+        """The columns of one row; of concepts trained on alone, to choose a learning rate by.
+
+        Args:
+            attachment: of the row's adapter, if it has one.
+            given: s is the style's label, as in training.
+        """
         groups = {"seen_": self.seen} if tuning else {"": self.new, "seen_": self.seen}
         result = {}
         for prefix, concepts in groups.items():
@@ -138,7 +157,7 @@ class Distillation(Problem):
     def names(self, concepts: list[int]) -> list[str]:
         return [chinese_names()[k] for k in concepts] if self.chinese else super().names(concepts)
 
-    def task(self, model: DemoTrainingModel, settings: TrainSettings) -> Distil:
+    def task(self, model: DemoTrainingModel, settings: TrainSettings, given: bool = False) -> Distil:
         latents = torch.stack([self.drawn[k] for k in self.shown])
         theirs = self.teacher.encode_text(super().names(self.shown)) if self.chinese else None
         return Distil(
@@ -153,6 +172,108 @@ class Distillation(Problem):
 
     def reference(self, concepts: list[int]) -> Tensor:
         return self.teacher.decode(torch.stack([self.drawn[k] for k in concepts]))
+
+
+class Styles(Problem):
+    """One adapter for all the drawing styles that the base does not know, each named in the prompt by a word of its own.
+
+    The words are new to the text encoder: their embeddings are random, and frozen like everything that is the base's.
+    """
+
+    steps = 300
+    strengths = (0.6, 0.8, 1.25, 1.5)
+
+    def __init__(self, size: Size):
+        super().__init__(data.BASE_STYLE, size)
+        self.styles = [style for style in data.styles() if style != data.BASE_STYLE]
+        self.words = [f"style{k}" for k in range(len(self.styles))]
+        self.base.text_encoder = with_words(self.base.text_encoder, self.words)
+
+    def prompts(self, style: int, concepts: list[int]) -> list[str]:
+        return [f"{self.words[style]} {name}" for name in self.names(concepts)]
+
+    def task(self, model: DemoTrainingModel, settings: TrainSettings, given: bool = False) -> FineTune:
+        return FineTune(
+            model,
+            self.examples(model, self.shown, settings, given),
+            settings,
+            model.encode_text([""]),
+            validation=self.examples(model, self.new, settings, given),
+            validation_batches=max(1, len(self.styles) * len(self.new) // settings.batch_size),
+        )
+
+    def examples(self, model: DemoTrainingModel, concepts: list[int], settings: TrainSettings, given: bool) -> LatentSource:
+        """The drawings of some concepts in every style."""
+        numbers = range(len(self.styles))
+        latents = torch.cat([model.encode(data.images(style)[concepts]) for style in self.styles])
+        prompts = model.encode_text([prompt for k in numbers for prompt in self.prompts(k, concepts)])
+        return self.source(latents, prompts, settings, styles=[k for k in numbers for _ in concepts] if given else None)
+
+    def measure(
+        self,
+        model: DemoTrainingModel,
+        seed: int,
+        tuning: bool = False,
+        attachment: Attachment | None = None,
+        given: bool = False,
+    ) -> dict[str, float]:
+        groups = {"seen_": self.seen[:: 2 if tuning else 1]} if tuning else {"": self.new, "seen_": self.seen}
+        result = {}
+        for prefix, concepts in groups.items():
+            columns = self.drawn(model, concepts, seed, attachment, given)
+            result |= {prefix + name: value for name, value in columns.items()}
+        if tuning:
+            return result
+        if attachment is not None:
+            for strength in self.strengths:
+                attachment.set_strength(strength)
+                columns = self.drawn(model, self.new, seed, attachment, given)
+                result |= {f"{name}@{strength:g}": columns[name] for name in ("concept", "style", "both")}
+            attachment.set_strength(1.0)
+            result["both_area"] = sum([result["both"], *(result[f"both@{s:g}"] for s in self.strengths)]) / (
+                len(self.strengths) + 1
+            )
+        return result
+
+    def drawn(
+        self, model: DemoTrainingModel, concepts: list[int], seed: int, attachment: Attachment | None, given: bool
+    ) -> dict[str, float]:
+        """The columns, averaged over the styles."""
+        columns = []
+        for k, style in enumerate(self.styles):
+            with self.given_style(attachment, k) if given and attachment is not None else nullcontext():
+                images = self.draw(model, self.prompts(k, concepts), 1000 + seed)
+            shares = recognized(self.classifier, images, concepts, data.styles().index(style))
+            wanted = features(self.classifier, data.images(style)[concepts])
+            columns.append({**shares, "kid": kid(features(self.classifier, images), wanted)})
+        return {name: sum(each[name] for each in columns) / len(columns) for name in columns[0]}
+
+    def given_style(self, attachment: Attachment, style: int) -> AbstractContextManager[None]:
+        """s of every layer is one style."""
+        adapter = attachment.applied[0].adapter
+        steering = Steering([Rule(weights={str(style + 1): 1.0})], adapter)
+        steers = steering.steers([True], ("all",), ("all",), sigma=0.0, memory={})
+        return attachment.in_call(ModelCall(listeners=(Steered(steers),)))
+
+    def ideal(self) -> dict[str, float]:
+        columns = []
+        for concepts in (self.new, self.seen):
+            shares = [
+                recognized(self.classifier, data.images(style)[concepts], concepts, data.styles().index(style))
+                for style in self.styles
+            ]
+            columns.append({name: sum(each[name] for each in shares) / len(shares) for name in shares[0]})
+        return {**columns[0], **{f"seen_{name}": value for name, value in columns[1].items()}}
+
+
+def with_words(encoder: TextEncoder, words: list[str]) -> TextEncoder:
+    """The text encoder with more words, whose embeddings are random; the words it had keep theirs."""
+    wider = TextEncoder([*encoder.vocabulary, *words])
+    state = encoder.state_dict()
+    known = state["embedding.weight"]
+    new = torch.randn(len(words), known.shape[1], generator=torch.Generator().manual_seed(0)) * known.std()
+    wider.load_state_dict({**state, "embedding.weight": torch.cat([known, new])})
+    return wider.eval().requires_grad_(False)
 
 
 class Subject(Problem):
@@ -178,7 +299,7 @@ class Subject(Problem):
         self.class_latents = self.base.sample(prior, PIXELS, 2000, steps=size.sampling_steps)
         self.drift: dict[int, Tensor] = {}  # seed -> features of what the base draws for the others
 
-    def task(self, model: DemoTrainingModel, settings: TrainSettings) -> DreamBooth:
+    def task(self, model: DemoTrainingModel, settings: TrainSettings, given: bool = False) -> DreamBooth:
         instance, prompts = model.encode(self.pictures), model.encode_text(self.instances[:1])
         return DreamBooth(
             model,
@@ -188,7 +309,14 @@ class Subject(Problem):
             prior=self.source(self.class_latents, model.encode_text(self.classes[:1]), settings),
         )
 
-    def measure(self, model: DemoTrainingModel, seed: int, tuning: bool = False) -> dict[str, float]:
+    def measure(
+        self,
+        model: DemoTrainingModel,
+        seed: int,
+        tuning: bool = False,
+        attachment: Attachment | None = None,
+        given: bool = False,
+    ) -> dict[str, float]:
         instances = self.draw(model, self.instances, 1000 + seed)
         before, after = data.styles().index(data.BASE_STYLE), data.styles().index(self.style)
         subject = features(self.classifier, self.pictures)

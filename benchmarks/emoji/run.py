@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from methods import METHODS, RATES, trained_parameters, trainee
-from problems import QUICK, Distillation, Problem, Size, Subject
+from problems import QUICK, Distillation, Problem, Size, Styles, Subject
 from tqdm import tqdm
 
 from styleinject_core.train.run.loop import Observer, Progress, TrainingError, train
@@ -38,7 +38,9 @@ PROBLEMS: dict[str, Callable[[Size], Problem]] = {
     "artist": partial(Problem, "noto"),
     "distil": partial(Distillation, "openmoji-line"),
     "chinese": partial(Distillation, "openmoji-line", chinese=True),
+    "styles": Styles,
 }
+SEVERAL_STYLES = {"styles"}  # the tasks of which an example has a style of its own, which can be given
 TUNED_ON = {"dreambooth": "style"}  # whose learning rates it takes; the others have their own
 TUNING_SEED = 100
 IDEAL = "ideal"  # the row of what is learned from
@@ -121,18 +123,22 @@ class Bench:
         problem = self.problem(run.task)
         model, trained = trainee(run.row, problem.base, problem.rank, problem.targets, run.seed)
         result: dict[str, Any] = {"parameters": trained_parameters(trained), "metrics": {}}
+        given = METHODS[run.row].given
         if run.rate:
             settings, bar = problem.settings(run.rate, run.seed), Bar(run)
             try:
-                losses = train(trained, problem.task(model, settings), settings, observer=bar).losses
+                losses = train(trained, problem.task(model, settings, given), settings, observer=bar).losses
             except TrainingError as error:  # diverged: that is a result too
                 return {**result, "error": str(error)}
             finally:
                 bar.bar.close()
             last = losses[-max(1, len(losses) // 5) :]
             result["loss"] = sum(last) / len(last)
-        with torch.no_grad(), model.attachment(trained):
-            result["metrics"] = problem.measure(model, run.seed, run.tuning)
+        measured = problem.task(model, problem.settings(1.0, 0), given)  # the same noise for the validation of all seeds
+        with torch.no_grad(), measured.installed(trained) as attachment:
+            result["metrics"] = problem.measure(model, run.seed, run.tuning, attachment, given)
+            if measured.validation is not None:
+                result["metrics"]["val"] = measured.validation_loss()
         return result
 
     def ideal(self, task: str) -> None:
@@ -172,7 +178,8 @@ def main(options: list[str] | None = None) -> None:
         bench.ideal(task)
         for seed in arguments.seeds:
             for row in arguments.rows:
-                bench.table_row(task, row, seed)
+                if task in SEVERAL_STYLES or not METHODS[row].given:
+                    bench.table_row(task, row, seed)
 
 
 if __name__ == "__main__":

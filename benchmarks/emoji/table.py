@@ -20,12 +20,15 @@ TITLES = {
     "distil": "Distillation, shared text encoder",
     "chinese": "Distillation, English teacher, Chinese student",
     "dreambooth": "DreamBooth, one subject",
+    "styles": "Fine-tuning, four styles in one adapter, named in the prompt",
 }
 COLUMNS = {
     "concept": "concept, new",
     "style": "style, new",
     "both": "both, new",
     "kid": "KID, new",
+    "val": "val",
+    "both_area": "both, mean over strengths 0.6 to 1.5",
     "seen_both": "both, seen",
     "seen_kid": "KID, seen",
     "likeness": "likeness",
@@ -103,10 +106,12 @@ def kinds(lines: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def spread(column: str, values: list[float]) -> str:
-    """Mean ± standard deviation: shares in per cent, KID times 1,000, the likeness as it is."""
+    """Mean ± standard deviation: shares in per cent, KID times 1,000, likeness and denoising error as they are."""
     if not values:
         return ""
-    factor, digits = (1000, 0) if column.endswith("kid") else (1, 3) if column == "likeness" else (100, 0)
+    factor, digits = (
+        (1000, 0) if column.endswith("kid") else (1, 3) if column == "likeness" else (1, 4) if column == "val" else (100, 0)
+    )
     mean = f"{factor * statistics.mean(values):.{digits}f}"
     return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -46,14 +45,6 @@ class LossHistory:
     validation: tuple[tuple[int, float], ...] = ()
 
 
-def check_name(name: str) -> str:
-    """A run's name, which becomes a folder and a file. Raises ValueError: it cannot."""
-    name = name.strip()
-    if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', name) or name.startswith(".") or name.endswith("."):
-        raise ValueError(f"name: expected a name for a folder, found {name!r}")
-    return name
-
-
 def _numbered(name: str) -> Iterator[Path]:
     """The folders of the runs of a name, and last the first one that is free."""
     for number in itertools.count(1):
@@ -76,7 +67,7 @@ def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunF
     """
     paths.trained_folder().mkdir(parents=True, exist_ok=True)
     *there, path = _numbered(name)
-    runs = [folder for folder in map(RunFolder, reversed(there)) if folder.state_file.exists()]
+    runs = [folder for folder in map(RunFolder, reversed(there)) if folder.has_state]
     if existing == MUST_GO_ON:
         if not runs:
             raise ValueError(f'existing_run is "{MUST_GO_ON}", and there is no run named {name!r} in output/styleinject')
@@ -88,7 +79,7 @@ def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunF
                 folder.load_state(plan, steps)
                 return folder
         for left in map(RunFolder, there):
-            if not left.state_file.exists() and not any(left.path.glob("*.safetensors")) and not left.is_busy:
+            if not left.has_state and not any(left.path.glob("*.safetensors")) and not left.is_busy:
                 return left  # it ended before its first checkpoint
     return RunFolder(path)
 
@@ -146,10 +137,8 @@ class Watch(Observer):
         pixels = (self.pictures().clamp(0, 1) * 255).round().to(torch.uint8)  # (N, H, W, 3)
         self._latest = _image(torch.cat(list(pixels), dim=1))
         self._next_plot = 0.0  # show them with this step
-        folder = self.run.path / "samples"
         try:
-            folder.mkdir(exist_ok=True)
-            with replacing(folder / f"step-{step:06}.png") as temporary:
+            with replacing(self.run.samples / f"step-{step:06}.png") as temporary:
                 self._latest.save(temporary, format="png")
         except OSError as error:
             self.problem(f"picture of step {step}: {error}")
@@ -237,7 +226,7 @@ def train_in_folder(
         result = train(adapter, task, settings, run=run, observer=watch)
     except BaseException as error:
         reached = run.history()[-1:]
-        if isinstance(error, comfy.model_management.InterruptProcessingException) and run.state_file.exists():
+        if isinstance(error, comfy.model_management.InterruptProcessingException) and run.has_state:
             text = f"Stopped at step {reached[0]['step'] if reached else 0}. Queue again to continue from {_shown(run.path)}."
             logging.info("StyleInject training %s: %s", name, text)
             watch.say(text)
@@ -249,10 +238,11 @@ def train_in_folder(
     if result.resumed_from:
         message += f", continued from step {result.resumed_from}" if result.resumed_from < result.step else ", trained before"
     try:
-        path = run.path / f"{name}.safetensors"
+        path = run.final_file
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_adapter(finished, path, None, dtype)
         message += f". Saved as {_shown(path)}\n{how_to_use(path, metadata.get('modelspec.trigger_phrase', ''))}"
-    except AdapterFileError as error:  # trained, and still in the graph: StyleInject Save can write it elsewhere
+    except (AdapterFileError, OSError) as error:  # trained, and still in the graph: StyleInject Save can write it elsewhere
         watch.problem(str(error))
         message += f". NOT saved: {error}"
     watch.say(message.split("\n", 1)[0])

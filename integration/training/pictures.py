@@ -122,7 +122,7 @@ def from_folder(name: str, size: int, keep_shape: bool, captions: str, caption: 
             texts.append(_with_trigger(example.caption, trigger))
     if not images:
         raise DataError(f"folder {name!r}: no picture can be decoded: {'; '.join(skipped[:3])}")
-    return Pictures(images, texts, _report(images, texts, skipped))
+    return Pictures(images, texts, _report(images, texts, skipped, folder.advice))
 
 
 def from_images(batch: Tensor, size: int, keep_shape: bool, captions: str, caption: str, trigger: str) -> Pictures:
@@ -155,13 +155,15 @@ def _with_trigger(caption: str, trigger: str) -> str:
     return caption if not word or word.lower() in caption.lower() else f"{word}, {caption}" if caption else word
 
 
-def _report(images: list[Tensor], captions: list[str], skipped: list[str]) -> str:
+def _report(images: list[Tensor], captions: list[str], skipped: list[str], advice: str = "") -> str:
     counts = Counter(f"{image.shape[2]}x{image.shape[1]}" for image in images)
     lines = [f"{len(images)} pictures: {', '.join(f'{count} of {size}' for size, count in counts.most_common())}"]
     lines += [f'  "{caption[:100]}"' for caption in list(dict.fromkeys(captions))[:3]]
     lines += [f"left out: {reason.removesuffix(' (skipped)')}" for reason in skipped[:5]]
     if len(skipped) > 5:
         lines.append(f"and {len(skipped) - 5} more")
+    if advice:
+        lines.append(advice.replace("; ", "\n"))
     return "\n".join(lines)
 
 

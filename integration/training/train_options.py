@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ...styleinject_core.train.request import AdapterRequest, Drawing, TrainingRequest
+from ...styleinject_core.train.request import AdapterRequest, Drawing, TrainingRequest, check_name
 from ...styleinject_core.train.settings import TrainSettings
 from .graph_inputs import Prompt
-from .named_runs import GO_ON, check_name
+from .named_runs import GO_ON
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,12 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     10_000,
                 ),
                 real("alpha", "The learned change is scaled by alpha / rank. 0 means alpha = rank.", 4096.0, 1.0),
-                choice("router_pool", ROUTER_POOLS, "How the style router summarizes an image. The paper's is mean."),
+                choice(
+                    "router_pool",
+                    ROUTER_POOLS,
+                    "How the style router sees an image: as the mean of its positions or, as the paper has it, token by token "
+                    "in attention and summed in convolutions.",
+                ),
                 choice("sta", ("multiplicative", "additive"), "How the statistics are changed. The paper's is multiplicative."),
                 number(
                     "sampling_steps",

@@ -91,6 +91,7 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
             raise ConfigError(f"output.folder: it is inside {name}, where the run's pictures would be taken for data")
     if processes.is_main and not dry:
         out.mkdir(exist_ok=True)
+        RunFolder(out, name=config.output.name).try_writing(0, config.train.steps)  # images may be drawn for an hour first
     processes.wait()
     model = load_model(config.model, here)
     if config.data.resolution % model.pixels_per_latent:
@@ -214,6 +215,7 @@ def _images(
             settings.batch_size,
             buckets=data.buckets,
             bucket_step=data.bucket_step,
+            bucket_ratio=data.bucket_ratio,
             seed=settings.seed,
             rank=processes.rank,
             world=processes.world,
@@ -237,6 +239,7 @@ def _folder(data: DataTable, path: Path, seed: int, caption: str | None) -> Imag
         data.resolution,
         buckets=data.buckets,
         bucket_step=data.bucket_step,
+        bucket_ratio=data.bucket_ratio,
         on_corrupt=data.on_corrupt,  # type: ignore[arg-type]
         caption=caption,
         center_crop=data.center_crop,

@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..train.request import DTYPES, AdapterRequest, Drawing, TrainingRequest
+from ..train.request import DTYPES, AdapterRequest, Drawing, TrainingRequest, check_name
 from ..train.settings import TrainSettings, about, check_choice
 
 Table = TypeVar("Table")
@@ -64,6 +64,9 @@ class DataTable:
         default=True, metadata=about("keep aspect ratios, in buckets of about the same area; false crops to squares.")
     )
     bucket_step: int = field(default=64, metadata=about("sides of buckets are multiples of this."))
+    bucket_ratio: float = field(
+        default=2.0, metadata=about("longest side to shortest of a bucket, at most; what stands over in a panorama is cut off.")
+    )
     center_crop: bool = field(default=True, metadata=about("false crops anywhere."))
     flip: bool = field(default=False, metadata=about("mirror half of the images."))
     on_corrupt: str = field(
@@ -73,7 +76,7 @@ class DataTable:
 
     def __post_init__(self) -> None:
         check_choice("on_corrupt", self.on_corrupt, ("skip", "stop"))
-        _at_least(self, 1, "resolution", "bucket_step")
+        _at_least(self, 1, "resolution", "bucket_step", "bucket_ratio")
         _at_least(self, 0, "validation")
         if self.folder and self.shards:
             raise ValueError("folder and shards: give one of them")
@@ -108,8 +111,7 @@ class OutputTable:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
-        if not re.fullmatch(r"[^/\\:]+", self.name) or self.name.startswith("."):
-            raise ValueError(f"name: expected a file name without folders, found {self.name!r}")
+        check_name(self.name)
 
 
 @dataclass(frozen=True)

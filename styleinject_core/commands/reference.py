@@ -172,8 +172,8 @@ def _train(
     if processes.is_main:
         out.mkdir(exist_ok=True)
     processes.wait()
-    folder = ReferenceFolder(out, metadata, getattr(torch, config.output.dtype))
-    if config.deadiff.align_steps and not folder.state_file.exists():
+    folder = ReferenceFolder(out, metadata, getattr(torch, config.output.dtype), config.output.name)
+    if config.deadiff.align_steps and not folder.has_state:
         texts = task.images.subject_prompts
         name = next(key for key, value in texts.items() if value.ndim == 3)
         error = align(deadiff, task.images.features, texts[name], steps=config.deadiff.align_steps, seed=config.train.seed)
@@ -182,7 +182,8 @@ def _train(
     with ProgressBar(config.train.steps) as bar:
         result = train(deadiff, task, config.train, run=folder, observer=bar, processes=processes)  # type: ignore[arg-type]
     if processes.is_main:
-        final = out / f"{config.output.name}.safetensors"
+        final = folder.final_file
+        out.mkdir(parents=True, exist_ok=True)
         step = result.best_step or result.step
         save_deadiff(deadiff, final, {**metadata, "deadiff_steps": str(step)}, getattr(torch, config.output.dtype))
         loss_plot(out / "loss.png", f"{config.output.name}: DEADiff", result.losses, result.validation)

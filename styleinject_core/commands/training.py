@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import save_adapter
 from ..files.atomic import replacing
 from ..train.parallel import launched_processes
 from ..train.random_numbers import RandomNumbers
@@ -43,15 +42,15 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
         if processes.is_main:
             print(plan)
         return None
-    folder = RunFolder(job.out, job.metadata(), job.request.torch_dtype)
+    folder = RunFolder(job.out, job.metadata(), job.request.torch_dtype, config.output.name)
     if processes.is_main:
         print(_heading(job))
     with _Stop() as stop, _Watch(job, stop) as watch:
         result = train(job.adapter, job.task, job.config.train, run=folder, observer=watch, processes=processes)
         step = result.best_step or result.step
         if processes.is_main:
-            final = job.out / f"{config.output.name}.safetensors"
-            save_adapter(job.adapter, final, {**job.metadata(), "styleinject.steps": str(step)}, job.request.torch_dtype)
+            final = folder.final_file
+            folder.save_adapter(job.adapter, final, step)
         watch.plot()
     if processes.is_main:
         kept = f", the best of {len(result.validation)} validations" if result.best_step else ""
@@ -110,9 +109,7 @@ class _Watch(ProgressBar):
         latents = self.job.model.sample(output.prompts, resolution, self.job.config.train.seed, guidance=output.guidance)
         images = self.job.model.decode(latents)
         with self._surviving(f"pictures of step {step}"):
-            folder = self.job.out / "samples"
-            folder.mkdir(exist_ok=True)
-            _save_pictures(images, folder / f"step-{step:06}.png")
+            _save_pictures(images, self.folder.samples / f"step-{step:06}.png")
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
@@ -126,12 +123,7 @@ class _Watch(ProgressBar):
         super().__exit__(kind, *exception)
         if self.board is not None:
             self.board.close()
-        if (
-            kind is not None
-            and issubclass(kind, KeyboardInterrupt)
-            and self.job.processes.is_main
-            and self.folder.state_file.exists()
-        ):
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self.job.processes.is_main and self.folder.has_state:
             print(f"Stopped. The same command goes on from the last checkpoint in {self.job.out}.")
 
 

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -46,6 +47,41 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
     except (OSError, SafetensorError) as error:
         raise WriteError(f"{path.name}: could not be written to {path.parent}: {error}") from error
+
+
+def check_writable(path: str | Path, size: int = 0) -> None:
+    """See whether a file of `size` bytes could be written now, by writing as many; nothing of it stays.
+
+    Raises:
+        WriteError: the folder, the disk or the name refuses, or something else has that name.
+    """
+    path = Path(path)
+    try:
+        if path.exists():
+            if not path.is_file() or not os.access(path, os.W_OK):
+                raise OSError("there is something else of that name" if not path.is_file() else "the file may not be changed")
+        else:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            path.unlink()
+        trial = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            with open(trial, "xb") as file:
+                _fill(file, size)
+        finally:
+            with suppress(OSError):
+                trial.unlink(missing_ok=True)
+    except OSError as error:
+        raise WriteError(f"{path.name}: cannot be written to {path.parent}: {error}") from error
+
+
+def _fill(file: BinaryIO, size: int) -> None:
+    """Make a new file `size` bytes long, with room for them on the disk."""
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    block = bytes(2**20)
+    while size > 0:
+        size -= file.write(block[:size])
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..adapter import Adapter
+from ..config import AdapterConfig
 from ..methods import config_to_dict, method_of
 from .atomic import WriteError, save_tensors
 from .errors import AdapterFileError
@@ -50,10 +51,16 @@ def save_adapter(
         **adapter.metadata,
         **(metadata or {}),
         "format": "pt",
-        "styleinject_version": str(FORMAT_VERSION),
+        "styleinject_version": str(_version(adapter)),
         "styleinject_config": json.dumps(config_to_dict(adapter.config)),
     }
     try:
         save_tensors(tensors, path, header)
     except WriteError as error:
         raise AdapterFileError(str(error)) from error
+
+
+def _version(adapter: Adapter) -> int:
+    """The oldest version of the format that has what is in the file, so that older programs read what they can."""
+    configs = [layer.config for layer in adapter.layers.values() if isinstance(layer.config, AdapterConfig)]
+    return FORMAT_VERSION if any(c.router_pool == "paper" or c.tokens != "image" for c in configs) else 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import fold, stack
 from .host import HostLayer, is_pointwise
-from .update import Hear, LayerWeights, Prepared, prepare
+from .update import Hear, LayerWeights, Together, prepare
 
 # From how many output positions of an image per output channel fold is the faster one, measured with rank 32: where the
 # layer is a matrix product, and for larger kernels, whose low-rank part costs less beside them.
@@ -20,7 +20,7 @@ _PRODUCT_RATIO, _KERNEL_RATIO = 0.5, 2
 _TRAINING_RATIO = 3
 
 
-def prefers_fold(x: Tensor, host: HostLayer, prepared: Sequence[Prepared]) -> bool:
+def prefers_fold(x: Tensor, host: HostLayer, prepared: Together) -> bool:
     """Fold pays where an image has many positions for the layer's channels, and W0 need not be trained."""
     if not fold.can_fold(host, prepared):
         return False
@@ -47,8 +47,10 @@ def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: 
     return run(x, host, prepare(active), hear)
 
 
-def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
+def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None) -> Tensor:
     """The same with adapters that are ready for calls, outside of autocast."""
+    if not prepared.prepared:
+        return host(x)
     return (fold if prefers_fold(x, host, prepared) else stack).run(x, host, prepared, hear)
 
 

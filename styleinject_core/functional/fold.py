@@ -17,19 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .host import HostLayer, is_pointwise, per_image_conv, rounded, statistics_dtype
-from .update import Hear, LayerWeights, Prepared, gathered, prepare
+from .update import Hear, LayerWeights, Together, gathered, prepare
 
 
-def can_fold(host: HostLayer, prepared: Sequence[Prepared]) -> bool:
+def can_fold(host: HostLayer, prepared: Together) -> bool:
     """Whether fold is exact here: W0 readable, all positions alike, no update that needs σ, a zero-padded convolution."""
-    if host.weight is None or host.tokens is not None or getattr(host.module, "padding_mode", "zeros") != "zeros":
+    if host.weight is None or host.tokens is not None or not prepared.folds:
         return False
-    if host.shape.is_conv and isinstance(host.module.padding, str):
-        return False
-    for one in prepared:  # noqa: SIM110 - a generator would cost more per call
-        if not one.folds:
-            return False
-    return True
+    module = host.module
+    return host.shape.kernel is None or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
 
 
 def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
@@ -37,15 +33,13 @@ def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: 
     return run(x, host, prepare(adapters), hear)
 
 
-def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
+def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None) -> Tensor:
     """The same with adapters that are ready for calls."""
     is_conv, weight, bias, dtype = host.shape.kernel is not None, host.weight, host.bias, x.dtype
     mean = taps = gain = None
-    for one in prepared:
-        if one.needs_mean:
-            mean, taps = _tap_means(x, host) if is_conv else (host.mean(x),) * 2
-            break
-    updates = [one.update(x, host, mean, hear) for one in prepared]
+    if prepared.needs_mean:
+        mean, taps = _tap_means(x, host) if is_conv else (host.mean(x),) * 2
+    updates = prepared.updates(x, host, mean, hear)
     for update in updates:
         if update.gain is not None:
             gain = update.gain if gain is None else gain + update.gain
@@ -57,7 +51,7 @@ def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | N
             taps = _tap_means(x, host)[1] if is_conv else host.mean(x)
         precise = weight if weight.dtype == taps.dtype else weight.to(taps.dtype)
         center = F.linear(taps.flatten(1) if is_conv else taps, precise)  # μ - b, (B, d)
-        folded = weight * rounded(torch.add, gain, dtype, gain, 1).unsqueeze(2)  # (B, d, k·kh·kw)
+        folded = _rescaled(weight, gain.unsqueeze(2))  # (B, d, k·kh·kw)
         if bias is None:
             bias, sign = rounded(torch.mul, gain, dtype, gain, center), -1.0  # (B, d)
         else:
@@ -68,6 +62,13 @@ def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | N
         if update.shift is not None:
             bias, sign = update.shift if bias is None else sign * bias + update.shift, 1.0
     return _product(x, host, folded, bias, sign)
+
+
+def _rescaled(weight: Tensor, gain: Tensor) -> Tensor:
+    """(1 + G) ⊙ W0."""
+    if gain.dtype == weight.dtype:
+        return torch.addcmul(weight, weight, gain)
+    return weight * rounded(torch.add, gain, weight.dtype, gain, 1)
 
 
 def _product(x: Tensor, host: HostLayer, weight: Tensor, bias: Tensor | None, sign: float) -> Tensor:
@@ -101,23 +102,29 @@ def _tap_means(x: Tensor, host: HostLayer) -> tuple[Tensor, Tensor]:
     if is_pointwise(host):
         mean = x.mean((2, 3), dtype=precise)
         return mean, mean[:, :, None, None]
-    key = ("taps", x.shape[2:], x.device, precise)
+    masks = _tap_masks(x, host, precise)
+    sums = masks[0] @ (x.to(precise) @ masks[1])  # (B, k, kh + 1, kw + 1): x is read once
+    return sums[:, :, -1, -1], sums[:, :, :-1, :-1]
+
+
+def _tap_masks(x: Tensor, host: HostLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is to be multiplied with an image from the left (kh + 1, H) and from the right (W, kw + 1) for `_tap_means`."""
+    key = ("taps", x.shape[2:], x.device, dtype)
     masks = None if host.constants is None else host.constants.get(key)
     if masks is None:
         with torch.inference_mode(False):  # they may be met again with gradients
-            masks = (*_tap_masks(x, host, 0, precise), *_tap_masks(x, host, 1, precise))
+            masks = _taps_along(x, host, 0, dtype), _taps_along(x, host, 1, dtype).mT
         if host.constants is not None:
             host.constants[key] = masks
-    rows, height, columns, width = masks  # (kh + 1, H), the output's height, (kw + 1, W), its width
-    sums = rows @ (x.to(precise) @ columns.mT)  # (B, k, kh + 1, kw + 1): x is read once
-    return sums[:, :, -1, -1] / (x.shape[2] * x.shape[3]), sums[:, :, :-1, :-1] / (height * width)
+    return masks
 
 
-def _tap_masks(x: Tensor, host: HostLayer, axis: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """1 where a tap of that axis meets an entry of x, one row per tap and one of ones; and the output's size there."""
+def _taps_along(x: Tensor, host: HostLayer, axis: int, dtype: torch.dtype) -> Tensor:
+    """One over the number of outputs where a tap of that axis meets an entry of x, one row per tap; then a row of one over
+    the number of entries."""
     size, taps, module = x.shape[2 + axis], host.shape.kernel[axis], host.module
     stride, padding, dilation = module.stride[axis], module.padding[axis], module.dilation[axis]
     positions = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     offset = torch.arange(size, device=x.device) + padding - dilation * torch.arange(taps, device=x.device)[:, None]
     masks = (offset >= 0) & (offset < positions * stride) & (offset % stride == 0)
-    return F.pad(masks.to(dtype), (0, 0, 0, 1), value=1.0), positions
+    return F.pad(masks.to(dtype) / positions, (0, 0, 0, 1), value=1 / size)

@@ -26,7 +26,7 @@ class HostLayer:
             may a form compute h by itself.
         module: the layer, asked for stride, padding and dilation of a convolution.
         constants: what is worked out once for inputs of a size, and kept by whoever made this; None to keep nothing.
-        read: gives W0 as a plain tensor, wherever it lies, for changes that depend on it; it may cost.
+        read: gives W0 as a plain tensor for an x, wherever it lies, for changes that depend on it; it may cost.
         tokens: which of x's and h's tokens are the image's, where others share a sequence with them; None for all. Routers and
             statistics look at these alone, and these alone are rescaled.
         frames: how many of x's rows, one after the other, are frames of one image.
@@ -38,7 +38,7 @@ class HostLayer:
     bias: Tensor | None
     module: Any
     constants: dict[Any, Any] | None = None
-    read: Callable[[], Tensor] | None = None
+    read: Callable[[Tensor], Tensor] | None = None
     tokens: slice | None = None
     frames: int = 1
 
@@ -49,16 +49,16 @@ class HostLayer:
         """Some of the layer's output channels as a layer of its own, on the input for which their output is `h`."""
         weight, bias = (None if t is None else t[rows] for t in (self.weight, self.bias))
         shape = LayerShape(self.shape.in_features, rows.stop - rows.start, self.shape.kernel)
-        read = lambda: self.frozen_weight()[rows]  # noqa: E731
+        read = lambda x: self.frozen_weight(x)[rows]  # noqa: E731
         return HostLayer(shape, lambda _: h, weight, bias, self.module, read=read, tokens=self.tokens, frames=self.frames)
 
-    def frozen_weight(self) -> Tensor:
-        """W0, in W0's shape. Raises ValueError: nobody can say what it is."""
+    def frozen_weight(self, x: Tensor) -> Tensor:
+        """W0, in W0's shape and x's dtype and device. Raises ValueError: nobody can say what it is."""
         if self.weight is not None:
             return self.weight
         if self.read is None:
             raise ValueError(f"the frozen weight of {self.shape} cannot be read, and a decomposed change (DoRA) needs it")
-        return self.read()
+        return self.read(x)
 
     @property
     def positions(self) -> tuple[int, ...]:

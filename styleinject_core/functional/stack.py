@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .host import HostLayer, rounded, statistics_dtype
-from .update import Hear, LayerWeights, Prepared, Update, gathered, prepare
+from .update import Hear, LayerWeights, Together, Update, gathered, prepare
 
 
 def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
@@ -19,20 +19,14 @@ def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: 
     return run(x, host, prepare(adapters), hear)
 
 
-def run(x: Tensor, host: HostLayer, prepared: Sequence[Prepared], hear: Hear | None = None) -> Tensor:
+def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None) -> Tensor:
     """The same with adapters that are ready for calls."""
-    h, mean = host(x), None
-    for one in prepared:
-        if one.needs_mean:
-            mean = host.mean(x)
-            break
-    updates = [one.update(x, host, mean, hear) for one in prepared]
-    if not any(update.mask is not None for update in updates):
-        return add(updates, x, h, host)
-    out = add([update for update in updates if update.mask is None], x, h, host)
-    for update in updates:
-        if update.mask is not None:
-            out = out + update.mask * (add([update], x, h, host) - h)
+    h = host(x)
+    updates = prepared.updates(x, host, host.mean(x) if prepared.needs_mean else None, hear)
+    masked = [update for update in updates if update.mask is not None]
+    out = add([update for update in updates if update.mask is None] if masked else updates, x, h, host)
+    for update in masked:
+        out = out + update.mask * (add([update], x, h, host) - h)
     return out
 
 
@@ -71,6 +65,8 @@ def _rescaled_image(updates: Sequence[Update], h: Tensor, host: HostLayer) -> Te
     if gain is None:
         return h
     mean = h.mean(host.positions, keepdim=True, dtype=statistics_dtype(h))
+    if gain.dtype == h.dtype:
+        return torch.addcmul(h, gain, h - mean)
     if needs_sigma:  # G is huge where σ is small: keep h - μ whole, and both precise
         return h + (gain * (h - mean)).to(h.dtype)
     factor = rounded(torch.add, gain, h.dtype, gain, 1)  # (B, 1, d), (B, L, d) by token, (B, d, 1, 1)

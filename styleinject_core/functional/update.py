@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,12 +97,32 @@ class LayerWeights(Protocol):
         """The layers of this method on one host layer, ready for calls."""
 
 
-def prepare(adapters: Sequence[LayerWeights]) -> list[Prepared]:
-    """Everything on one host layer, method by method."""
+class Together:
+    """Everything on one host layer, ready for calls. An iterable of what `LayerWeights.prepare` gave.
+
+    Args:
+        prepared: in any order.
+    """
+
+    def __init__(self, prepared: Iterable[Prepared]):
+        self.prepared = tuple(prepared)
+        self.folds = all(one.folds for one in self.prepared)
+        self.needs_mean = any(one.needs_mean for one in self.prepared)
+
+    def __iter__(self) -> Iterator[Prepared]:
+        return iter(self.prepared)
+
+    def updates(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> list[Update]:
+        """The updates for one call; arguments as those of `Prepared.update`."""
+        return [one.update(x, host, mean, hear) for one in self.prepared]
+
+
+def prepare(adapters: Iterable[LayerWeights]) -> Together:
+    """Weights of one host layer, method by method."""
     kinds: dict[type, list[LayerWeights]] = {}
     for weights in adapters:
         kinds.setdefault(type(weights), []).append(weights)
-    return [prepared for kind, several in kinds.items() for prepared in kind.prepare(several)]  # type: ignore[attr-defined]
+    return Together([one for kind, several in kinds.items() for one in kind.prepare(several)])  # type: ignore[attr-defined]
 
 
 @dataclass(eq=False, slots=True)

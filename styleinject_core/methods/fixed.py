@@ -184,13 +184,13 @@ class FixedWeights:
 
     def increment(self, x: Tensor, h: Tensor, host: HostLayer, hear: Hear | None) -> Tensor:
         """ΔW x, with ΔW whole."""
-        weight = self._change(host)
+        weight = self._change(x, host)
         out = x.new_zeros(h.shape) if weight is None else host.down(x, weight)
         if (bias := self.parts.get("bias")) is not None:
             out = out + (bias.flatten()[:, None, None] if host.shape.is_conv else bias.flatten())
         return self.dma * out
 
-    def _change(self, host: HostLayer) -> Tensor | None:
+    def _change(self, x: Tensor, host: HostLayer) -> Tensor | None:
         """ΔW at strength 1."""
         layer = self.layer
         product = layer.product(self.parts)
@@ -198,15 +198,15 @@ class FixedWeights:
             product = (product * layer.scale).reshape(layer.shape.weight)
         if not layer.decomposed:
             return product
-        weight = host.frozen_weight()
+        weight = host.frozen_weight(x)
         change = torch.zeros_like(weight) if product is None else product
         return decomposed(weight.float(), change.float(), self.parts).to(change.dtype)
 
-    def change(self, host: HostLayer) -> Change | None:
+    def change(self, x: Tensor, host: HostLayer) -> Change | None:
         """ΔW at this strength."""
         if not self.layer.decomposed:
             return self.layer.calls(self.parts, self.dma)
-        whole = self._change(host)
+        whole = self._change(x, host)
         return None if whole is None else Dense(whole * self.dma)
 
 
@@ -222,7 +222,7 @@ class _Fixed:
         return not torch.is_grad_enabled()
 
     def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
-        change, bias = self.weights.change(host), self.weights.parts.get("bias")
+        change, bias = self.weights.change(x, host), self.weights.parts.get("bias")
         shift = None if bias is None else bias.flatten() * self.weights.dma
         return Update(changes=() if change is None else (change,), shift=shift)
 

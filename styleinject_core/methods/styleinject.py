@@ -96,11 +96,10 @@ class StyleInjectLayer(AdapterLayer):
         self, cast: Cast, *, dma: float, sta: float, owner: Hashable = None, precise: Cast | None = None
     ) -> StyleInjectWeights:
         c = self.config
-        casts = {part: (precise or cast) if part in self.PRECISE else cast for part in PARTS}
+        pool = c.router_pool if c.router_pool != "paper" else "sum" if self.shape.is_conv else "token"
+        casts = {part: cast if precise is None or part not in self.PRECISE else precise for part in PARTS}
         parts: dict[str, Any] = {part: None if (p := getattr(self, part)) is None else casts[part](p) for part in PARTS}
-        return StyleInjectWeights(
-            **parts, router_pool=c.router_pool, sta_form=c.sta, eps=c.eps, dma=dma * c.scale, sta=sta, owner=owner
-        )
+        return StyleInjectWeights(**parts, router_pool=pool, sta_form=c.sta, eps=c.eps, dma=dma * c.scale, sta=sta, owner=owner)
 
 
 @dataclass(frozen=True, eq=False)

@@ -207,8 +207,8 @@ class _ByToken:
     folds = False
 
     def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
-        every = torch.einsum("blk,nrk->blnr", x, self.A)
-        low = (self.s.unsqueeze(-2) @ every).squeeze(-2)  # (B, L, 1, n) @ (B, L, n, r) -> (B, L, r)
+        every = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # A_i(x) of every style, (B, L, n, r)
+        low = torch.einsum("bln,blnr->blr", self.s, every)
         return out + low @ self.B.mT
 
     def onto(self, weight: Tensor, owned: bool) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..adapter import Adapter, no_router
 from ..call import Listener
@@ -163,6 +164,26 @@ class Steered(Listener):
     def steer(self, layer: str, s: Tensor) -> Tensor:
         steer = self._steers.get(layer)
         return s if steer is None else steer(s)
+
+
+class GivenStyles(Listener):
+    """One style for each image, in the place of what its router says.
+
+    Args:
+        styles: (B,) numbers from 0, on the device of s; -1 leaves an image to its router. Layers that see another number of
+            images, or have fewer styles, are left to theirs.
+    """
+
+    def __init__(self, styles: Tensor):
+        self.styles = styles
+        self._most = int(styles.max()) if len(styles) else 0
+
+    def steer(self, layer: str, s: Tensor) -> Tensor:
+        if s.shape[0] != len(self.styles) or s.shape[-1] <= self._most:
+            return s
+        given = one_hot(self.styles.clamp(min=0), s.shape[-1]).to(s.dtype)
+        shape = (len(s), *([1] * (s.ndim - 1)))  # by token: the same for every token
+        return torch.where(self.styles.view(shape) < 0, s, given.view(*shape[:-1], -1))
 
 
 @dataclass(frozen=True)

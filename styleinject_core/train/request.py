@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,20 @@ from .settings import TrainSettings, about, check_choice
 
 SIZES = ((32, 16), (16, 8), (16, 4), (8, 4))  # (rank, styles) to choose from by memory; the first are the paper's
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+# The run's own files, and what Windows lets nobody call a file.
+_TAKEN = re.compile(r"best|step-\d+|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
+
+
+def check_name(name: str) -> str:
+    """A run's name, which becomes a file and, in ComfyUI, a folder; without blanks around it. Raises ValueError: it cannot."""
+    name = name.strip()
+    if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', name) or name.startswith(".") or name.endswith("."):
+        raise ValueError(f"name: expected the name of a file, without folders, found {name!r}")
+    if _TAKEN.fullmatch(name):
+        raise ValueError(f"name: {name!r} is what other files of a run, or of the system, are called: choose another")
+    return name
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class AdapterRequest:
             "of kronecker: the sizes of A, (a1, a2); fewer numbers the nearer their product is to the root of the layer's."
         ),
     )
-    router_pool: str = field(default="mean", metadata=about('"mean", "sum" or "token".'))
+    router_pool: str = field(default="mean", metadata=about('"mean", "sum", "token" or "paper".'))
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
     tokens: str = field(
         default=AdapterConfig.tokens,

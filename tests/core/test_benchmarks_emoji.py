@@ -68,7 +68,7 @@ def test_chinese_names_are_complete_and_the_encoder_tells_them_apart(bench):
 
 @pytest.mark.parametrize(
     ("task", "row", "column"),
-    [("style", "full", "kid"), ("chinese", "n4", "kid"), ("dreambooth", "lora", "likeness")],
+    [("style", "full", "kid"), ("chinese", "n4", "kid"), ("styles", "n4_given", "val"), ("dreambooth", "lora", "likeness")],
 )
 def test_quick_run_is_complete_and_resumable(bench, tmp_path, task, row, column):
     out = tmp_path / "results.jsonl"

@@ -19,7 +19,7 @@ from styleinject_core.methods.styleinject import StyleInjectLayer
         ({"n_styles": True}, "n_styles: expected an integer"),
         ({"alpha": float("nan")}, "alpha: expected a finite number, found nan"),
         ({"eps": 0}, "eps: expected a positive number, found 0"),
-        ({"router_pool": "max"}, "router_pool: expected one of mean, sum, token, found 'max'"),
+        ({"router_pool": "max"}, "router_pool: expected one of mean, sum, token, paper, found 'max'"),
         ({"sta": "both"}, "sta: expected one of"),
         ({"target_modules": "to_q"}, "target_modules: expected a list"),
         ({"layers": {"a.to_q": {"ranks": 3}}}, r"layers\[a.to_q\]: unknown field 'ranks'"),

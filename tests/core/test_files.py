@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from styleinject_core import Adapter, AdapterConfig, AdapterFileError, LayerShape, attach, load_adapter, save_adapter
+from styleinject_core.files.header import read_header
 from styleinject_core.files.names import diffusers_name
 from styleinject_core.hosts.architectures import ARCHITECTURES, architecture_of
 from styleinject_core.layer_names import parse
@@ -80,6 +81,21 @@ def test_golden_keys_and_shapes(tmp_path):
         "r": 2, "n_styles": 3, "alpha": 4.0, "router_pool": "mean", "sta": "multiplicative", "eps": 1e-05,
         "target_modules": ["all"], "layers": {},
     }  # fmt: skip
+
+
+def test_what_older_versions_cannot_run_they_refuse_by_the_version(tmp_path):
+    for config, version in (
+        ({}, "1"),
+        ({"tokens": "all"}, "2"),
+        ({"router_pool": "paper"}, "2"),
+        ({"layers": {TO_Q: {"router_pool": "paper"}}}, "2"),
+    ):
+        save_adapter(adapter(**config), tmp_path / "a.safetensors")
+        assert read_header(tmp_path / "a.safetensors").metadata["styleinject_version"] == version
+        loaded = load_adapter(tmp_path / "a.safetensors")
+        assert {n: layer.config for n, layer in loaded.layers.items()} == {
+            n: layer.config for n, layer in adapter(**config).layers.items()
+        }
 
 
 @pytest.mark.parametrize(
@@ -220,7 +236,7 @@ BAD_FILES = {
     "config is no object": (lambda p: write(p, metadata={"styleinject_config": "[]"}), "expected an object, found list"),
     "config is no json": (lambda p: write(p, metadata={"styleinject_config": "{"}), "styleinject_config"),
     "bad value": (lambda p: write(p, metadata={"styleinject_config": json.dumps({"r": 2, "n_styles": 3, "sta": "b"})}), "sta: expected one of"),
-    "newer version": (lambda p: write(p, metadata={"styleinject_version": "2"}), "styleinject_version is 2"),
+    "newer version": (lambda p: write(p, metadata={"styleinject_version": "3"}), "styleinject_version is 3"),
     "integers": (lambda p: write(p, put("B", torch.ones(8, 2, dtype=torch.int32))), "dtype torch.int32"),
     "lora without up": (lambda p: save_file({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 3)}, p), "up matrix is missing"),
     "lora ranks": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 4)}, p), "ranks contradict"),

@@ -137,7 +137,7 @@ def check(module, x, layers, dtype, form, **strengths):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(
     ("build", "case", "pool"),
-    [(b, c, p) for b, c in CASES for p in ("mean", "sum", "token") if b is linear_case or p != "token"],
+    [(b, c, p) for b, c in CASES for p in ("mean", "sum", "token", "paper") if b is linear_case or p != "token"],
     ids=str,
 )
 @pytest.mark.parametrize("sta", ["multiplicative", "additive", "none"])

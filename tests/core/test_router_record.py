@@ -72,7 +72,7 @@ def inputs_of(host, x):
 
 
 @pytest.mark.parametrize("grad", [False, True])  # inference may fold, training stacks
-@pytest.mark.parametrize("pool", ["mean", "sum", "token"])
+@pytest.mark.parametrize("pool", ["mean", "sum", "token", "paper"])
 def test_recorded_is_what_the_layers_used(host, images, grad, pool):
     targets = ("linear",) if pool == "token" else ("all",)
     adapter = trained(host, router_pool=pool, target_modules=targets)
@@ -92,7 +92,7 @@ def test_recorded_is_what_the_layers_used(host, images, grad, pool):
         module = host.get_submodule(name)
         frozen = HostLayer(layer.shape, module, module.weight, module.bias, module)
         s = route(seen[name], layer.weights(lambda p: p, dma=1, sta=1), frozen)
-        s = s.mean(1) if pool == "token" else s
+        s = s.mean(1) if s.ndim == 3 else s
         torch.testing.assert_close(trace.probabilities[:2, k].flatten(0, 1), s)
         flipped = trace.probabilities[2:4, k].flatten(0, 1).flip(0)
         torch.testing.assert_close(flipped, trace.probabilities[:2, k].flatten(0, 1))

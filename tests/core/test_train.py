@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, attach, load_adapter
@@ -236,8 +242,9 @@ def test_what_resume_refuses(task, tmp_path):
     train(task.adapter(), task, constant, run=RunFolder(tmp_path / "long"))
     with pytest.raises(CheckpointError, match="long/resume.state is at step 5 already, and 4 steps are asked for"):
         train(task.adapter(), task, fewer, run=RunFolder(tmp_path / "long"))
-    run.state_file.write_bytes(run.state_file.read_bytes()[:200])
-    with pytest.raises(CheckpointError, match="damaged"):
+    for state in (run.state_file, run.previous_state_file):
+        state.write_bytes(state.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"run/resume.state: damaged.*run/resume.previous.state: damaged.*delete what"):
         train(task.adapter(), task, SETTINGS, run=run)
 
 
@@ -257,17 +264,172 @@ def test_nan_stops_at_the_last_good_step(task, tmp_path, factor, what):
     assert not list((tmp_path / "run").glob("step-000009*"))
 
 
-def test_a_full_disk_is_reported_and_survived(task, tmp_path, monkeypatch):
-    run, problems = RunFolder(tmp_path / "run"), []
+def watched(problems):
     watch = Observer()
     watch.problem = problems.append
-    monkeypatch.setattr(run, "save_state", lambda state: (_ for _ in ()).throw(AdapterFileError("No space left on device")))
+    return watch
+
+
+def refusing(run, monkeypatch, steps):
+    """The disk refuses the states of some steps."""
+    write = run.save_state
+
+    def save_state(state):
+        if state.step in steps and run.path.name == "run":
+            raise AdapterFileError("No space left on device")
+        write(state)
+
+    monkeypatch.setattr(run, "save_state", save_state)
+
+
+def test_a_full_disk_is_reported_and_survived(task, tmp_path, monkeypatch):
+    run, problems = RunFolder(tmp_path / "run"), []
+    refusing(run, monkeypatch, {5})
     adapter = task.adapter()
-    train(adapter, task, TrainSettings(10, checkpoint_every=5), run=run, observer=watch)
-    assert problems == [f"checkpoint of step {k}: No space left on device" for k in (5, 10, 10)]  # the last once more
+    train(adapter, task, TrainSettings(10, checkpoint_every=5), run=run, observer=watched(problems))
+    assert problems == ["checkpoint of step 5: No space left on device"]
     expected = task.adapter()
     train(expected, task, TrainSettings(10))
     assert same(adapter, expected)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The system's folder for temporary files."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp"
+
+
+def full(run, monkeypatch, begins=0):
+    """The disk of the run's folder takes nothing more after some step; other disks do."""
+    write = RunFolder.save_state
+
+    def save_state(self, state):
+        if self.path == run.path and state.step > begins:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, state)
+
+    monkeypatch.setattr(RunFolder, "save_state", save_state)
+
+
+def test_checkpoints_that_are_refused_end_the_run_and_are_kept_elsewhere(task, tmp_path, monkeypatch, elsewhere):
+    run, problems, long = RunFolder(tmp_path / "run"), [], TrainSettings(40, checkpoint_every=5)
+    with monkeypatch.context() as broken:
+        full(run, broken, begins=5)
+        with pytest.raises(TrainingError, match=r"2 checkpoints in a row could not be written.*step 15.*Step 15 is saved in"):
+            train(task.adapter(), task, long, run=run, observer=watched(problems))
+    assert problems == [f"checkpoint of step {k}: [Errno 28] No space left on device" for k in (10, 15)]
+    (folder,) = elsewhere.iterdir()
+    for file in folder.iterdir():  # as the message says
+        file.replace(run.path / file.name)
+    adapter, expected = task.adapter(), task.adapter()
+    result = train(adapter, task, long, run=RunFolder(tmp_path / "run"))
+    assert result.resumed_from == 15 and len(result.losses) == 40
+    train(expected, Restyle(), long)
+    assert same(adapter, expected)
+
+
+def test_the_last_checkpoint_is_kept_elsewhere_and_the_adapter_is_there(task, tmp_path, monkeypatch, elsewhere):
+    run, problems = RunFolder(tmp_path / "run"), []
+    full(run, monkeypatch)
+    assert train(task.adapter(), task, TrainSettings(4), run=run, observer=watched(problems)).step == 4
+    assert problems[0].startswith("checkpoint of step 4") and "Step 4 is saved in" in problems[1]
+    task.fail_at = {2: KeyboardInterrupt()}
+    problems.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(task.adapter(), task, TrainSettings(4), run=run, observer=watched(problems))
+    assert "Step 2 is saved in" in problems[1] and len(list(elsewhere.iterdir())) == 2
+
+
+@pytest.mark.parametrize("deleted", ["folder", "parent"])
+def test_a_deleted_folder_is_made_again(task, tmp_path, deleted):
+    (tmp_path / "runs").mkdir()
+    run, problems = RunFolder(tmp_path / "runs" / "run"), []
+    watch = watched(problems)
+    watch.progress = lambda p: shutil.rmtree(run.path if deleted == "folder" else run.path.parent) if p.step == 3 else None
+    adapter, expected = task.adapter(), task.adapter()
+    train(adapter, task, TrainSettings(6, checkpoint_every=4), run=run, observer=watch)
+    train(expected, Restyle(), TrainSettings(6))
+    assert same(adapter, expected)
+    assert len(problems) == 1 and "was deleted" in problems[0]
+    assert [line["step"] for line in RunFolder(run.path).history()] == [1, 2, 3, 4, 5, 6]
+    assert train(task.adapter(), task, TrainSettings(6), run=RunFolder(run.path)).resumed_from == 6
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "loss.jsonl", "step-000009.safetensors", "mine.safetensors"])
+def test_what_cannot_be_written_is_said_before_the_first_step(task, tmp_path, name):
+    run = RunFolder(tmp_path / "run", name="mine")
+    (run.path / name).mkdir()
+    with pytest.raises(OSError, match=f"{name}: cannot be written to .*run"):
+        train(task.adapter(), task, TrainSettings(9), run=run)
+    assert task.seen == 0 and sorted(path.name for path in run.path.iterdir()) == sorted([".lock", name])
+
+
+def test_a_name_that_the_disk_refuses(task, tmp_path):
+    with pytest.raises(OSError, match="aaa.safetensors: cannot be written"):
+        train(task.adapter(), task, TrainSettings(1), run=RunFolder(tmp_path / "run", name="a" * 250))
+    assert task.seen == 0
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_said_before_the_first_step(tmp_path):
+    """A real refusal: files of this process may not become larger."""
+    resource = pytest.importorskip("resource")
+    code = (
+        "import resource, sys; sys.path[:0] = ['tests/core', '.']\n"
+        "from test_train import Restyle, RunFolder, TrainSettings, train\n"
+        "task = Restyle(4096); run = RunFolder(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17))\n"
+        "try: train(task.adapter(), task, TrainSettings(2), run=run)\n"
+        "except OSError as error: print(error, task.seen, len(list(run.path.iterdir())))\n"
+    )
+    assert resource.RLIM_INFINITY is not None
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], cwd=root, capture_output=True, text=True)
+    assert "resume.state: cannot be written" in done.stdout and "File too large 0 1" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(task, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    train(task.adapter(), task, TrainSettings(3), run=run)
+    monkeypatch.setattr(run, "try_writing", lambda *_: pytest.fail("there is nothing to write"))
+    assert train(task.adapter(), task, TrainSettings(3), run=run).step == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "empty", "gone"])
+def test_a_damaged_state_leaves_the_one_before_it(task, tmp_path, damage):
+    run, problems = RunFolder(tmp_path / "run"), []
+    settings = TrainSettings(9, checkpoint_every=3)
+    task.fail_at = {8: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        train(task.adapter(), task, settings, run=run)
+    content = bytearray(run.state_file.read_bytes())
+    content[-3] ^= 1  # in a number of a tensor: the file is still whole to safetensors
+    match damage:
+        case "gone":
+            run.state_file.unlink()
+        case _:
+            run.state_file.write_bytes({"cut": content[:-8], "one bit": content, "empty": b""}[damage])
+    adapter, expected, again = task.adapter(), task.adapter(), Restyle()
+    result = train(adapter, again, settings, run=RunFolder(tmp_path / "run"), observer=watched(problems))
+    assert result.resumed_from == 6 and len(result.losses) == 9
+    train(expected, Restyle(), settings)
+    assert same(adapter, expected)
+    if damage != "gone":
+        assert "run/resume.state: damaged" in problems[0] and "going on from resume.previous.state, at step 6" in problems[0]
+
+
+def test_a_state_of_version_1_goes_on(task, tmp_path):
+    """Before there were checksums, and with what the plan did not know then left out."""
+    run = RunFolder(tmp_path / "run")
+    train(task.adapter(), task, TrainSettings(3), run=run)
+    with safe_open(run.state_file, framework="pt") as file:
+        header = json.loads(file.metadata()["styleinject_training"])
+    tensors = load_file(run.state_file)
+    header["version"] = 1
+    del header["plan"]["data"]["images"]
+    save_file(tensors, run.state_file, {"styleinject_training": json.dumps(header)})
+    assert train(task.adapter(), task, TrainSettings(5), run=RunFolder(tmp_path / "run")).resumed_from == 3
 
 
 def test_the_best_is_kept_and_patience_ends(task, tmp_path):

@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import tarfile
+import unicodedata
 import zlib
 from collections import Counter
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from styleinject_core.train.data import images
 from styleinject_core.train.data.buckets import BatchOrder, bucket_sizes, nearest_bucket
 from styleinject_core.train.data.folder import ImageFolder
 from styleinject_core.train.data.images import CorruptError, DataError
@@ -324,10 +326,10 @@ def test_system_files_are_passed_over(folder):
 def test_no_folder_no_images(tmp_path):
     with pytest.raises(DataError, match="nowhere: expected a folder, found nothing"):
         ImageFolder(tmp_path / "nowhere")
-    (tmp_path / "a.gif").write_bytes(b"")
+    (tmp_path / "a.xyz").write_bytes(b"")
     with pytest.raises(DataError, match=r"expected a folder, found a file"):
-        ImageFolder(tmp_path / "a.gif")
-    with pytest.raises(DataError, match=r"no images; looked for \.png, \.jpg, \.jpeg, \.webp, \.bmp, in subfolders too"):
+        ImageFolder(tmp_path / "a.xyz")
+    with pytest.raises(DataError, match=r"no images; looked for \.png, \.jpg, .*, in subfolders too"):
         ImageFolder(tmp_path)
 
 
@@ -600,7 +602,7 @@ def test_broken_samples(tmp_path):
     said = []
     data = stream(tmp_path, batch_size=3, shuffle=0, warn=said.append)
     assert [e.caption for e in data.next_batch()] == ["zero", "seven", "seven"]  # row 2 stands in for row 1
-    reasons = ["1: cannot be decoded", "2: no caption", "3: no picture", "4: caption: 'utf-8'", '5: caption: expected a string as "text"',
+    reasons = ["1: cannot be decoded", "2: no caption", "3: no picture", "4: caption: not UTF-8", '5: caption: expected a string as "text"',
                "6: cannot be decoded"]  # fmt: skip
     assert [line.startswith(f"a.tar/{reason}") for line, reason in zip(said, reasons, strict=True)] == [True] * 6
     assert list(data.skipped) == [f"a.tar/{k}" for k in range(1, 7)]
@@ -676,3 +678,199 @@ def test_pictures_with_a_color_profile_are_brought_to_srgb(tmp_path) -> None:
     for name, pixel in found.items():
         expected = [-1, 1, -1] if "swapped" in name else [1, -1, -1]
         assert pixel == pytest.approx(expected, abs=0.05), name
+
+
+# --- files as people have them
+
+
+def saved(path, kind, **options):
+    picture(60, 40).save(path, kind, **options)
+
+
+def test_pictures_are_known_by_what_is_in_them(tmp_path):
+    """Every kind that Pillow reads, under its names, under a wrong one and under none."""
+    kinds = {"a.tif": "TIFF", "b.gif": "GIF", "c.jfif": "JPEG", "d.avif": "AVIF", "e.png": "JPEG", "f": "PNG", "g.photo": "WEBP",
+             "h.JPE": "JPEG", "i.bin": "TIFF"}  # fmt: skip
+    for name, kind in kinds.items():
+        saved(tmp_path / name, kind)
+    (tmp_path / "notes").write_bytes(b"no picture")
+    folder = ImageFolder(tmp_path, caption="a photo", **SMALL)
+    assert [folder.name(k) for k in range(len(folder))] == sorted(kinds)
+    original = folder[0].pixels
+    for k in range(len(folder)):
+        assert (folder[k].pixels - original).abs().mean() < 0.1, folder.name(k)
+
+
+def test_heic_with_the_package_and_without(tmp_path, monkeypatch):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(picture(64, 48)).save(tmp_path / "photo.heic")
+    assert len(ImageFolder(tmp_path, caption="a photo", **SMALL)) == 1
+    monkeypatch.setattr(images, "_formats", lambda: ("PNG", "JPEG"))
+    with pytest.raises(DataError, match=r"photo\.heic: .*pip install pillow-heif"):
+        ImageFolder(tmp_path, caption="a photo", warn=len, **SMALL)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_tiff_is_turned_once(tmp_path, orientation):
+    whole = picture(60, 40)
+    whole.save(tmp_path / "a.tif", "TIFF", tiffinfo={274: orientation})
+    turned = {1: None, 3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}[orientation]
+    (whole if turned is None else whole.transpose(turned)).save(tmp_path / "b.png")
+    folder = ImageFolder(tmp_path, caption="a photo", **SMALL)
+    assert folder.size(0) == folder.size(1)
+    torch.testing.assert_close(folder[0].pixels, folder[1].pixels)
+
+
+def test_what_is_left_out_is_named_and_counted(folder):
+    (folder / "raw.CR2").write_bytes(b"II*\0" + bytes(100))
+    (folder / "raw.txt").write_text("a photo")
+    (folder / "film.mp4").write_bytes(b"....")
+    (folder / "p1.txt").write_bytes(b"")
+    (folder / "p2.txt").write_bytes(bytes(12))
+    said = []
+    found = ImageFolder(folder, warn=said.append, **SMALL)
+    assert len(found) == 10 and len(said) == 2
+    assert said[0] == "film.mp4: a file of this kind is not read: save it as PNG or JPEG (skipped)"
+    assert found.advice.startswith("2 of 12 images are left out, see above; 2 of 10 captions are empty (p1.png, p2.png)")
+    with pytest.raises(CorruptError, match=r"^film\.mp4"):
+        ImageFolder(folder, on_corrupt="stop", **SMALL)
+
+
+def test_linked_folders_are_followed_once(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "linked.png").write_bytes(png(40, 40))
+    (other / "linked.txt").write_text("linked")
+    (folder / "link").symlink_to(other, target_is_directory=True)
+    (other / "round").symlink_to(folder, target_is_directory=True)
+    found = ImageFolder(folder, **SMALL)
+    assert [found.name(k) for k in range(len(found))].count("link/linked.png") == 1
+    assert len(found) == 11
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_captions_in_other_encodings(folder, encoding):
+    (folder / "p0.txt").write_bytes("a caf\u00e9 at night, \u732b".encode(encoding))
+    assert ImageFolder(folder, **SMALL)[1].caption == "a caf\u00e9 at night, \u732b"
+    names = [*(f"p{k}.png" for k in range(9)), "more/p9.png"]
+    (folder / "metadata.jsonl").write_bytes(
+        "\n".join(json.dumps({"file_name": n, "text": "x"}) for n in names).encode(encoding)
+    )
+    assert ImageFolder(folder, **SMALL)[0].caption == "x"
+
+
+@pytest.mark.parametrize("form", ["data/{}", "./{}", "C:\\sets\\data\\{}", "/home/me/data/{}", "{}"])
+def test_names_in_metadata_as_other_programs_write_them(folder, form):
+    (folder / "p0.png").rename(folder / unicodedata.normalize("NFD", "caf\u00e9.png"))
+    names = ["caf\u00e9.png", *(f"p{k}.png" for k in range(1, 9)), "more/p9.png"]
+    backslashes = "\\" in form
+    lines = [{"file_name": form.format(n.replace("/", "\\") if backslashes else n), "text": f"this is {n}"} for n in names]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = ImageFolder(folder, **SMALL)
+    assert {unicodedata.normalize("NFC", found.name(k)): found[k].caption for k in range(10)} == {
+        n: f"this is {n}" for n in names
+    }
+
+
+def test_text_files_in_another_unicode_form(folder):
+    for suffix, form in (("png", "NFD"), ("txt", "NFC")):
+        (folder / f"p0.{suffix}").rename(folder / unicodedata.normalize(form, f"caf\u00e9.{suffix}"))
+    assert len(ImageFolder(folder, **SMALL)) == 10
+
+
+def test_a_table_nested_too_deep(folder):
+    (folder / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"metadata\.jsonl:1: "):
+        ImageFolder(folder, **SMALL)
+
+
+def test_how_much_is_cut_is_said(tmp_path):
+    (tmp_path / "panorama.png").write_bytes(png(600, 100))
+    (tmp_path / "square.png").write_bytes(png(100, 100))
+    found = ImageFolder(tmp_path, caption="a photo", **SMALL)
+    height, width = found.size(0)
+    assert f"1 of 2 images lose more than 25% of themselves to be cut to their size (most: panorama.png, " \
+           f"{1 - width / height / 6:.0%})" in found.advice  # fmt: skip
+    assert not ImageFolder(tmp_path, caption="a photo", bucket_ratio=8.0, resolution=64, bucket_step=8).advice
+
+
+def test_what_an_example_says_of_its_crop(tmp_path):
+    """The original's size, and what is cut off in pixels of the result: SDXL is told so."""
+    (tmp_path / "a.png").write_bytes(png(300, 100))
+    square = {"resolution": 64, "buckets": False, "caption": "a photo"}
+    example = ImageFolder(tmp_path, **square)[0]
+    assert (example.original, example.crop) == ((100, 300), (0, 64))
+    crops = set()
+    for step in range(40):
+        folder = ImageFolder(tmp_path, center_crop=False, flip=True, **square)
+        example = folder.read(0, step)
+        view = images.View.draw(f"0/0/{step}", False, True)
+        crops.add((example.crop, view.mirrored))
+        shown = example.pixels[0].mean(0)  # red rises to the right
+        left = 128 - example.crop[1] if view.mirrored else example.crop[1]
+        assert abs(float(shown.min() + 1) / 2 - left / 192) < 0.02
+    assert len(crops) > 10
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "RGBA", "palette with alpha"])
+def test_profiles_of_every_mode(tmp_path, mode):
+    """A profile that swaps nothing but the curve: what is shown is lighter than the numbers say, in every mode."""
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    gray = Image.new("RGB", (40, 40), (90, 90, 90))
+    picture = {"P": gray.quantize(4), "LA": gray.convert("LA"), "RGBA": gray.convert("RGBA"),
+               "palette with alpha": gray.quantize(4)}[mode]  # fmt: skip
+    options = {"transparency": 3} if mode == "palette with alpha" else {}
+    picture.save(tmp_path / "a.png", icc_profile=profile, **options)
+    found = ImageFolder(tmp_path, caption="a photo", **SMALL)
+    assert abs(float(found[0].pixels.mean()) - (90 / 127.5 - 1)) < 0.02
+
+
+# --- shards that are not as they should be
+
+
+def header(name, size):
+    """A tar header whose size may be anything."""
+    info = tarfile.TarInfo(name)
+    data = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    field = size.to_bytes(12, "big", signed=True) if size < 0 else size.to_bytes(12, "big")
+    data[124:136] = (b"\xff" if size < 0 else b"\x80") + field[1:]
+    data[148:156] = b" " * 8
+    data[148:156] = f"{sum(data):06o}\0 ".encode()
+    return bytes(data)
+
+
+@pytest.mark.parametrize("size", [-512, -1, -(2**40), 2**62, 2**80])
+def test_a_member_whose_size_cannot_be(tmp_path, size):
+    write_tar(tmp_path / "a.tar", {"0.png": png(32, 32), "0.txt": b"zero"})
+    whole = (tmp_path / "a.tar").read_bytes()
+    end = whole.rindex(b"zero") // 512 * 512 + 512
+    (tmp_path / "a.tar").write_bytes(whole[:end] + header("1.png", size) + bytes(1024))
+    said = []
+    data = stream(tmp_path, batch_size=1, shuffle=0, warn=said.append)
+    assert take(data, 3) == [[("a.tar/0", "zero")]] * 3
+    assert 1 <= len(said) <= 2 and "a.tar: not a whole, uncompressed tar file" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"text": ' + "[" * 100_000, '{"text": "a", "n": ' + "9" * 5000 + "}", '{"a": 1e999}']
+)
+def test_json_that_cannot_be(tmp_path, text):
+    members = {"0.png": png(32, 32), "0.json": text.encode(), "1.png": png(32, 32), "1.json": b'{"text": "one"}'}
+    write_tar(tmp_path / "a.tar", members)
+    said = []
+    assert take(stream(tmp_path, batch_size=1, shuffle=0, warn=said.append), 2) == [[("a.tar/1", "one")]] * 2
+    assert len(said) == 1 and said[0].startswith("a.tar/0: caption: ")
+
+
+def test_an_unsorted_shard_says_how_to_sort_it(tmp_path):
+    names = [f"{k}.png" for k in range(3)] + [f"{k}.txt" for k in range(3)]
+    write_tar(tmp_path / "a.tar", {name: png(32, 32) if name.endswith("png") else b"text" for name in names})
+    with pytest.raises(DataError, match=r"a\.tar/0: no caption .*must follow one another.*tar --sort=name"):
+        stream(tmp_path, batch_size=1, shuffle=0, warn=len).next_batch()
+
+
+def test_a_caption_of_a_shard_in_utf_16(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.png": png(32, 32), "0.txt": "a cat".encode("utf-16-le")})
+    assert take(stream(tmp_path, batch_size=1, shuffle=0), 1) == [[("a.tar/0", "a cat")]]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, attach
+from styleinject_core.call import Listener, ModelCall
 from styleinject_core.train.data.batches import joined, rows, where
 from styleinject_core.train.data.source import LatentSource
 from styleinject_core.train.models.noise import (
@@ -436,8 +437,40 @@ def test_counts_must_match():
         LatentSource(latents, {"context": torch.zeros(2, 2, 3)})
     with pytest.raises(ValueError, match="teacher: 4 prompts for 3 latents"):
         LatentSource(latents, {"context": torch.zeros(3, 2, 3)}, {"context": torch.zeros(4, 2, 3)})
+    with pytest.raises(ValueError, match="styles: 2 for 3 latents"):
+        LatentSource(latents, {"context": torch.zeros(1, 2, 3)}, styles=[0, 1])
     with pytest.raises(ValueError, match="no training images"):
         LatentSource([], {"context": torch.zeros(1, 2, 3)})
+
+
+def test_styles_are_given_by_labels_but_for_a_share():
+    """s is the label's style, of rows that have one and are not dropped; the router's elsewhere. The run's plan says so."""
+    model, heard = Tiny(0), []
+    adapter = model.adapter()
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.router_weight.normal_()
+            layer.B.normal_()
+
+    class Heard(Listener):
+        def record(self, layer, s):
+            heard.append(s)
+
+    labels = [0, 1, -1, 1, 0, -1]
+    plain = FineTune(model, source(), TrainSettings(1), style_dropout=0.0)
+    given = FineTune(model, source(styles=labels), TrainSettings(1), style_dropout=0.0)
+    dropped = FineTune(model, source(styles=labels), TrainSettings(1), style_dropout=1.0)
+    for task in (plain, given, dropped):
+        with task.installed(adapter) as attachment, attachment.in_call(ModelCall(listeners=(Heard(),))):
+            task.loss(RandomNumbers(0, 0))
+    free, labeled, free_again = heard[0], heard[2], heard[4]
+    members = given.source.order.batch(0)
+    for row, k in enumerate(members):
+        expected = free[row] if labels[k] < 0 else torch.eye(2)[labels[k]]
+        assert torch.equal(labeled[row], expected)
+    assert torch.equal(free, free_again)
+    assert given.plan()["data"] != plain.plan()["data"]
+    assert given.plan()["style_dropout"] == 0 and "style_dropout" not in plain.plan()
 
 
 def test_gradients_of_two_processes_average_to_those_of_one():

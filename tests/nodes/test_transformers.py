@@ -252,9 +252,8 @@ def test_it_trains_and_the_file_samples_what_training_saw(pack, host, model, tra
         encoder.prompts([tuple(one[0]) for one in prompts[:2]], [host.latent] * 2)
     )
     x, sigma = latents["samples"][:1], wrapped.schedule.times(torch.tensor([0.6]))
-    with torch.no_grad():
-        with wrapped.attachment(adapter):
-            twice = wrapped.predict(torch.cat([x, x]), sigma.repeat(2), rows)
+    with torch.no_grad(), wrapped.attachment(adapter):
+        twice = wrapped.predict(torch.cat([x, x]), sigma.repeat(2), rows)
     patched, *_ = run_node("StyleInjectApply", model=model, adapter=loaded)
     given = pack.submodule("integration.training.graph_inputs").called_together(
         encoder.prompts([tuple(prompts[0][0])], [host.latent])[0], torch.device("cpu")

@@ -36,6 +36,7 @@ class Batch:
         conditioning: the captions, a row each.
         teacher: the same captions for a teacher with another text encoder.
         empty, teacher_empty: what takes a dropped caption's place, a row each, where that depends on the image.
+        styles: (B,) the number of each example's style, from 0; -1 where it has none. None where no example has one.
     """
 
     latents: Tensor
@@ -43,6 +44,7 @@ class Batch:
     teacher: Conditioning | None = None
     empty: Conditioning | None = None
     teacher_empty: Conditioning | None = None
+    styles: Tensor | None = None
 
 
 def rows(conditioning: Mapping[str, Any], index: Tensor | Sequence[int]) -> Conditioning:

@@ -13,8 +13,25 @@ from typing import BinaryIO
 
 from .buckets import Size, bucket_sizes, nearest_bucket
 from .captions import folder_captions, one_line
-from .images import SUFFIXES, CorruptError, CorruptImages, DataError, Example, OnCorrupt, View, decode, first_names, read_size
+from .images import (
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    CorruptError,
+    CorruptImages,
+    DataError,
+    Example,
+    OnCorrupt,
+    View,
+    crop_of,
+    cut_off,
+    decode,
+    first_names,
+    is_picture,
+    read_size,
+)
 
+_MUCH = 0.25  # of a picture, which a user should know to be cut off
+_TEXTS = (".txt", ".json", ".jsonl", ".csv", ".md", ".npz", ".safetensors")  # whose first bytes may be anything
 _TAIL = 4096  # bytes of a file that go into the content hash: its end, because its start may be one camera's header
 
 
@@ -23,7 +40,12 @@ class _Entry:
     name: str  # relative to the folder
     caption: str
     size: Size
-    enlarged: bool  # smaller than its bucket
+    original: Size  # (H, W), upright
+
+    @property
+    def enlarged(self) -> bool:
+        """Smaller than its bucket."""
+        return self.original[0] < self.size[0] or self.original[1] < self.size[1]
 
 
 class ImageFolder:
@@ -31,7 +53,8 @@ class ImageFolder:
 
     `metadata.jsonl` has one object per line, `{"file_name": "a.png", "text": "a red apple"}`, the name relative to the
     file's own folder (Hugging Face's imagefolder). Where there is one, captions come from such files alone. Names that
-    begin with a dot are passed over. The order is that of the names, the same on every system.
+    begin with a dot are passed over; pictures are known by their names, or by their first bytes. The order is that of the
+    names, the same on every system.
 
     Args:
         folder: where the pictures are.
@@ -72,9 +95,11 @@ class ImageFolder:
         self.resolution, self.center_crop, self.flip, self.seed = resolution, center_crop, flip, seed
         self._corrupt = CorruptImages(on_corrupt, warn)
         sizes = bucket_sizes(resolution, bucket_step, bucket_ratio) if buckets else bucket_sizes(resolution, resolution, 1)
-        names, other_files = _pictures_and_others(self.root)
+        names, other_files, unreadable = _pictures_and_others(self.root)
+        for name in unreadable:
+            self._corrupt.add(name, CorruptError(f"{name}: a file of this kind is not read: save it as PNG or JPEG"))
         if caption is None:
-            self._captions_from, captions = folder_captions(self.root, names, other_files)
+            self._captions_from, captions = folder_captions(self.root, names, other_files, unreadable)
         else:
             self._captions_from, captions = "one for all", dict.fromkeys(names, one_line(caption))
         content = hashlib.sha256()
@@ -90,11 +115,12 @@ class ImageFolder:
                 self._corrupt.add(name, error)
                 continue
             size = nearest_bucket(sizes, width, height)
-            self._entries.append(_Entry(name, captions[name], size, enlarged=height < size[0] or width < size[1]))
+            self._entries.append(_Entry(name, captions[name], size, (height, width)))
         self._content, self._left_out = content.hexdigest(), len(self._corrupt.names)
         if not self._entries:
             raise DataError(
-                f"{folder}: none of the {len(names)} images can be read: {first_names(self._corrupt.names.values())}"
+                f"{folder}: none of the {len(self._corrupt.names)} images can be read: "
+                f"{first_names(self._corrupt.names.values())}"
             )
 
     def _open(self, name: str) -> BinaryIO:
@@ -124,6 +150,27 @@ class ImageFolder:
         """Pictures that could not be decoded so far, and why."""
         return dict(self._corrupt.names)
 
+    @property
+    def captions(self) -> list[str]:
+        """Of every example."""
+        return [entry.caption for entry in self._entries]
+
+    @property
+    def advice(self) -> str:
+        """What the user should know about the pictures before training on them; empty where there is nothing."""
+        said = []
+        if self._left_out:
+            said.append(f"{self._left_out} of {self._left_out + len(self)} images are left out, see above")
+        if empty := [entry.name for entry in self._entries if not entry.caption]:
+            said.append(f"{len(empty)} of {len(self)} captions are empty ({first_names(empty)})")
+        cut = {entry.name: cut_off(entry.original, entry.size) for entry in self._entries}
+        if much := sorted((name for name in cut if cut[name] > _MUCH), key=lambda name: -cut[name]):
+            said.append(
+                f"{len(much)} of {len(self)} images lose more than {_MUCH:.0%} of themselves to be cut to their size (most: "
+                f"{much[0]}, {cut[much[0]]:.0%})"
+            )
+        return "; ".join(said)
+
     def __getitem__(self, index: int) -> Example:
         return self.read(index)
 
@@ -143,7 +190,9 @@ class ImageFolder:
                 continue
             try:
                 with self._open(entry.name) as file:
-                    return Example(decode(file, entry.name, entry.size, view), entry.caption, entry.name)
+                    pixels = decode(file, entry.name, entry.size, view)
+                crop = crop_of(entry.original, entry.size, view)
+                return Example(pixels, entry.caption, entry.name, entry.original, crop)
             except CorruptError as error:
                 self._corrupt.add(entry.name, error)
         height, width = self.size(index)
@@ -180,18 +229,41 @@ class ImageFolder:
         }
 
 
-def _pictures_and_others(root: Path) -> tuple[list[str], list[str]]:
-    """Names of pictures and of all other files, relative to the folder, with forward slashes, sorted."""
+def _pictures_and_others(root: Path) -> tuple[list[str], list[str], list[str]]:
+    """Names of pictures, of all other files, and of pictures of kinds that are not read, relative to the folder, with forward
+    slashes, sorted. Linked folders are followed, each once."""
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder, found {'a file' if root.exists() else 'nothing'}")
     pictures: list[str] = []
     other_files: list[str] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    unreadable: list[str] = []
+    been: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in been:
+            folders[:] = []
+            continue
+        been.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in files:
             name = (Path(folder) / file).relative_to(root).as_posix()
-            if not file.startswith("."):
-                (pictures if name.lower().endswith(SUFFIXES) else other_files).append(name)
-    if not pictures:
+            if file.startswith("."):
+                continue
+            if name.lower().endswith(OTHER_SUFFIXES):
+                unreadable.append(name)
+            else:
+                (pictures if _is_picture(root / name) else other_files).append(name)
+    if not pictures and not unreadable:
         raise DataError(f"{root}: no images; looked for {', '.join(SUFFIXES)}, in subfolders too")
-    return sorted(pictures), sorted(other_files)
+    return sorted(pictures), sorted(other_files), sorted(unreadable)
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name, or where that says nothing by its first bytes."""
+    name = path.name.lower()
+    if name.endswith(SUFFIXES) or name.endswith(_TEXTS):
+        return name.endswith(SUFFIXES)
+    try:
+        with path.open("rb") as file:
+            return is_picture(file.read(32))
+    except OSError:
+        return False

@@ -10,17 +10,31 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import torch
 from torch import Tensor
 
+from .buckets import Size
+
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# What is looked for by name. Files of other names are looked into: see `is_picture`.
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"),
+    *(".jfif", ".jif", ".jpe", ".apng", ".dib", ".tga", ".jp2", ".j2k", ".ppm", ".pgm", ".pcx", ".qoi", ".ico"),
+)
+# Pictures, drawings and films that Pillow cannot read as they are; some hold a small preview that it would read instead.
+OTHER_SUFFIXES = (
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw", ".jxl", ".svg", ".psd", ".psb"),
+    *(".xcf", ".kra", ".exr", ".hdr", ".eps", ".ai", ".pdf", ".dds", ".mp4", ".mov", ".webm", ".mkv", ".avi"),
+)
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "PCX", "QOI", "ICO", "TGA")
+_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"qoif")
+_TIFF_SIZE = (256, 257)  # the tags of width and height
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
             8: "ROTATE_90"}  # fmt: skip
@@ -44,11 +58,15 @@ class Example:
         pixels: (3, H, W) float32 in [-1, 1], H and W those of its bucket.
         caption: on one line.
         name: the file's name relative to its folder, or shard and key: for messages.
+        original: (H, W) of the whole picture, upright.
+        crop: what was cut off at the top and at the left of it, in pixels of the result.
     """
 
     pixels: Tensor
     caption: str
     name: str
+    original: Size = (0, 0)
+    crop: Size = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,42 @@ class CorruptImages:
             self._warn(f"{error} (skipped)")
 
 
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins so (32 bytes) is a picture that can be read, whatever its name."""
+    return head.startswith(_BEGINNINGS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or _is_heif(head)
+
+
+def _is_heif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in (
+        b"heic",
+        b"heix",
+        b"heim",
+        b"heis",
+        b"hevc",
+        b"mif1",
+        b"msf1",
+        b"avif",
+        b"avis",
+    )
+
+
+def crop_of(original: Size, size: Size, view: View) -> Size:
+    """What is cut off at the top and at the left of a picture that covers `size`, in pixels of the result.
+
+    Args:
+        original, size: (H, W) of the whole picture, and of what is seen of it.
+    """
+    scale = max(size[0] / original[0], size[1] / original[1])
+    top, left = (max(0.0, whole * scale - seen) for whole, seen in zip(original, size, strict=True))
+    return round(top * view.y), round(left * (1 - view.x if view.mirrored else view.x))
+
+
+def cut_off(original: Size, size: Size) -> float:
+    """The share of a picture, (H, W), that is not seen when it covers `size`."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    return 1 - size[0] * size[1] / (original[0] * original[1] * scale**2)
+
+
 def read_size(file: BinaryIO, name: str) -> tuple[int, int]:
     """Width and height of a picture as it is shown, from its header alone.
 
@@ -124,11 +178,11 @@ def decode(file: BinaryIO, name: str, size: tuple[int, int], view: View) -> Tens
     height, width = size
     with _errors_named(name):
         picture = _open(file)
-        orientation = _orientation(picture)
         # A large JPEG is decoded at a half, quarter or eighth where that leaves twice the pixels needed: 2 to 3 times faster.
         picture.draft(None, (2 * max(size), 2 * max(size)))
         picture.load()
-    picture = _rgb(picture)
+        orientation = _orientation(picture)  # Pillow itself turns a TIFF, and tells so from here on
+        picture = _rgb(picture)
     if orientation in _UPRIGHT:
         picture = picture.transpose(Image.Transpose[_UPRIGHT[orientation]])
     scale = min(picture.width / width, picture.height / height)  # of the picture's pixels to the result's
@@ -159,16 +213,40 @@ def _errors_named(name: str) -> Iterator[None]:
 
 
 def _open(file: BinaryIO) -> Picture:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    picture = Image.open(file, formats=_FORMATS)
+    try:
+        picture = Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        file.seek(0)
+        if _is_heif(file.read(12)) and "HEIF" not in _formats():
+            raise ValueError("HEIC and AVIF need a package: pip install pillow-heif") from None
+        raise
     limit = Image.MAX_IMAGE_PIXELS  # Pillow only warns up to twice this
     if limit and picture.width * picture.height > limit:
         raise ValueError(f"{picture.width} x {picture.height} pixels, more than Pillow's limit of {limit:,}")
     return picture
 
 
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those formats that this Pillow reads, with pillow-heif where it is installed."""
+    from PIL import Image
+
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass
+    Image.init()
+    return tuple(kind for kind in _FORMATS if kind in Image.OPEN)
+
+
 def _orientation(picture: Picture) -> int:
+    tags = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
+    if tags and picture.size != tuple(tags.get(tag) for tag in _TIFF_SIZE):
+        return 1  # Pillow turns it when it is loaded, and says its size as it will be
     if picture.format == "PNG" and "exif" not in picture.info:
         return 1  # Pillow would decode the whole picture here, to look for EXIF behind it
     orientation = picture.getexif().get(_ORIENTATION, 1)
@@ -181,8 +259,16 @@ def _in_srgb(picture: Picture) -> Picture:
     A profile that Pillow cannot apply says nothing about the pixels, which then are taken as they are.
     """
     profile = picture.info.get("icc_profile")
-    if not profile or picture.mode not in ("RGB", "RGBA", "L", "CMYK") or "transparency" in picture.info:
-        return picture  # palettes, 16-bit gray: in practice sRGB
+    if not profile or picture.mode.startswith("I"):  # 16-bit gray: in practice sRGB
+        return picture
+    if picture.mode == "LA":
+        gray = picture.getchannel("L")
+        gray.info["icc_profile"] = profile
+        in_color = _in_srgb(gray).convert("RGB")
+        in_color.putalpha(picture.getchannel("A"))
+        return in_color
+    if picture.mode in ("P", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA" if picture.mode == "PA" or "transparency" in picture.info else "RGB")
     try:
         from PIL import ImageCms
     except ImportError:  # a part that Pillow can be built without
@@ -200,6 +286,8 @@ def _rgb(picture: Picture) -> Picture:
     import numpy as np
     from PIL import Image
 
+    if picture.mode == "F":
+        raise ValueError("it holds floating-point numbers, of which nobody says what is white: save it with 8 or 16 bits")
     picture = _in_srgb(picture)
     if picture.mode.startswith("I"):  # 16 bits of gray, which convert() would cut off at 255 instead of scaling
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))

@@ -49,9 +49,10 @@ class LatentSource:
         conditioning: one row per example, or a single one for all; in one, or a list, whose rows may differ in length.
         teacher: the same prompts for a teacher with another text encoder.
         empty, teacher_empty: what takes a dropped caption's place, likewise, where that depends on the image.
+        styles: the number of each example's style, from 0; -1 where it has none.
 
     Raises:
-        ValueError: no latents, or another number of prompts than of latents.
+        ValueError: no latents, or another number of prompts or styles than of latents.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class LatentSource:
         empty: Prompts | None = None,
         teacher_empty: Prompts | None = None,
         *,
+        styles: Sequence[int] | None = None,
         batch_size: int = 1,
         seed: int = 0,
         processes: Processes = Processes(),  # noqa: B008 - frozen
@@ -73,6 +75,9 @@ class LatentSource:
         self.prompts = {
             name: _a_row_each(value, len(self.latents), name) for name, value in by_name.items() if value is not None
         }
+        if styles is not None and len(styles) != len(self.latents):
+            raise ValueError(f"styles: {len(styles)} for {len(self.latents)} latents, expected one each")
+        self.styles = None if styles is None else torch.tensor(styles)
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in self.latents]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
         self.advice = self.order.advice
@@ -80,7 +85,8 @@ class LatentSource:
     def batch(self, index: int) -> Batch:
         members = self.order.batch(index)
         latents = torch.stack([self.latents[k].float() for k in members])
-        return Batch(latents, **{name: joined([each[k] for k in members]) for name, each in self.prompts.items()})
+        prompts = {name: joined([each[k] for k in members]) for name, each in self.prompts.items()}
+        return Batch(latents, **prompts, styles=None if self.styles is None else self.styles[members])
 
     def summary(self) -> dict[str, Any]:
         return dict(self._summary)
@@ -88,6 +94,8 @@ class LatentSource:
     @cached_property
     def _summary(self) -> dict[str, Any]:
         known: dict[str, Any] = {"images": len(self.latents), "latents": tensors_hash(self.latents)}
+        if self.styles is not None:
+            known["styles"] = tensors_hash([self.styles])
         for name, each in self.prompts.items():
             distinct = {id(row): row for row in each}  # most images share the empty prompt
             hashes = {key: tensors_hash(row.values()) for key, row in distinct.items()}
@@ -161,7 +169,7 @@ class FolderSource:
         self._among = frozenset(self.indices)
         sizes = [folder.sizes[k] for k in self.indices]
         self.order = BatchOrder(sizes, batch_size, seed, processes.rank, processes.world)
-        self.advice = self.order.advice
+        self.advice = "; ".join(filter(None, (folder.advice, self.order.advice)))
 
     def batch(self, index: int) -> Batch:
         examples = [self._example(self.indices[k], index) for k in self.order.batch(index)]

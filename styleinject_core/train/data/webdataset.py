@@ -10,6 +10,7 @@ whole state of the stream is a list of numbers.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -24,10 +25,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from .buckets import Size, bucket_sizes, check_share, nearest_bucket
-from .captions import caption_in, one_line
-from .images import SUFFIXES, CorruptError, CorruptImages, DataError, Example, OnCorrupt, View, decode, first_names, read_size
+from .captions import caption_in, decoded, one_line
+from .images import (
+    SUFFIXES,
+    CorruptError,
+    CorruptImages,
+    DataError,
+    Example,
+    OnCorrupt,
+    View,
+    crop_of,
+    decode,
+    first_names,
+    read_size,
+)
 
 _HEAD = 65536  # bytes of a shard that go into the content hash
+_TOGETHER = "; the files of a sample must follow one another in the tar file, as with tar --sort=name"
 _HOPELESS = 100  # broken samples at the start, or batches without one good picture, before it is the data's fault
 
 
@@ -39,6 +53,7 @@ class _Sample:
     caption: str
     name: str
     size: Size
+    original: Size  # (H, W), upright
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,9 @@ class ImageStream:
                 file.seek(offset)
                 content = io.BytesIO(file.read(length))
             try:
-                return Example(decode(content, sample.name, sample.size, view), sample.caption, sample.name)
+                pixels = decode(content, sample.name, sample.size, view)
+                crop = crop_of(sample.original, sample.size, view)
+                return Example(pixels, sample.caption, sample.name, sample.original, crop)
             except CorruptError as error:
                 self._corrupt.add(sample.name, error)
         return None
@@ -206,10 +223,11 @@ class ImageStream:
         name = f"{self.shards[shard].name}/{group.key}"
         picture = next((info for suffix, info in group.members.items() if f".{suffix}" in SUFFIXES), None)
         if picture is None:
-            raise CorruptError(f"{name}: no picture ({', '.join(SUFFIXES)}), only {', '.join(group.members)}")
+            raise CorruptError(f"{name}: no picture ({', '.join(SUFFIXES)}), only {', '.join(group.members)}{_TOGETHER}")
         caption = _caption(group, name)
-        size = nearest_bucket(self._sizes, *read_size(_member(group, picture), name))
-        return _Sample(shard, group.offset, (picture.offset_data, picture.size), caption, name, size)
+        width, height = read_size(_member(group, picture), name)
+        size = nearest_bucket(self._sizes, width, height)
+        return _Sample(shard, group.offset, (picture.offset_data, picture.size), caption, name, size, (height, width))
 
     def _made_for(self) -> dict:
         """What a position means something for."""
@@ -305,16 +323,21 @@ def _open(shard: Path) -> BinaryIO:
 
 
 def _groups(shard: Path, offset: int) -> Iterator[_Group]:
-    """The samples of a shard from a byte offset on, which is 0 or that of a group."""
+    """The samples of a shard from a byte offset on, which is 0 or that of a group.
+
+    Raises:
+        CorruptError: no whole tar file; after the samples before the damage.
+    """
     with _open(shard) as file:
         file.seek(offset)
+        damage: Exception | None = None
+        key, members, start, end = "", dict[str, tarfile.TarInfo](), offset, offset
         try:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, it owns nothing: the file is closed above
-            key, members, start = "", dict[str, tarfile.TarInfo](), offset
-            while info := tar.next():
-                tar.members = []  # type: ignore[attr-defined]  # it would keep every header it has seen
+            while info := _next(tar):
                 path = PurePosixPath(info.name)
                 stem, _, suffix = path.name.partition(".")
+                end = tar.offset
                 if not info.isreg() or not stem or stem.startswith("__"):
                     continue
                 if members and key != str(path.with_name(stem)):
@@ -323,13 +346,30 @@ def _groups(shard: Path, offset: int) -> Iterator[_Group]:
                 if not members:
                     key, start = str(path.with_name(stem)), info.offset
                 members[suffix.lower()] = info
-            if members:
-                yield _Group(tar, key, members, start, tar.offset)
-            file.seek(tar.offset)
+            end = tar.offset
+            file.seek(end)
             if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a header it cannot read for the end
                 raise tarfile.ReadError("no header where one belongs")
-        except tarfile.TarError as error:
-            raise CorruptError(f"{shard.name}: not a whole, uncompressed tar file: {error}") from error
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+            damage = error
+        if members:
+            yield _Group(tar, key, members, start, end)
+        if damage is not None:
+            raise CorruptError(f"{shard.name}: not a whole, uncompressed tar file: {damage}") from damage
+
+
+def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member; headers with sizes that cannot be would be read again and again. Raises what tarfile does."""
+    try:
+        info = tar.next()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place that is too far for a file
+            raise
+        raise tarfile.ReadError("a size that cannot be") from error
+    tar.members = []  # type: ignore[attr-defined]  # it would keep every header it has seen
+    if info is not None and (info.size < 0 or tar.offset <= info.offset):
+        raise tarfile.ReadError(f"{info.name[:100]} has a size of {info.size} bytes")
+    return info
 
 
 def _member(group: _Group, info: tarfile.TarInfo) -> BinaryIO:
@@ -341,12 +381,12 @@ def _member(group: _Group, info: tarfile.TarInfo) -> BinaryIO:
 def _caption(group: _Group, name: str) -> str:
     try:
         if info := group.members.get("txt"):
-            return one_line(_member(group, info).read().decode("utf-8-sig"))
+            return one_line(decoded(_member(group, info).read()))
         if info := group.members.get("json"):
-            return caption_in(json.loads(_member(group, info).read()))
-    except ValueError as error:  # bad UTF-8 and bad JSON too
+            return caption_in(json.loads(decoded(_member(group, info).read())))
+    except (ValueError, OverflowError, RecursionError, tarfile.TarError, OSError) as error:  # bad UTF-8 and bad JSON too
         raise CorruptError(f"{name}: caption: {error}") from error
-    raise CorruptError(f"{name}: no caption (.txt or .json), only {', '.join(group.members)}")
+    raise CorruptError(f"{name}: no caption (.txt or .json), only {', '.join(group.members)}{_TOGETHER}")
 
 
 def _content(shards: list[Path]) -> str:

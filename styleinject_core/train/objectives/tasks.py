@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ...adapter import Adapter
 from ...attach import Attachment
+from ...call import ModelCall
+from ...router.control import GivenStyles
 from ..data.batches import Batch, Conditioning, conditioning_hash, where
 from ..data.source import Source
 from ..models.noise import add_noise, logit_normal, matching_times, predicted_sample, prediction_of
@@ -29,6 +31,8 @@ class FineTune:
         empty: the empty prompt, one row, for caption dropout, unless batches bring their own; None leaves every caption.
         prior: class images, one batch beside each of `source`'s (DreamBooth); their loss is weighted by `prior_weight`.
         validation: batches that are never trained on; all of the first `validation_batches` are measured.
+        style_dropout: the share of examples with a style of their own (`Batch.styles`) whose s is the router's all the same, so
+            that it learns to follow.
     """
 
     objective = "fine-tune"
@@ -44,10 +48,13 @@ class FineTune:
         prior_weight: float = 1.0,
         validation: Source | None = None,
         validation_batches: int = 4,
+        style_dropout: float = 0.1,
     ):
         if settings.validate_every and validation is None:
             raise ValueError("validate_every is set, but there are no validation images")
         self.check(model, settings)
+        self.style_dropout = style_dropout
+        self._attachment: Attachment | None = None
         self.model, self.source, self.settings = model, source, settings
         self.empty = empty if settings.caption_dropout else None
         self.prior, self.prior_weight = prior, prior_weight
@@ -74,6 +81,7 @@ class FineTune:
             if self.settings.gradient_checkpointing:
                 blocks, in_place = self.model.blocks(), self.model.in_place_blocks()
                 stack.enter_context(checkpointed(blocks, in_place, self.model.current_calls()))
+            self._attachment = attachment
             yield attachment
 
     def loss(self, rng: RandomNumbers) -> Tensor:
@@ -94,7 +102,8 @@ class FineTune:
         latents = batch.latents.to(self.model.device)
         times, noise, noisy = self._noisy(latents, rng)
         conditioning = _captions(batch.conditioning, batch.empty or self.empty, self._dropped(batch, rng, dropout))
-        prediction = self.model.predict(noisy, times, conditioning)
+        with self._given_styles(batch, rng, dropout):
+            prediction = self.model.predict(noisy, times, conditioning)
         return fine_tune_loss(prediction, self.model.schedule, latents, noise, times, self.settings.min_snr_gamma)
 
     def _noisy(self, latents: Tensor, rng: RandomNumbers) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,8 +119,18 @@ class FineTune:
         """Which captions of a batch are replaced by the empty one, (B,)."""
         return rng.uniform(len(batch.latents)) < (self.settings.caption_dropout if dropout is None else dropout)
 
+    def _given_styles(self, batch: Batch, rng: RandomNumbers, dropout: float | None) -> AbstractContextManager[None]:
+        """The examples' own styles in the place of the router's s, but for a share of them."""
+        if batch.styles is None or self._attachment is None:
+            return nullcontext()
+        dropped = rng.uniform(len(batch.styles)) < (self.style_dropout if dropout is None else dropout)
+        styles = torch.where(dropped, -1, batch.styles).to(self.model.device)
+        return self._attachment.in_call(ModelCall(listeners=(GivenStyles(styles),)))
+
     def plan(self) -> dict[str, Any]:
         plan: dict[str, Any] = {"objective": self.objective, "model": self.model.fingerprint, "data": self.source.summary()}
+        if "styles" in plan["data"]:
+            plan["style_dropout"] = self.style_dropout
         if self.empty is not None:
             plan["empty"] = conditioning_hash(self.empty)
         if self.prior is not None:
