@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfyui
@@ -48,14 +49,15 @@ HOSTS = {
     "Flux": Host(dit_models.flux, IMAGE, ({"to_q", "to_v"}, 8)),
     "Flux 2": Host(dit_models.flux2, (128, 4, 4), ({"to_q", "to_v"}, 8), 512),
     "Chroma": Host(dit_models.chroma, IMAGE, ({"to_q", "to_v"}, 8)),
-    "Z-Image": Host(dit_models.z_image, IMAGE, ({"to_q", "to_v"}, 6), 32),  # the prompt is padded to 32, and so is the image
+    "Z-Image": Host(
+        partial(dit_models.z_image, padded=True), IMAGE, ({"to_q", "to_v"}, 6), 32
+    ),  # the prompt is padded to 32, and so is the image
     "Lumina 2": Host(dit_models.lumina2, IMAGE, ({"qkv"}, 3)),
     "Qwen-Image": Host(dit_models.qwen_image, (CHANNELS, 1, 8, 8), ({"to_q", "to_v"}, 4)),
     "SD 3": Host(dit_models.sd3, IMAGE, ({"to_q", "to_v"}, 4)),
     "SD 3.5": Host(dit_models.sd35, IMAGE, ({"to_q", "to_v"}, 6)),
     "Wan": Host(dit_models.wan, (CHANNELS, 3, 8, 8), ({"q", "v"}, 12), video=True),
 }
-NO_PADDING = not hasattr(__import__("comfy.ldm.lumina.model", fromlist=["x"]), "pad_zimage")
 
 
 @pytest.fixture(params=HOSTS)
@@ -69,7 +71,8 @@ def model(host):
 
 
 def prompt(seed: int = 0, tokens: int = PROMPT) -> list:
-    return [[tiny_model.conditioning(seed, tokens=tokens)[0][0], {"pooled_output": torch.ones(1, dit_models.WIDTH)}]]
+    extras = {"pooled_output": torch.ones(1, dit_models.WIDTH), "attention_mask": torch.ones(1, tokens, dtype=torch.long)}
+    return [[tiny_model.conditioning(seed, tokens=tokens)[0][0], extras]]
 
 
 def draw(model, host, cfg: float = 1.0, steps: int = 2, batch: int = 1) -> torch.Tensor:
@@ -85,7 +88,7 @@ def made(pack, model, *targets: str, seed: int = 1, **config: Any):
     """An adapter for the layers that the words choose, with random numbers in all of it."""
     core = pack.submodule("styleinject_core")
     shapes = pack.submodule("integration.places").layer_shapes(model.model)
-    settings = core.AdapterConfig(r=RANK, n_styles=STYLES, target_modules=targets or ("default",), **config)
+    settings = core.AdapterConfig(**{"r": RANK, "n_styles": STYLES, "target_modules": targets or ("default",), **config})
     adapter = core.Adapter.create(shapes, settings, "ink")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -123,7 +126,7 @@ def plainly(model, adapter, host: Host, strength: float, tokens: str = "image", 
     def increment(layer, x, h, name):
         length, start = x.shape[1], 0
         if any(part in name for part in ("single_", "layers.")):
-            start = length - 16 if NO_PADDING and "layers." in name else host.prompt_first
+            start = host.prompt_first
         prompts_own = any(part in name for part in ("cross_attn.v", "cross_attn.k", "add_", "context"))
         count = length if prompts_own or tokens == "all" else 16 * (3 if host.video else 1)
         start = 0 if count == length else start
@@ -158,7 +161,8 @@ def test_the_papers_targets_in_this_architectures_terms(pack, host, model) -> No
     ends, count = host.default
     assert ({names.parse(name).end for name in adapter.names}, len(adapter.names)) == (ends, count)
     shapes = pack.submodule("integration.places").layer_shapes(model.model)
-    everything = made(pack, model, "all")
+    assert set(made(pack, model, "all").names) == {name for name in shapes if names.parse(name).has_tokens} < set(shapes)
+    everything = made(pack, model, "all", n_styles=1, sta="none")  # LoRA, which may be on modulation too
     found = pack.submodule("integration.places").find_places(model.model, everything)
     assert set(found) == set(shapes) == set(everything.names), "every name is found again"
     places = [(where.place.module, where.place.rows) for where in found.values()]
@@ -305,10 +309,7 @@ def test_others_train_too(make, latent, train, run_node) -> None:
     """Constants beside the prompt, masks of prompts, blocks that write over what they are given, another kind of noise."""
     model = make()
     latents = {"samples": torch.randn(4, *latent, generator=torch.Generator().manual_seed(0))}
-    prompts = []
-    for k in range(4):
-        ((tensor, extras),) = prompt(k, tokens=PROMPT + k % 2)
-        prompts.append([[tensor, {**extras, "attention_mask": torch.ones(1, tensor.shape[1], dtype=torch.long)}]])
+    prompts = [prompt(k, tokens=PROMPT + k % 2) for k in range(4)]
     given = {"model": model, "latents": latents, "conditioning": prompts, "layers": "default", "batch_size": 4, "rank": RANK,
              "styles": STYLES, "memory": "off"}  # fmt: skip
     whole, losses, _ = train(**given, steps=30, learning_rate=2e-2, options={"dtype": "float32"})
