@@ -40,6 +40,7 @@ from styleinject_core.methods.kronecker import KroneckerConfig
 
 QUERY_VALUE, WITH_CONVOLUTIONS = ("to_q", "to_v"), ("to_q", "to_v", "conv")
 STYLEINJECT = AdapterConfig(r=32, n_styles=16, target_modules=QUERY_VALUE)
+BY_TOKEN = AdapterConfig(r=32, n_styles=16, router_pool="paper", target_modules=QUERY_VALUE)
 LORA = AdapterConfig(r=512, n_styles=1, sta="none", target_modules=QUERY_VALUE)
 ALL = AdapterConfig(r=32, n_styles=16, target_modules=WITH_CONVOLUTIONS)
 KRONECKER = KroneckerConfig((64, 4))  # the paper's layers: to_q, to_k, to_v, to_out.0
@@ -71,6 +72,7 @@ VARIANTS = {
     "naive": Variant("StyleInject, equations as written: to_q, to_v, r = 32, n = 16", STYLEINJECT, naive),
     "lora": Variant("LoRA, unmerged: to_q, to_v, r = 512", LORA, lora),
     "styleinject": Variant("**StyleInject**: to_q, to_v, r = 32, n = 16", STYLEINJECT),
+    "by_token": Variant("**StyleInject**, routed by token: the same layers", BY_TOKEN),
     "kronecker": Variant("**DiffuseKronA**: to_q, to_k, to_v, to_out.0, factors 64, 4", KRONECKER),
     "all": Variant("**StyleInject**: the same and all convolutions", ALL),
 }

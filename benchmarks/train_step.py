@@ -28,7 +28,7 @@ from functools import partial
 import peft
 import torch
 from diffusers import UNet2DConditionModel
-from step_overhead import KRONECKER, STYLEINJECT, Clock, build_adapter, build_unet, naive, progress, rotated
+from step_overhead import BY_TOKEN, KRONECKER, STYLEINJECT, Clock, build_adapter, build_unet, naive, progress, rotated
 from torch import Tensor, nn
 
 from styleinject_core import attach
@@ -58,6 +58,7 @@ METHODS = {
     "lora_equal": Method("PEFT LoRA, r = 288: StyleInject's number of parameters", rank=288),
     "naive": Method("StyleInject, equations as written: r = 32, n = 16", naive=True),
     "styleinject": Method("**StyleInject**: r = 32, n = 16"),
+    "by_token": Method("**StyleInject**, routed by token: r = 32, n = 16", config=BY_TOKEN),
     "lora_four": Method("PEFT LoRA, r = 4: to_q, to_k, to_v, to_out.0", rank=4, config=KRONECKER, beside="lora_four"),
     "kronecker": Method("**DiffuseKronA**, factors 64, 4: the same layers", config=KRONECKER, beside="lora_four"),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..integration import paths, saving
+from ..integration import paths, saving, style_names
 from .adapter.apply import StyleInjectApply, StyleInjectLoadAndApply, StyleInjectStrength
 from .adapter.layer_weights import StyleInjectLayerWeights
 from .adapter.load import StyleInjectInfo, StyleInjectLoader
@@ -76,4 +76,5 @@ class StyleInjectExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         paths.register_folder()
         saving.watch()
+        style_names.serve()
         return NODES

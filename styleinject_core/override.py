@@ -148,7 +148,7 @@ class Override:
         host = self._host
         if not keep or host is None or host.forward is not forward or host.weight is not weight or host.bias is not bias:
             read = None if program is None else partial(program.frozen_weight, self.module)
-            host = HostLayer(self.shape, forward, weight, bias, self.module, self._constants, read)
+            host = HostLayer(self.shape, forward, weight, bias, self.module, self._constants if keep else None, read)
             if keep:
                 self._host = host
         return host

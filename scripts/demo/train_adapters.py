@@ -1,6 +1,8 @@
 """Train the adapters that ship with the demo, StyleInject and LoRA of as many parameters for every style.
 
 python scripts/demo/train_adapters.py [--styles noto openmoji-line] [--steps 400]
+
+The styles' names in the files were given afterwards, by what Style Grid draws with each alone: another training has others.
 """
 
 from __future__ import annotations

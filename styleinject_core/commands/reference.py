@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..deadiff import SD15, Deadiff, load_deadiff, load_vision, save_deadiff
+from ..deadiff.blip_diffusion import start_from_blip_diffusion
 from ..deadiff.config import DEMO_ENCODER
 from ..demo.deadiff import DEMO_CONFIG, FIVE_STYLES, five_style_training, new_deadiff
 from ..demo.features import demo_features
@@ -58,6 +59,10 @@ class DeadiffTable:
     """What is trained, and how often each task comes."""
 
     start: str = field(default="", metadata=about("a DEADiff file to go on from; left empty, everything begins anew."))
+    blip_diffusion: str = field(
+        default="",
+        metadata=about("a Q-Former of BLIP-Diffusion (.safetensors) that both streams begin with, where start is empty."),
+    )
     vision: str = field(
         default="",
         metadata=about("a DEADiff file with the vision encoder inside (convert --with-vision), where start has none."),
@@ -80,6 +85,8 @@ class DeadiffTable:
 
     def __post_init__(self) -> None:
         self.shares()
+        if self.start and self.blip_diffusion:
+            raise ValueError("start, blip_diffusion: a DEADiff has Q-Formers already, give one of the two")
         if self.align_steps < 0 or not 0 <= self.dropout < 1:
             raise ValueError(f"align_steps {self.align_steps}, dropout {self.dropout}: expected at least 0, and 0 to below 1")
 
@@ -205,6 +212,8 @@ def _start(config: ReferenceConfig, here: Path, model: TextToImageModel) -> Dead
     elif model.architecture in _CONFIGS:
         deadiff = new_deadiff(_CONFIGS[model.architecture], config.train.seed, config.output.name)
         start_from_host(deadiff, model.denoiser)
+        if config.deadiff.blip_diffusion:
+            start_from_blip_diffusion(deadiff, here / config.deadiff.blip_diffusion)
     else:
         raise ConfigError(f"model.path: a DEADiff is for {' or '.join(_CONFIGS)}, this model is {model.architecture}")
     return deadiff.to(model.device).requires_grad_(True).train()

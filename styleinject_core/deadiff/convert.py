@@ -21,22 +21,11 @@ from ..files.atomic import replacing
 from ..files.names import diffusers_name
 from .config import SD15, STREAMS
 from .file import SUFFIX, VISION, DeadiffFileError, expected_tensors, header
+from .spelling import WORD_IDS, Spelling, stream_keys
 from .vision import VisionTower
 
-# bert-base-uncased: [CLS] style [SEP] and [CLS] content [SEP]
-WORD_IDS = {"style": (101, 2806, 102), "content": (101, 4180, 102)}
 LICENSE = "Weights by the authors of DEADiff (ByteDance), for research and non-commercial use (openrail, see their model card)"
 _UNET = "model.diffusion_model."
-_ATTENTION = {
-    **{part: f"self.{part}" for part in ("query", "key", "value")},
-    "out": "output.dense",
-    "norm": "output.LayerNorm",
-}
-_FEED_FORWARD = {
-    "query_ffn": {"rise": "intermediate_query.dense", "fall": "output_query.dense", "norm": "output_query.LayerNorm"},
-    "text_ffn": {"rise": "intermediate.dense", "fall": "output.dense", "norm": "output.LayerNorm"},
-}
-_PROJECTION = {"norm": "LayerNorm", "rise": "dense1", "fall": "dense2"}
 
 
 @dataclass(frozen=True)
@@ -133,17 +122,9 @@ def source_keys(with_vision: bool = False) -> dict[str, str]:
     """Name in the slim file -> key of the checkpoint, for every tensor that is taken as it is."""
     keys: dict[str, str] = {}
     for stream in STREAMS:
-        blip, bert = f"{stream}_blip", f"{stream}_blip.Qformer.bert"
-        pairs = {f"{stream}.vision_norm": f"{blip}.ln_vision", f"{stream}.qformer.norm": f"{bert}.embeddings.LayerNorm"}
-        pairs |= {f"{stream}.projection.{own}": f"{stream}_proj_layer.{theirs}" for own, theirs in _PROJECTION.items()}
-        for n in range(SD15.depth):
-            own, theirs = f"{stream}.qformer.layers.{n}", f"{bert}.encoder.layer.{n}"
-            for kind, name in (("attention", "attention"), ("cross", "crossattention")):
-                pairs |= {f"{own}.{kind}.{part}": f"{theirs}.{name}.{key}" for part, key in _ATTENTION.items()}
-            for kind, parts in _FEED_FORWARD.items():
-                pairs |= {f"{own}.{kind}.{part}": f"{theirs}.{key}" for part, key in parts.items()}
-        keys[f"{stream}.qformer.queries"] = f"{blip}.query_tokens"
-        keys |= {f"{own}.{p}": f"{theirs}.{p}" for own, theirs in pairs.items() for p in ("weight", "bias")}
+        blip = f"{stream}_blip"
+        spelling = Spelling(f"{blip}.Qformer.bert.", f"{blip}.query_tokens", f"{blip}.ln_vision", f"{stream}_proj_layer")
+        keys |= {f"{stream}.{own}": key for own, key in stream_keys(spelling, SD15.depth).items()}
     for attention in unet_attentions():
         for part in ("i_to_k", "i_to_v"):
             keys[f"{diffusers_name(attention)}.{part}.weight"] = f"{_UNET}{attention}.{part}.weight"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,15 @@ def ink(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: DemoTrainingModel, deadiff: Deadiff | None, seed: int = 0) -> dict[str, float]:
+def measure(
+    model: DemoTrainingModel, deadiff: Deadiff | None, seed: int = 0, distance: Callable[[Tensor, Tensor], float] | None = None
+) -> dict[str, float]:
     """37 held-out things in 5 styles, each drawn with another held-out thing's drawing in that style as its reference.
 
     Args:
         model: the five-style model.
         deadiff: None measures the model told the style in words: the ceiling.
+        distance: of images from the artists' own, (N, 3, 64, 64) each, for the column `distance`.
 
     Returns:
         Shares that the classifier recognizes, 0 to 1: concept, style, both; concept_leak, taken for the reference's thing.
@@ -63,6 +68,8 @@ def measure(model: DemoTrainingModel, deadiff: Deadiff | None, seed: int = 0) ->
         reference = trunk_features(drawings[place][other])
         images = model.decode(draw(model.denoiser, model.text_encoder, prompts, deadiff, reference, seed=seed))
         add(place, images)
+        if distance is not None:
+            result["distance"] = result.get("distance", 0.0) + distance(images, drawings[place]) / len(styles)
         if style in COLORED:
             own, way = ink(drawings[place]), ink(drawings[place][other]) - ink(drawings[place])
             along = ((ink(images) - own) * way).sum(1) / way.square().sum(1).clamp(min=1e-6)

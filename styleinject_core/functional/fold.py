@@ -109,14 +109,13 @@ def _tap_means(x: Tensor, host: HostLayer) -> tuple[Tensor, Tensor]:
 
 def _tap_masks(x: Tensor, host: HostLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What is to be multiplied with an image from the left (kh + 1, H) and from the right (W, kw + 1) for `_tap_means`."""
+    if host.constants is None:
+        return _taps_along(x, host, 0, dtype), _taps_along(x, host, 1, dtype).mT
     key = ("taps", x.shape[2:], x.device, dtype)
-    masks = None if host.constants is None else host.constants.get(key)
-    if masks is None:
+    if key not in host.constants:
         with torch.inference_mode(False):  # they may be met again with gradients
-            masks = _taps_along(x, host, 0, dtype), _taps_along(x, host, 1, dtype).mT
-        if host.constants is not None:
-            host.constants[key] = masks
-    return masks
+            host.constants[key] = _taps_along(x, host, 0, dtype), _taps_along(x, host, 1, dtype).mT
+    return host.constants[key]
 
 
 def _taps_along(x: Tensor, host: HostLayer, axis: int, dtype: torch.dtype) -> Tensor:
@@ -127,4 +126,5 @@ def _taps_along(x: Tensor, host: HostLayer, axis: int, dtype: torch.dtype) -> Te
     positions = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
     offset = torch.arange(size, device=x.device) + padding - dilation * torch.arange(taps, device=x.device)[:, None]
     masks = (offset >= 0) & (offset < positions * stride) & (offset % stride == 0)
-    return F.pad(masks.to(dtype) / positions, (0, 0, 0, 1), value=1 / size)
+    everywhere = torch.ones(1, size, dtype=dtype, device=x.device)
+    return torch.cat([masks.to(dtype) / positions, everywhere / size])

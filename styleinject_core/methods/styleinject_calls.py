@@ -160,7 +160,7 @@ class _SideBySide:
         if layers == 1:
             return (s @ self.down[0].flatten(1)).view(batch, *shape[1:])
         s = s.view(batch, layers, -1)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             mixed = torch.stack([s[:, j] @ A.flatten(1) for j, A in enumerate(self.down)], 1)
         else:
             size = shape[1:].numel()

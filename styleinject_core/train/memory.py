@@ -306,4 +306,4 @@ def _state(size: int, optimizer: str) -> int:
 
 
 def _gb(size: int) -> str:
-    return f"{size / GB:.1f} GB"
+    return f"{size / GB:.1f} GB" if size >= GB // 10 or not size else f"{size / 2**20:.0f} MB"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from editor import TIMEOUT, Editor
-from test_live_view import both_ways
+from test_live_view import VERSION, both_ways
 
 REPO = Path(__file__).parents[2]
 TEMPLATES = sorted((REPO / "example_workflows").glob("*.json"))
-REFERENCE_MODEL = REPO / "styleinject_core" / "demo" / "assets" / "deadiff" / "emoji-deadiff.safetensors"  # what 10 names
+REFERENCE_MODEL = REPO / "styleinject_core" / "demo" / "assets" / "deadiff" / "emoji-deadiff.safetensors"  # what 11 names
 # The boxes of all nodes with their titles, in the canvas's own units: [left, top, width, height].
 BOXES = """() => {
   const graph = window.app.rootGraph ?? window.app.graph;
@@ -56,7 +58,7 @@ def test_templates_open_without_overlaps_and_errors(open_editor: Callable[..., E
         nodes = editor.page.evaluate(BOXES)
         assert len(nodes) > 5 and all(node["box"][2] > 50 for node in nodes)
         assert overlapping(nodes) == [], path.stem
-        if REFERENCE_MODEL.is_file() or not path.stem.startswith("10 "):
+        if REFERENCE_MODEL.is_file() or not path.stem.startswith("11 "):
             assert editor.page.evaluate(MISSING) == [], path.stem
 
 
@@ -75,3 +77,26 @@ def test_the_one_node_path_is_found_first(open_editor: Callable[..., Editor]) ->
     editor.page.get_by_role("option").filter(has_text="Puts a style on a model").wait_for(timeout=TIMEOUT)
     assert "Puts a style on a model" in editor.page.get_by_role("option").first.inner_text()
     editor.page.keyboard.press("Escape")
+
+
+@pytest.mark.skipif(VERSION < (0, 33), reason="the path that the README shows is that of newer versions")
+def test_a_style_of_the_sample_pictures_is_four_clicks_away(open_editor: Callable[..., Editor]) -> None:
+    editor = open_editor(True)
+    page = editor.page
+
+    def click(found: Any) -> None:
+        found.first.click(timeout=TIMEOUT)
+        page.wait_for_timeout(1000)
+
+    click(page.get_by_role("button", name=re.compile("Tem.?plates")))
+    click(page.get_by_role("dialog").get_by_text("ComfyUI-StyleInject", exact=True))
+    click(page.get_by_text("04 Train a style from your pictures"))
+    page.wait_for_function("() => (window.app.rootGraph ?? window.app.graph).nodes.length === 17", timeout=TIMEOUT)
+    click(page.get_by_test_id("queue-button"))
+    for _ in range(60):
+        queue = editor.client.get_json("/queue")
+        if running := [*queue["queue_running"], *queue["queue_pending"]]:
+            break
+        page.wait_for_timeout(500)
+    assert "StyleInjectTrain" in {node["class_type"] for node in running[0][2].values()}
+    editor.client.interrupt()

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import deadiff_models as models
@@ -28,8 +29,10 @@ from styleinject_core.deadiff import (
     save_card,
 )
 from styleinject_core.deadiff import convert as converter
+from styleinject_core.deadiff.blip_diffusion import start_from_blip_diffusion
 from styleinject_core.deadiff.cards import picture
 from styleinject_core.deadiff.file import check_vision, expected_tensors, save_deadiff, vision_matches
+from styleinject_core.demo.deadiff import DEMO_CONFIG, new_deadiff
 
 TINY = models.tiny_config(deadiff)
 # Runs the converter and prints the most anonymous memory it had beyond what importing took, in bytes.
@@ -388,3 +391,89 @@ def test_bad_cards_are_refused(tmp_path):
         deadiff.load_deadiff(path)
     rewrite(path, {"deadiff_thumbnail": "bm8gSlBFRw=="})
     assert picture(load_card(path)) is None
+
+
+def qformer_of_diffusers(config):
+    """Random weights in the classes of diffusers' BLIP-Diffusion, at the sizes of `config`."""
+    blip = pytest.importorskip("diffusers.pipelines.deprecated.blip_diffusion.modeling_blip2")
+    from transformers import Blip2Config
+
+    settings = Blip2Config(
+        vision_config={"hidden_size": config.vision_width, "num_hidden_layers": 1, "intermediate_size": 16, "num_attention_heads": 2},
+        qformer_config={
+            "hidden_size": config.width, "num_hidden_layers": config.depth, "num_attention_heads": config.heads,
+            "intermediate_size": config.feed_forward, "encoder_hidden_size": config.vision_width, "cross_attention_frequency": 1,
+            "vocab_size": 5000, "max_position_embeddings": 16,
+        },
+        num_query_tokens=config.queries,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = blip.Blip2QFormerModel(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+def test_training_may_begin_with_blip_diffusions_qformer(tmp_path):
+    """Both spellings; every tensor in its place, text rows of each stream's own word; the rest as it was."""
+    config = replace(DEMO_CONFIG, words=3, feed_forward=64, vision_width=24)
+    model = qformer_of_diffusers(config)
+    state = {key: value.contiguous() for key, value in model.state_dict().items() if "position_ids" not in key}
+    state = {key: value for key, value in state.items() if not key.startswith("proj_layer")}
+    for name, shape in {
+        "LayerNorm": (config.width,),
+        "dense1": (config.feed_forward, config.width),
+        "dense2": (config.context, config.feed_forward),
+    }.items():
+        state |= {f"proj_layer.{name}.weight": torch.randn(shape), f"proj_layer.{name}.bias": torch.randn(shape[0])}
+    save_file(state, tmp_path / "diffusers.safetensors")
+    lavis = {}
+    for key, value in state.items():
+        key = key.replace("attention.attention.", "attention.self.").replace("visual_encoder.post_layernorm", "blip.ln_vision")
+        if key.startswith(("encoder.", "embeddings.")):
+            key = f"blip.Qformer.bert.{key}"
+        lavis["blip.query_tokens" if key == "query_tokens" else key] = value
+    save_file(lavis, tmp_path / "lavis.safetensors")
+
+    loaded = []
+    for name in ("diffusers", "lavis"):
+        deadiff = new_deadiff(config)
+        before = [parameter.clone() for parameter in deadiff.to_kv.parameters()]
+        start_from_blip_diffusion(deadiff, tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(before, deadiff.to_kv.parameters(), strict=True))
+        loaded.append(deadiff.streams.state_dict())
+    assert all(torch.equal(loaded[0][key], loaded[1][key]) for key in loaded[0])
+    for stream, word in (("style", 2806), ("content", 4180)):
+        own = loaded[0]
+        text = state["embeddings.word_embeddings.weight"][[101, word, 102]] + state["embeddings.position_embeddings.weight"][:3]
+        torch.testing.assert_close(own[f"{stream}.qformer.text"], text)
+        assert torch.equal(own[f"{stream}.qformer.queries"].flatten(), state["query_tokens"].flatten())
+        for theirs, ours in {
+            "encoder.layer.2.attention.attention.query.weight": "qformer.layers.2.attention.query.weight",
+            "encoder.layer.1.crossattention.output.dense.bias": "qformer.layers.1.cross.out.bias",
+            "encoder.layer.0.output_query.dense.weight": "qformer.layers.0.query_ffn.fall.weight",
+            "encoder.layer.0.intermediate.dense.weight": "qformer.layers.0.text_ffn.rise.weight",
+            "visual_encoder.post_layernorm.weight": "vision_norm.weight",
+            "proj_layer.dense2.weight": "projection.fall.weight",
+        }.items():
+            assert torch.equal(own[f"{stream}.{ours}"], state[theirs]), ours
+
+
+def test_what_is_no_qformer_of_blip_diffusion_is_refused(tmp_path):
+    deadiff = new_deadiff()
+    before = {key: value.clone() for key, value in deadiff.state_dict().items()}
+    config = replace(DEMO_CONFIG, words=3, feed_forward=64, vision_width=24)
+    state = {k: v.contiguous() for k, v in qformer_of_diffusers(config).state_dict().items() if "position_ids" not in k}
+    save_file(state, tmp_path / "other.safetensors")
+    save_file({k: v for k, v in state.items() if k != "query_tokens"}, tmp_path / "part.safetensors")
+    save_file({"x": torch.ones(2)}, tmp_path / "nothing.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for name, message in {
+        "other.safetensors": "other.safetensors: .* has shape", "part.safetensors": "tensors are missing: query_tokens",
+        "nothing.safetensors": "no Q-Former of BLIP-Diffusion", "broken.safetensors": "damaged", "a.bin": "expected a .safetensors",
+        "none.safetensors": "no such file",
+    }.items():  # fmt: skip
+        with pytest.raises(DeadiffFileError, match=message):
+            start_from_blip_diffusion(deadiff, tmp_path / name)
+    assert all(torch.equal(before[key], value) for key, value in deadiff.state_dict().items() if value is not None)

@@ -41,7 +41,14 @@ def test_nodes_say_where_they_come_from(path: Path) -> None:
             if ours:
                 assert name.startswith("demo/"), f"{name} is on nobody's disk"
             else:
-                assert offered[name]["directory"] in ("checkpoints", "clip_vision", "controlnet")
+                assert offered[name]["directory"] in (
+                    "checkpoints",
+                    "clip_vision",
+                    "controlnet",
+                    "diffusion_models",
+                    "text_encoders",
+                    "vae",
+                )
                 assert re.fullmatch(r"https://huggingface\.co/[\w./-]+\.safetensors", offered[name]["url"])
 
 
@@ -54,12 +61,26 @@ def test_each_says_what_to_do_and_has_a_picture(path: Path) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 500, "a picture of results"
 
 
-def test_the_picture_templates_differ_in_the_loader_and_in_amounts() -> None:
-    """4 runs on the embedded model, 5 on SDXL: the same nodes and links, but for the loader and the options."""
-    small, large = (nodes(path) for path in TEMPLATES if path.stem.startswith(("04 ", "05 ")))
-    kinds = [sorted(node["type"] for node in graph) for graph in (small, large)]
-    assert sorted([*kinds[0], "CheckpointLoaderSimple", "StyleInjectTrainOptions"]) == sorted(
-        [*kinds[1], "StyleInjectDemoModel"]
-    )
-    (options,) = [node for node in large if node["type"] == "StyleInjectTrainOptions"]
-    assert options["widgets_values"][10] is True, "gradient checkpointing"
+LOADERS = {"04 ": ["StyleInjectDemoModel"], "05 ": ["CheckpointLoaderSimple"], "06 ": ["CLIPLoader", "UNETLoader", "VAELoader"]}
+
+
+def test_the_picture_templates_differ_in_the_loader_alone() -> None:
+    """4 runs on the embedded model, 5 on SDXL, 6 on Z-Image: the same nodes and links between them."""
+    kinds = []
+    for start, loaders in LOADERS.items():
+        (path,) = (path for path in TEMPLATES if path.stem.startswith(start))
+        graph = json.loads(path.read_text(encoding="utf-8"))
+        by_id = {node["id"]: node for node in graph["nodes"]}
+        assert sorted(node["type"] for node in graph["nodes"] if node["type"] in loaders) == loaders
+        links = [
+            (by_id[a], by_id[b]["title" if "title" in by_id[b] else "type"], slot) for _, a, _, b, slot, _ in graph["links"]
+        ]
+        others = sorted(node["type"] for node in graph["nodes"] if node["type"] not in loaders)
+        inside = sorted((str(a.get("title", a["type"])), b, s) for a, b, s in links if a["type"] not in loaders)
+        from_loader = sorted((b, s) for a, b, s in links if a["type"] in loaders)
+        kinds.append((others, inside, from_loader))
+        (train,) = (node for node in graph["nodes"] if node["type"] == "StyleInjectTrain")
+        assert train["widgets_values"][-1] == "auto", "memory"
+        if start != "04 ":
+            assert train["widgets_values"][5:7] == [0, 0], "rank and styles are chosen by memory"
+    assert kinds[0] == kinds[1] == kinds[2]

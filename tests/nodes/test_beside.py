@@ -197,6 +197,21 @@ def test_torch_compile(model, adapter, apply, sample, order) -> None:
     assert close(sample(compiled(model), steps=2), sample(model, steps=2))
 
 
+def test_comfyuis_own_compile_node(model, adapter, apply, sample) -> None:
+    """The whole model, and then with another strength. The node's compilers take minutes; this one only captures."""
+    nodes = pytest.importorskip("comfy_extras.nodes_torch_compile")
+    node: Any = nodes.TorchCompileModel
+
+    def compiled(strength: float) -> Any:
+        patched = apply(model, adapter, strength=strength)
+        out = node.execute(patched, "eager") if hasattr(node, "execute") else node().patch(patched, "eager")
+        return (out.result if hasattr(out, "result") else out)[0]
+
+    torch._dynamo.reset()
+    for strength in (1.0, 0.4):
+        assert close(sample(compiled(strength), steps=2), sample(apply(model, adapter, strength=strength), steps=2))
+
+
 def test_layers_inside_of_compiled_blocks_are_found(pack, model, adapter) -> None:
     def layer_names() -> dict[str, str]:
         found = pack.submodule("integration.places").find_places(model.model, adapter)

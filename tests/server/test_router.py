@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture
 def graph(example):
     """The committed workflow with few steps; nodes are found by their class."""
-    found = example("09 See and steer the style router.json")
+    found = example("10 See and steer the style router.json")
     sampler(found)["steps"] = 4
     return found
 

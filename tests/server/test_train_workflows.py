@@ -11,12 +11,12 @@ import pytest
 from client import Client, Event, Prompt
 from comfy_process import ComfyProcess
 
-FINE_TUNE = "07 Train on drawings with every setting.json"
+FINE_TUNE = "08 Train on drawings with every setting.json"
 TRAINING = {
     FINE_TUNE: "line_art",
-    "06 Train one subject from a few pictures.json": "my_owl",
-    "08 Turn a checkpoint into a small adapter.json": "distilled_line_art",
+    "09 Turn a checkpoint into a small adapter.json": "distilled_line_art",
 }
+MY_PHOTOS = "07 Train one subject from five photos.json"
 MY_PICTURES = "04 Train a style from your pictures.json"
 NODES = ("StyleInjectTrain", "StyleInjectDreamBooth", "StyleInjectDistill")
 
@@ -76,6 +76,17 @@ def test_the_template_for_ones_own_pictures_runs(client: Client, server: ComfyPr
         "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}},
     }
     assert client.queue(asking).shown("text") == ["inkline7"], "the loader gives the trigger word"
+
+
+def test_the_template_for_one_subject_runs(client: Client, server: ComfyProcess, short) -> None:
+    """Five photos, and what the model draws of their class, to an adapter that its word calls."""
+    run = client.queue(short(MY_PHOTOS))
+    text = " ".join(run.shown("text"))
+    assert "5 pictures: 5 of 64x64" in text and '"jack, cat face"' in text
+    assert "choose output/my_cat/my_cat.safetensors" in text and 'Prompts call it by "jack"' in text
+    assert "Memory auto (" in text and "rank 4, 4 styles" in text
+    before, after = (client.fetch_image(image) for image in run.images)
+    assert before.shape == after.shape and (before != after).any() and before.std() > 5
 
 
 def test_an_interrupted_training_says_where_it_is_and_goes_on(client: Client, server: ComfyProcess, short) -> None:

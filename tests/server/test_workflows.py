@@ -222,7 +222,7 @@ def test_the_demo_workflow_draws_in_two_styles(client, example) -> None:
     assert saturation[False] < 0.5 * saturation[True], "line art has less color than the base model's drawings"
 
 
-@pytest.mark.parametrize("name", ["02 A style on your own model.json", "03 Two styles on your own model.json"])
+@pytest.mark.parametrize("name", ["02 Your own model with and without a style.json", "03 Two styles on your own model.json"])
 def test_the_sd15_workflows_run(client, server, example, checkpoint, adapters, name) -> None:
     """As committed, but with adapters chosen, the checkpoint there is, and a small size."""
     folder = server.base / "models" / "styleinject"
@@ -245,7 +245,7 @@ def test_the_sd15_workflows_run(client, server, example, checkpoint, adapters, n
 
 def test_the_deadiff_demo_workflow_draws_like_its_references(client, example) -> None:
     """As committed, with fewer steps: one prompt and noise, three references, four pictures each."""
-    graph = example("10 Draw in the style of a picture.json")
+    graph = example("11 Draw in the style of a picture.json")
     for node in graph.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 8
@@ -264,8 +264,8 @@ def test_the_deadiff_demo_workflow_draws_like_its_references(client, example) ->
 @pytest.mark.parametrize(
     "name",
     [
-        "11 Style from one picture and subject from another - SD 1.5.json",
-        "12 Style of a picture with ControlNet and a LoRA - SD 1.5.json",
+        "12 Style from one picture and subject from another - SD 1.5.json",
+        "13 Style of a picture with ControlNet and a LoRA - SD 1.5.json",
     ],
 )
 def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, name) -> None:
@@ -281,7 +281,7 @@ def test_the_sd15_deadiff_workflows_run(client, server, example, checkpoint, nam
     graph = example(name)
     by_type = {node["class_type"]: key for key, node in graph.items()}
     instead = {}  # (node, output) -> what takes its place
-    if name != "11 Style from one picture and subject from another - SD 1.5.json":
+    if name != "12 Style from one picture and subject from another - SD 1.5.json":
         control, lora = graph[by_type["ControlNetApplyAdvanced"]]["inputs"], by_type["CheckpointLoaderSimple"]
         instead = {(by_type["ControlNetApplyAdvanced"], 0): control["positive"], (by_type["ControlNetApplyAdvanced"], 1): control["negative"],
                    (by_type["LoraLoader"], 0): [lora, 0], (by_type["LoraLoader"], 1): [lora, 1]}  # fmt: skip

@@ -1,13 +1,17 @@
 /**
- * StyleInject's mixer shows as many sliders as the adapter has styles, with their names, since its last run. They are kept in
- * the node's properties, where a saved workflow and a reload find them again.
+ * StyleInject's mixer shows as many sliders as the adapter has styles, with their names: those of the loader it is connected
+ * to, and since a run those of the adapter it got. They are kept in the node's properties, where a saved workflow and a reload
+ * find them again.
  */
 
 // @ts-expect-error ComfyUI serves it
 import { app } from "../../../scripts/app.js";
+// @ts-expect-error likewise
+import { api } from "../../../scripts/api.js";
 import { sliders } from "./router/labels.js";
 
 const NODE = "StyleInjectStyleMixer";
+const LOADER = "StyleInjectLoader";
 const PROPERTY = "styleinject_styles";
 
 /** @param {any} node a mixer */
@@ -26,18 +30,69 @@ function arrange(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
+/**
+ * Take other names, and make room for their sliders.
+ * @param {any} node a mixer
+ * @param {string[]} styles
+ */
+function rename(node, styles) {
+  node.properties[PROPERTY] = styles;
+  const before = node.computeSize()[1];
+  arrange(node);
+  const after = node.computeSize()[1];
+  if (after !== before) node.setSize([node.size[0], node.size[1] + after - before]);
+}
+
+/**
+ * The loader whose adapter a mixer gets; null where something else makes it.
+ * @param {any} node a mixer
+ */
+function loaderOf(node) {
+  const slot = node.inputs?.findIndex((/** @type {any} */ input) => input.name === "adapter") ?? -1;
+  const origin = slot < 0 ? null : node.getInputNode?.(slot);
+  return origin?.comfyClass === LOADER ? origin : null;
+}
+
+/**
+ * Ask the server for the names that the chosen file has.
+ * @param {any} node a mixer
+ */
+async function ask(node) {
+  const name = loaderOf(node)?.widgets?.find((/** @type {any} */ widget) => widget.name === "adapter_name")?.value;
+  if (!name) return;
+  const response = await api.fetchApi(`/styleinject/style_names?adapter=${encodeURIComponent(name)}`);
+  if (!response.ok) return;
+  const styles = (await response.json()).map(String);
+  if (styles.length && JSON.stringify(styles) !== JSON.stringify(node.properties[PROPERTY])) rename(node, styles);
+}
+
+/**
+ * Let the mixers that a loader feeds know of another choice.
+ * @param {any} loader
+ */
+function follow(loader) {
+  const widget = loader.widgets?.find((/** @type {any} */ one) => one.name === "adapter_name");
+  if (!widget) return;
+  const chosen = widget.callback;
+  widget.callback = function (/** @type {any[]} */ ...args) {
+    const result = chosen?.apply(this, args);
+    for (const node of loader.graph?.nodes ?? []) {
+      // By its id: in Vue nodes, the graph's nodes are proxies.
+      if (node.comfyClass === NODE && loaderOf(node)?.id === loader.id) ask(node);
+    }
+    return result;
+  };
+}
+
 app.registerExtension({
   name: "StyleInject.StyleMixer",
   nodeCreated(/** @type {any} */ node) {
+    if (node.comfyClass === LOADER) follow(node);
     if (node.comfyClass !== NODE) return;
     const executed = node.onExecuted;
     node.onExecuted = function (/** @type {any} */ output) {
       const result = executed?.apply(this, [output]);
-      this.properties[PROPERTY] = output?.styleinject_styles ?? [];
-      const before = this.computeSize()[1];
-      arrange(this);
-      const after = this.computeSize()[1];
-      if (after !== before) this.setSize([this.size[0], this.size[1] + after - before]);
+      rename(this, output?.styleinject_styles ?? []);
       return result;
     };
     const configured = node.onConfigure;
@@ -46,5 +101,14 @@ app.registerExtension({
       arrange(this);
       return result;
     };
+    const connected = node.onConnectionsChange;
+    node.onConnectionsChange = function (/** @type {any[]} */ ...args) {
+      const result = connected?.apply(this, args);
+      setTimeout(() => ask(this)); // the link is there only then
+      return result;
+    };
+  },
+  loadedGraphNode(/** @type {any} */ node) {
+    if (node.comfyClass === NODE) setTimeout(() => ask(node));
   },
 });
