@@ -141,7 +141,7 @@ def mochi(seed: int = 0) -> Any:
     """Mochi: image and prompt have streams of their own, of two widths."""
     return _model("GenmoMochi", {
         "image_model": "mochi_preview", "depth": 2, "patch_size": 2, "num_heads": 2, "hidden_size_x": WIDTH, "hidden_size_y": 32,
-        "mlp_ratio_x": 2.0, "mlp_ratio_y": 2.0, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
+        "mlp_ratio_x": 192.0, "mlp_ratio_y": 2.0, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
         "out_bias": True, "attn_drop": 0.0, "patch_embed_bias": True, "posenc_preserve_area": True,
         "timestep_mlp_bias": True, "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True,
         "t5_feat_dim": tiny_model.CONTEXT, "t5_token_length": 16, "rope_theta": 10000.0,

@@ -29,7 +29,7 @@ from ...styleinject_core.train.models.training_model import TrainingModel
 from ..injection import ComfyProgram, model_title
 from ..patcher import ModelPatcher, compute_dtype, injections_of, references_of
 from ..places import find_places, layer_shapes
-from ..tokens import LAYOUTS, tokens_of
+from ..tokens import tokens_of
 from .graph_inputs import called_together
 
 _SCALED, _PLAIN = comfy.model_sampling.EPS.calculate_input, comfy.model_sampling.CONST.calculate_input
@@ -39,10 +39,8 @@ _PREDICTIONS = {  # how a model's input is scaled, and how its output is read ->
     (_SCALED, comfy.model_sampling.X0.calculate_denoised): "sample",
     (_PLAIN, comfy.model_sampling.CONST.calculate_denoised): "flow",
 }
-# Cosmos: the flow too, but with z / (1 - t) for an input, at σ = t / (1 - t).
-_COSMOS = getattr(comfy.model_sampling, "COSMOS_RFLOW", None)
-if _COSMOS is not None:
-    _PREDICTIONS[_COSMOS.calculate_input, _COSMOS.calculate_denoised] = "flow"
+# Networks that write over what a backward pass needs (x += ...), which PyTorch does not notice everywhere.
+_OVERWRITE = {"LTXBaseModel"}
 # What a step needs beyond the weights where nobody has counted, in units of what ComfyUI estimates for sampling: a backward
 # pass keeps activations.
 _TRAINING_MEMORY = 4
@@ -55,8 +53,6 @@ _UNPACKED = "_full_precision_mm"  # of comfy.ops.mixed_precision_ops' layers
 
 class ComfySchedule:
     """The noise of a model's own sampling: times are sigmas, z = x0 + σ ε, or (1 - σ) x0 + σ ε for flow models.
-
-    `expands`: whether its sigmas are t / (1 - t), and what it is given z / (1 - t); times are t all the same.
 
     Args:
         sampling: the MODEL's model_sampling.
@@ -76,7 +72,6 @@ class ComfySchedule:
                 "noise (eps), v, x0, or the flow, at scale 1"
             )
         self.sampling, self.prediction_type = sampling, prediction
-        self.expands = _COSMOS is not None and kind.calculate_input is _COSMOS.calculate_input
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
         sigma = times.float()
@@ -84,9 +79,6 @@ class ComfySchedule:
 
     def times(self, uniform: Tensor) -> Tensor:
         """Flow models: with the model's own shift; others: its own table, evenly."""
-        if self.expands:
-            least, most = (float(sigma) / (1 + float(sigma)) for sigma in (self.sampling.sigma_min, self.sampling.sigma_max))
-            return uniform.clamp(least, most)
         if self.prediction_type == "flow":
             return torch.tensor([float(self.sampling.percent_to_sigma(1 - t)) for t in uniform.tolist()])
         table = self.sampling.sigmas.detach().float().cpu()
@@ -117,6 +109,11 @@ class ComfyTrainingModel(TrainingModel):
         base = patcher.model
         host = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)  # beneath torch.compile
         super().__init__(host, ComfySchedule(patcher.get_model_object("model_sampling")))
+        if _OVERWRITE & {base.__name__ for base in type(host).__mro__}:
+            raise ValueError(
+                f"this model, {model_title(base)}, cannot be trained here: its blocks overwrite what the backward pass needs, and "
+                "its gradients would be wrong"
+            )
         self.patcher = patcher
         self._program = TrainingProgram()
         self._attached: WeakSet[Attachment] = WeakSet()  # of the adapters that are trained
@@ -186,14 +183,7 @@ class ComfyTrainingModel(TrainingModel):
         held = [i.attachment(self.patcher.model) for i in injections_of(self.patcher) if not i.patched]
         return [sites[0].current for attachment in (*self._attached, *held) for sites in attachment.sites]
 
-    @property
-    def overwrites(self) -> bool:
-        """Whether its blocks may write over what they have computed with, as LTX's do: so of any network that is not known."""
-        return type(self.denoiser).__name__ not in (*LAYOUTS, "UNetModel")
-
     def in_place_blocks(self) -> set[str]:
-        if self.overwrites:
-            return set(self.blocks())
         return {name for name in self.blocks() if _IN_PLACE.search(f"{name}.")}  # see lasting_norms
 
     def held(self) -> ExitStack:
@@ -231,9 +221,6 @@ class ComfyTrainingModel(TrainingModel):
 
     def _call(self, noisy: Tensor, times: Tensor, named: dict[str, Any]) -> Tensor:
         model = self.patcher.model
-        if self.schedule.expands:
-            rest = 1 - times
-            noisy, times = noisy / rest.view(-1, *[1] * (noisy.ndim - 1)), times / rest
         call = ModelCall(tokens=tokens_of(model, noisy, named))
         with ExitStack() as stack:
             for attachment in self._attached:
@@ -319,8 +306,6 @@ class Loaded:
                 for model in self.models:
                     stack.enter_context(model.held())
                     stack.enter_context(lasting_norms(model.denoiser))
-                if any(model.overwrites for model in self.models):  # what is overwritten is copied for the backward pass first
-                    stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
                 yield
         finally:
             if in_training is not None:
