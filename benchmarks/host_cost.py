@@ -139,8 +139,24 @@ def comfyui_calls(root: Path, runs: int) -> dict[str, Callable[[], Any]]:
         "1 adapter": patched(1),
         "4 adapters": patched(4),
         "1 adapter, with all convolutions": patched(1, "to_q", "to_v", "conv"),
+        "a reference image (DEADiff)": with_reference(pack, model),
     }
     return {key: lambda m=m: tiny_model.sample(m, steps=runs) for key, m in models.items()}
+
+
+def with_reference(pack: Any, model: Any) -> Any:
+    """The narrow MODEL with style and content tokens of a reference in its 16 cross-attentions."""
+    import deadiff_models
+
+    core, widths = pack.submodule("styleinject_core.deadiff"), {320: 32, 640: 64, 1280: 128}
+    layers = tuple((name, widths[width]) for name, width in core.SD15.layers)
+    content = core.SD15.content_layers
+    deadiff = deadiff_models.random_model(
+        core, deadiff_models.tiny_config(core, layers=layers, content_layers=content, queries=16)
+    )
+    tokens = [core.Tokens(torch.randn(1, 16, 24), stream, deadiff.stream_id(stream)) for stream in core.STREAMS]
+    applied = pack.submodule("integration.reference").AppliedReference(core.Reference(deadiff, *tokens))
+    return pack.submodule("integration.patcher").apply_reference(model, applied)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -223,7 +223,7 @@ def _with_injections(
     references = references_of(model) if references is None else references
     wrappers: dict[str, Any] = {
         WrappersMP.APPLY_MODEL: ApplyModelWrapper(injections, references),
-        WrappersMP.OUTER_SAMPLE: SampleWrapper(injections, _monitors_of(model) if monitors is None else monitors),
+        WrappersMP.OUTER_SAMPLE: SampleWrapper(injections, _monitors_of(model) if monitors is None else monitors, references),
         WrappersMP.PREDICT_NOISE: predict_noise_wrapper,
         WrappersMP.CALC_COND_BATCH: calc_cond_batch_wrapper,
     }

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -100,7 +101,7 @@ class AppliedReference:
 
     def call(self, call: ModelCall) -> ModelCall:
         """The call with its roles as this reference needs them: "negative", and anything else."""
-        return ModelCall(call.images, call.sigma, call.extras, lambda: self._roles(call))
+        return ModelCall(call.images, call.sigma, call.extras, cache(lambda: self._roles(call)))
 
     def _roles(self, call: ModelCall) -> tuple[str, ...]:
         roles, entries = call.roles, list(call.extras.get("cond_or_uncond") or ())
@@ -147,6 +148,17 @@ def masked_options(
         patches[key] = MaskedAttention(references, model, site, x, calls, inner)
     replaced["attn2"] = patches
     return {**options, "patches_replace": replaced}
+
+
+def unmasked_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformer_options as they were before `masked_options`; the same ones where it had not been."""
+    replaced = options.get("patches_replace") or {}
+    patches = replaced.get("attn2") or {}
+    if not any(isinstance(patch, MaskedAttention) for patch in patches.values()):
+        return options
+    former = {key: patch.inner if isinstance(patch, MaskedAttention) else patch for key, patch in patches.items()}
+    kept = {key: patch for key, patch in former.items() if patch is not None}
+    return {**options, "patches_replace": {**replaced, "attn2": kept}}
 
 
 class MaskedAttention:

@@ -25,12 +25,13 @@ from ..styleinject_core.router.control import Steered
 from ..styleinject_core.router.recorder import Call, Recorder
 from .injection import KEY, Injection
 from .monitor import Monitor
-from .reference import AppliedReference, masked_options
+from .reference import AppliedReference, masked_options, unmasked_options
 from .sampling_run import UNKNOWN, Conditionings, Run
 from .tokens import tokens_of
 
 _FUNCTION_WRAPPER = "model_function_wrapper"
 _APPLY = "apply_model"
+_OPTIONS = (5, "transformer_options")  # where apply_model has them among its arguments
 
 
 class ApplyModelWrapper:
@@ -46,20 +47,12 @@ class ApplyModelWrapper:
         # guiders of two models hand each the wrappers of both
         if all(wrapper is not self for wrapper in _wrappers_of(model)):
             return executor(*args, **kwargs)
-        options = (args[5] if len(args) > 5 else kwargs.get("transformer_options")) or {}
-        with ExitStack() as stack:
-            call = stack.enter_context(_adapted(self.injections, model, x, timestep, options, kwargs))
-            active = [reference for reference in self.references if reference.active(model, timestep)]
-            calls = [reference.call(call) for reference in active]
-            for reference, own in zip(active, calls, strict=True):
-                attached = reference.attachment(model)
-                stack.enter_context(attached.in_call(own))
-                stack.enter_context(attached)
-            if any(reference.mask is not None for reference in active):
-                arguments = _Arguments(args, kwargs)
-                arguments[5, "transformer_options"] = masked_options(active, model, x, calls, options)
-                args, kwargs = tuple(arguments.args), arguments.kwargs
-            return executor(*args, **kwargs)
+        arguments = _Arguments(args, kwargs)
+        options = arguments[_OPTIONS] or {}
+        with _applied(self.injections, self.references, model, x, timestep, options, kwargs) as own:
+            if own is not options:
+                arguments[_OPTIONS] = own
+            return executor(*arguments.args, **arguments.kwargs)
 
     def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:
         return self  # some versions deep-copy a model's options; the adapters in here are not theirs to copy
@@ -69,6 +62,30 @@ def _wrappers_of(model: nn.Module) -> list[Any]:
     """Our wrappers on the MODEL that a model belongs to now."""
     patcher: Any = getattr(model, "current_patcher", None)
     return [] if patcher is None else patcher.get_wrappers(WrappersMP.APPLY_MODEL, KEY)
+
+
+@contextmanager
+def _applied(
+    injections: Iterable[Injection],
+    references: Iterable[AppliedReference],
+    model: nn.Module,
+    x: Tensor,
+    timestep: Tensor,
+    options: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Iterator[Mapping[str, Any]]:
+    """A model with what is active at this noise level, for the length of one call of it; yields the transformer_options
+    that the call needs, the same ones where no reference has a mask. `given` is what else the call is given, by name."""
+    with ExitStack() as stack:
+        call = stack.enter_context(_adapted(injections, model, x, timestep, options, given))
+        active = [reference for reference in references if reference.active(model, timestep)]
+        calls = [reference.call(call) for reference in active]
+        for reference, own in zip(active, calls, strict=True):
+            attached = reference.attachment(model)
+            stack.enter_context(attached.in_call(own))
+            stack.enter_context(attached)
+        masked = any(reference.mask is not None for reference in active)
+        yield masked_options(active, model, x, calls, options) if masked else options
 
 
 @contextmanager
@@ -104,8 +121,8 @@ def _adapted(
 class FunctionWrapper:
     """Around a `model_function_wrapper` that somebody else has put into a run: some run the model's blocks by themselves.
 
-    The adapters are on the model while it works, but for the calls of `apply_model` that it makes: those of this MODEL bring
-    them along, and another MODEL of the same model has others, or none.
+    Adapters and references are on the model while it works, but for the calls of `apply_model` that it makes: those of this
+    MODEL bring them along, and another MODEL of the same model has others, or none.
     """
 
     def __init__(self, run: Run, function: Callable[..., Any]):
@@ -114,25 +131,32 @@ class FunctionWrapper:
 
     def __call__(self, apply_model: Callable[..., Any], args: Mapping[str, Any]) -> Any:
         model = getattr(apply_model, "__self__", None)
-        if model is None or all(wrapper.injections != self.run.injections for wrapper in _wrappers_of(model)):
+        run = self.run
+        own = (run.injections, run.references)
+        if model is None or all((wrapper.injections, wrapper.references) != own for wrapper in _wrappers_of(model)):
             return self.function(apply_model, args)
         options = args["c"].get("transformer_options") or {}
 
-        def adapted() -> AbstractContextManager[ModelCall]:
-            return _adapted(self.run.injections, model, args["input"], args["timestep"], options, args["c"])
+        def applied() -> AbstractContextManager[Mapping[str, Any]]:
+            return _applied(*own, model, args["input"], args["timestep"], options, args["c"])
 
         stack = ExitStack()
 
         def apply(_model: nn.Module, *others: Any, **named: Any) -> Any:
+            arguments = _Arguments(others, named)
+            if given := arguments[_OPTIONS]:
+                arguments[_OPTIONS] = unmasked_options(given)
             stack.close()
             try:
-                return apply_model(*others, **named)
+                return apply_model(*arguments.args, **arguments.kwargs)
             finally:
-                stack.enter_context(adapted())
+                stack.enter_context(applied())
 
         former = model.__dict__.get(_APPLY)
         try:
-            stack.enter_context(adapted())
+            masked = stack.enter_context(applied())
+            if masked is not options:
+                args = {**args, "c": {**args["c"], "transformer_options": masked}}
             model.__dict__[_APPLY] = MethodType(apply, model)
             return self.function(model.__dict__[_APPLY], args)
         finally:
@@ -210,10 +234,12 @@ class _Recording(Listener):
 
 
 class SampleWrapper:
-    """The OUTER_SAMPLE wrapper of a MODEL that has adapters: makes the run that its model calls belong to."""
+    """The OUTER_SAMPLE wrapper of a MODEL that has adapters or references: makes the run that its model calls belong to."""
 
-    def __init__(self, injections: Sequence[Injection], monitors: Sequence[Monitor]):
-        self.injections, self.monitors = tuple(injections), tuple(monitors)
+    def __init__(
+        self, injections: Sequence[Injection], monitors: Sequence[Monitor], references: Sequence[AppliedReference] = ()
+    ):
+        self.injections, self.monitors, self.references = tuple(injections), tuple(monitors), tuple(references)
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
@@ -221,7 +247,7 @@ class SampleWrapper:
             return executor(*args, **kwargs)
         arguments = _Arguments(args, kwargs)
         sigmas = arguments[3, "sigmas"].detach().float().cpu()
-        run = Run(guider, sigmas, self.injections, self.monitors)
+        run = Run(guider, sigmas, self.injections, self.monitors, self.references)
         guider.model_options.setdefault("transformer_options", {})[KEY] = Conditionings(run)
         arguments[5, "callback"] = _calling(run, arguments[5, "callback"])
         result, model = None, guider.model_patcher.model

@@ -12,6 +12,7 @@ from torch import Tensor
 from .guidance import Passes
 from .injection import Injection
 from .monitor import Monitor
+from .reference import AppliedReference
 from .taking_part import TakingPart
 
 UNKNOWN = "unknown"  # the role of rows that are not the conditionings ComfyUI was asked for
@@ -25,12 +26,20 @@ class Run:
         sigmas: the schedule, one more than there are steps; on the CPU.
         injections: the adapters on the MODEL.
         monitors: who wants to know.
+        references: the reference images on the MODEL.
     """
 
-    def __init__(self, guider: Any, sigmas: Tensor, injections: Sequence[Injection], monitors: Sequence[Monitor]) -> None:
+    def __init__(
+        self,
+        guider: Any,
+        sigmas: Tensor,
+        injections: Sequence[Injection],
+        monitors: Sequence[Monitor],
+        references: Sequence[AppliedReference] = (),
+    ) -> None:
         self.guider, self.sigmas, self.steps = guider, sigmas, max(1, len(sigmas) - 1)
         model, gpu = guider.model_patcher.model, guider.model_patcher.load_device.type != "cpu"
-        self.injections = tuple(injections)
+        self.injections, self.references = tuple(injections), tuple(references)
         self.observations = [o for monitor in monitors for o in monitor.observe(injections, model, self.steps, gpu)]
         self.passes, self.taking_part = Passes(), TakingPart(injections)
         self.memory: dict[Any, Tensor] = {}  # what router controls hold for the length of the run

@@ -88,6 +88,9 @@ class Override:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """h* of the module (or h, bit for bit, where every strength is 0), with the rows that are appended to it."""
+        if not self.sites:  # rows alone, or neither where somebody else's forward is on top
+            out = self._original(x, *args, **kwargs)
+            return self._with_tails(x, out) if self.tails else out
         plan = self._current_plan(x)
         if not plan.active:
             out = self._original(x, *args, **kwargs)

@@ -34,17 +34,16 @@ import torch
 from measure import features, kid
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_deadiff import COUPLED, VARIANTS, Lines, prepared
+from train_deadiff import COUPLED, STYLE_STEPS, VARIANTS, trained
 
+from styleinject_core.deadiff import Deadiff
+from styleinject_core.demo import data
 from styleinject_core.demo.classifier import load_classifier
-from styleinject_core.demo.deadiff import five_style_training, paired_images
-from styleinject_core.demo.reference_scores import measure
-from styleinject_core.train.objectives.reference import ReferenceTask, Shares
-from styleinject_core.train.run.loop import train
+from styleinject_core.demo.deadiff import five_style_training
+from styleinject_core.demo.reference_scores import measure, measure_new_styles
+from styleinject_core.train.objectives.reference import Shares
 from styleinject_core.train.run.reference_folder import ReferenceFolder
-from styleinject_core.train.settings import TrainSettings
 
-STYLE_STEPS = 500
 SEPARATE = "separate-reconstruction"
 ALL = {SEPARATE: (COUPLED, Shares(0, 0, 1)), **VARIANTS}
 WORDS = "words"  # the model told the style in words: the ceiling
@@ -60,7 +59,9 @@ COLUMNS = {
     "concept_leak": "concept leak",
     "content_concept": "content: concept",
     "content_style": "content: style",
+    **{style: f"{style}: KID" for style in data.NEW_STYLES},
 }
+DISTANCES = ("distance", *data.NEW_STYLES)
 
 
 class SeparateSoftmax:
@@ -97,20 +98,16 @@ def run(variant: str, seed: int, steps: int, work: Path) -> dict[str, float]:
     model, classifier = five_style_training(), load_classifier()
     seen = partial(features, classifier)
     distance = lambda a, b: kid(seen(a), seen(b))  # noqa: E731
+
+    def measured(deadiff: Deadiff | None) -> dict[str, float]:
+        return {**measure(model, deadiff, seed, distance), **measure_new_styles(model, deadiff, distance, seed)}
+
     if variant == WORDS:
-        return measure(model, None, seed, distance)
+        return measured(None)
     config, shares = ALL[variant]
-    total = round(steps / (shares.style or shares.reconstruction))
     folder = ReferenceFolder(work / f"{variant}-{seed}-{steps}")
-    settings = TrainSettings(
-        total, 16, learning_rate=1e-3, schedule="cosine", warmup=min(50, total - 1), seed=seed, checkpoint_every=100,
-        caption_dropout=0.0, weight_decay=1e-2,
-    )  # fmt: skip
-    deadiff = prepared(model, folder.path, config, seed, aligned=shares.content > 0)
     with separate(model.denoiser) if variant == SEPARATE else nullcontext():
-        task = ReferenceTask(model, paired_images(model, held_out=False), settings, shares)
-        train(deadiff, task, settings, run=folder, observer=Lines())  # type: ignore[arg-type]
-        return measure(model, deadiff.eval(), seed, distance)
+        return measured(trained(model, folder, config, shares, steps, seed))
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -119,14 +116,16 @@ def table(lines: list[dict[str, Any]]) -> str:
     for variant, label in LABELS.items():
         of = [line for line in lines if line["variant"] == variant]
         if of:
-            rows.append([label, str(len(of)), *(_spread(column, [line[column] for line in of]) for column in COLUMNS)])
+            rows.append(
+                [label, str(len(of)), *(_spread(column, [line[column] for line in of if column in line]) for column in COLUMNS)]
+            )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _spread(column: str, values: list[float]) -> str:
-    if column.startswith("content") and not any(values):
+    if not values or (column.startswith("content") and not any(values)):
         return ""
-    factor, digits = {"distance": (1000, 0), "color_leak": (1, 2)}.get(column, (100, 0))
+    factor, digits = (1000, 0) if column in DISTANCES else (1, 2) if column == "color_leak" else (100, 0)
     mean = f"{factor * statistics.mean(values):.{digits}f}"
     return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 

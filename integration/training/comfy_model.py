@@ -111,8 +111,8 @@ class ComfyTrainingModel(TrainingModel):
         super().__init__(host, ComfySchedule(patcher.get_model_object("model_sampling")))
         if _OVERWRITE & {base.__name__ for base in type(host).__mro__}:
             raise ValueError(
-                f"this model, {model_title(base)}, cannot be trained here: its blocks overwrite what the backward pass needs, and "
-                "its gradients would be wrong"
+                f"this model, {model_title(base)}, cannot be trained here: its blocks overwrite what the backward pass needs, "
+                "and its gradients would be wrong"
             )
         self.patcher = patcher
         self._program = TrainingProgram()

@@ -1,10 +1,4 @@
-"""`styleinject deadiff train`: a DEADiff for a frozen model, from pictures sorted by style and named after what they show.
-
-data.folder/
-  watercolor/           one folder a style; its name is the style's words, or what style.txt in it says
-    red_apple.png       the same name in two folders is the same subject; "_" and "-" are spaces in its prompt,
-    red_apple.txt       unless a text beside it says it in other words
-"""
+"""`styleinject deadiff train`: a DEADiff for a frozen model, from pictures sorted by style and named after what they show."""
 
 from __future__ import annotations
 
@@ -20,7 +14,8 @@ from ..deadiff.blip_diffusion import start_from_blip_diffusion
 from ..deadiff.config import DEMO_ENCODER
 from ..demo.deadiff import DEMO_CONFIG, FIVE_STYLES, five_style_training, new_deadiff
 from ..demo.features import demo_features
-from ..train.data.images import SUFFIXES, DataError, View, decode
+from ..train.data.images import View, decode
+from ..train.data.pairs import Picture, pictures_in_folder, pictures_in_shards
 from ..train.models.training_model import TextToImageModel
 from ..train.objectives.reference import TASKS, PairedImages, ReferenceTask, Shares, align, start_from_host
 from ..train.parallel import Processes, launched_processes
@@ -40,14 +35,17 @@ class PairsTable:
     """Pictures of which it is known in which style they are and what they show."""
 
     folder: str = field(
-        metadata=about("a folder for each style, with pictures named after what they show (see docs/deadiff.md).")
+        default="", metadata=about("a folder for each style, with pictures named after what they show (see docs/deadiff.md).")
     )
+    shards: str = field(default="", metadata=about('or such folders as WebDataset shards, as in "pairs-{000..009}.tar".'))
     resolution: int = field(default=512, metadata=about("pixels of the targets' sides; they are cropped to squares."))
     validation: int = field(
         default=0, metadata=about("so many subjects are held out, in every style, for the validation loss; at least 2.")
     )
 
     def __post_init__(self) -> None:
+        if bool(self.folder) == bool(self.shards):
+            raise ValueError("folder and shards: give one of them")
         if self.resolution < 1 or self.validation < 0 or self.validation == 1:
             raise ValueError(
                 f"resolution {self.resolution}, validation {self.validation}: expected at least 1, and 0 or at least 2"
@@ -113,37 +111,6 @@ class ReferenceConfig:
             )
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture of the data folder, by its labels and prompts."""
-
-    path: Path
-    style: str
-    subject: str
-    style_prompt: str
-    subject_prompt: str
-
-
-def find_pictures(root: Path) -> list[Picture]:
-    """The pictures of a data folder, in a fixed order.
-
-    Raises:
-        DataError: no such folder, or none in it.
-    """
-    if not root.is_dir():
-        raise DataError(f"data.folder: {root.name!r} is no folder")
-    found = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        style_prompt = _text(folder / "style.txt") or _words(folder.name)
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                subject_prompt = _text(path.with_suffix(".txt")) or _words(path.stem)
-                found.append(Picture(path, folder.name, path.stem, style_prompt, subject_prompt))
-    if not found:
-        raise DataError(f"data.folder: {root.name!r} has no folders of pictures ({', '.join(SUFFIXES)}) in it")
-    return found
-
-
 def run(path: Path, dry: bool = False) -> Result | None:
     """Run a config file, from where its last run stopped; with `dry`, print the plan and train nothing.
 
@@ -155,7 +122,8 @@ def run(path: Path, dry: bool = False) -> Result | None:
     if not out.parent.is_dir():
         raise ConfigError(f"output.folder: {out.parent.name!r} is no folder, create it first")
     model = _model(config.model, here)
-    pictures = find_pictures(here / config.data.folder)
+    data = config.data
+    pictures = pictures_in_folder(here / data.folder) if data.folder else pictures_in_shards(here / data.shards)
     shown, held_out = _split(pictures, config.data.validation)
     deadiff = _start(config, here, model)
     encode = _encoder(config, here, deadiff)
@@ -241,8 +209,7 @@ def read_images(
     for first in range(0, len(pictures), _AT_ONCE):
         pixels = []
         for picture in pictures[first : first + _AT_ONCE]:
-            with picture.path.open("rb") as file:
-                pixels.append(decode(file, f"{picture.style}/{picture.path.name}", (resolution, resolution), View()))
+            pixels.append(decode(picture.open(), picture.name, (resolution, resolution), View()))
         batch = torch.stack(pixels)  # (b, 3, H, W)
         latents.append(model.encode(batch.to(model.device)).float().cpu())
         features.append(encode((batch.movedim(1, -1) + 1) / 2).float().cpu())
@@ -273,11 +240,3 @@ def _heading(config: ReferenceConfig, deadiff: Deadiff, shown: Sequence[Picture]
         f"DEADiff on {config.model.path}: {len(shown)} pictures in {len(styles)} styles of {len(subjects)} subjects{held}; "
         f"{deadiff.counts()['all']:,} parameters, {config.train.batch_size} images a step, {config.train.steps} steps"
     )
-
-
-def _text(path: Path) -> str:
-    return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else ""
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace("-", " ").strip()

@@ -1,4 +1,7 @@
-"""The demo's real images: emoji in five styles, shipped as one sprite sheet per style (assets/emoji)."""
+"""The demo's real images: emoji in five styles, shipped as one sprite sheet per style (assets/emoji).
+
+Two more styles draw the held-out things alone: nothing is trained on them, not even the classifier.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,15 @@ ASSETS = Path(__file__).parent / "assets"
 ADAPTERS = ASSETS / "adapters"
 DEADIFFS = ASSETS / "deadiff"
 BASE_STYLE = "openmoji"
+NEW_STYLES = ("fluent-flat", "fluent-high-contrast")
 LICENSES = {
     "twemoji": "CC-BY-4.0",
     "noto": "Apache-2.0",
     "openmoji": "CC-BY-SA-4.0",
     "openmoji-line": "CC-BY-SA-4.0",
     "fluent3d": "MIT",
+    "fluent-flat": "MIT",
+    "fluent-high-contrast": "MIT",
 }
 
 
@@ -58,17 +64,30 @@ def images(style: str) -> Tensor:
     Raises:
         ValueError: no sprite sheet of that style ships with the demo.
     """
+    if style not in styles():
+        raise ValueError(f"demo style {style!r}: expected one of {', '.join(styles())}")
+    return _tiles(style)[: len(concepts())]
+
+
+def new_style_images(style: str) -> Tensor:
+    """Every held-out concept drawn in one of NEW_STYLES, in the order of `concepts()`.
+
+    Returns:
+        (N, 3, 64, 64) float32 in [-1, 1].
+    """
+    return _tiles(style)[: sum(concept.held_out for concept in concepts())]
+
+
+def _tiles(style: str) -> Tensor:
     import numpy as np
     from PIL import Image
 
-    if style not in styles():
-        raise ValueError(f"demo style {style!r}: expected one of {', '.join(styles())}")
     tile, columns = _index()["tile"], _index()["columns"]
     with Image.open(ASSETS / "emoji" / f"{style}.webp") as sheet:
         pixels = torch.from_numpy(np.array(sheet.convert("RGB")))  # (rows*tile, columns*tile, 3)
     rows = pixels.shape[0] // tile
     tiles = pixels.view(rows, tile, columns, tile, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)  # (rows*columns, 3, tile, tile)
-    return tiles[: len(concepts())].float() / 127.5 - 1
+    return tiles.float() / 127.5 - 1
 
 
 def drawings(styles: Sequence[str], things: str = "", count: int = 0) -> list[tuple[Tensor, str]]:

@@ -80,3 +80,27 @@ def measure(
             add(place, model.decode(drawn), "content_")
     result["color_leak"] = torch.cat(leaks).mean().item()
     return result
+
+
+@torch.no_grad()
+def measure_new_styles(
+    model: DemoTrainingModel, deadiff: Deadiff | None, distance: Callable[[Tensor, Tensor], float], seed: int = 0
+) -> dict[str, float]:
+    """The distance of 37 held-out things from their drawings in styles that nothing was trained on.
+
+    Args:
+        deadiff: each thing is drawn with another one's drawing in the style as its reference; None: without any.
+        distance: of images from the artists' own, (N, 3, 64, 64) each.
+
+    Returns:
+        A number for each of data.NEW_STYLES.
+    """
+    names = [concept.name for concept in data.concepts() if concept.held_out]
+    other = torch.arange(len(names)).roll(len(names) // 3)
+    result = {}
+    for style in data.NEW_STYLES:
+        drawings = data.new_style_images(style)
+        reference = trunk_features(drawings[other])
+        images = model.decode(draw(model.denoiser, model.text_encoder, names, deadiff, reference, seed=seed))
+        result[style] = distance(images, drawings)
+    return result

@@ -15,6 +15,7 @@ from .features import demo_features
 from .reference_scores import measure
 
 SHOWN = ("red apple", "cat face", "rocket")
+NEW = " *"  # after the name of a style that nothing was trained on
 HELD_OUT = 4  # of those that DEADiff never saw, beside the ones above
 
 
@@ -46,7 +47,9 @@ def run(out: Path, image: Path | None = None, *, seed: int = 0, scores: bool = T
         rows.append((label, torch.cat([picture, drawn])))
     title = "DEADiff: the same prompts and noise, in the style of the picture on the left"
     marked = [False, *(name in held for name in names)]
-    note = "Orange: things that DEADiff never saw, nor any of the references."
+    note = (
+        "Orange: things that DEADiff never saw, nor any of the references. *: a style that neither it nor the model ever saw."
+    )
     pictures.grid(out / "references.png", title, rows, ["reference", *names], marked, note)
     print(f"  references.png ({time.monotonic() - began:.0f} s)")
     if scores:
@@ -56,11 +59,14 @@ def run(out: Path, image: Path | None = None, *, seed: int = 0, scores: bool = T
 
 
 def references() -> list[tuple[str, Tensor]]:
-    """A drawing of a held-out thing in each style: (label, (1, 3, 64, 64) in [-1, 1])."""
-    held = [k for k, concept in enumerate(data.concepts()) if concept.held_out]
-    styles = data.styles()
-    chosen = [held[(k + 1) * len(held) // (len(styles) + 2)] for k in range(len(styles))]
-    return [(style, data.images(style)[k : k + 1]) for style, k in zip(styles, chosen, strict=True)]
+    """A drawing of a held-out thing in each style, NEW_STYLES last: (label, (1, 3, 64, 64) in [-1, 1])."""
+    held = torch.tensor([k for k, concept in enumerate(data.concepts()) if concept.held_out])
+    drawings = {style: data.images(style)[held] for style in data.styles()}
+    drawings |= {f"{style}{NEW}": data.new_style_images(style) for style in data.NEW_STYLES}
+    count = len(data.styles()) + 2  # the same things as without the new styles
+    places = [(k + 1) * len(held) // count for k in range(count - 1)]
+    places.append(5 * len(held) // 8)  # a thing that is no column
+    return [(label, images[k : k + 1]) for (label, images), k in zip(drawings.items(), places, strict=True)]
 
 
 def _opened(path: Path) -> Tensor:

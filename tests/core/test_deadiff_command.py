@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
+
 import pytest
 import torch
 from PIL import Image
 
 from styleinject_core.cli import main
 from styleinject_core.commands.config_files import ConfigError
-from styleinject_core.commands.reference import find_pictures, run
+from styleinject_core.commands.reference import run
 from styleinject_core.deadiff import load_deadiff
 from styleinject_core.demo import data
 from styleinject_core.demo.deadiff import DEMO_CONFIG
 from styleinject_core.train.data.images import DataError
+from styleinject_core.train.data.pairs import pictures_in_folder, pictures_in_shards
 
 pytest.importorskip("diffusers")
 CONFIG = """
@@ -51,14 +56,16 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write(folder, model="demo", **tables):
+def write(folder, model="demo", shards="", **tables):
     text = CONFIG.format(model=model, **{"data": "", "deadiff": "", "train": "", **tables})
+    if shards:
+        text = text.replace('folder = "drawings"', f'shards = "{shards}"')
     (folder / "my.toml").write_text(text)
     return folder / "my.toml"
 
 
 def test_labels_and_prompts_come_from_the_folder(folder):
-    pictures = find_pictures(folder / "drawings")
+    pictures = pictures_in_folder(folder / "drawings")
     assert len(pictures) == 12 and {p.style for p in pictures} == {"noto", "openmoji-line", "fluent3d"}
     assert len({p.subject for p in pictures}) == 4
     prompts = {(p.style, p.style_prompt) for p in pictures}
@@ -66,9 +73,75 @@ def test_labels_and_prompts_come_from_the_folder(folder):
     own = next(p for p in pictures if p.style == "noto" and p.subject == data.concepts()[3].name.replace(" ", "_"))
     assert own.subject_prompt == "something else"
     with pytest.raises(DataError, match="has no folders of pictures"):
-        find_pictures(folder / "drawings" / "noto")
+        pictures_in_folder(folder / "drawings" / "noto")
     with pytest.raises(DataError, match="'nowhere' is no folder"):
-        find_pictures(folder / "nowhere")
+        pictures_in_folder(folder / "nowhere")
+
+
+def shard(path, members):
+    """A .tar file: name -> bytes, or a file to read them from."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            content = content if isinstance(content, bytes) else content.read_bytes()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_shards_of_the_folder_are_the_folder(folder):
+    """Styles in one shard each, and a style's text in another one than its pictures."""
+    root = folder / "drawings"
+    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != "style.txt")
+    for place, style in enumerate(("noto", "openmoji-line", "fluent3d")):
+        shard(folder / f"pairs-{place}.tar", {str(p.relative_to(root)): p for p in files if p.parent.name == style})
+    shard(folder / "pairs-3.tar", {"noto/style.txt": root / "noto" / "style.txt"})
+
+    def labels(pictures):
+        of = [(p.style, p.subject, p.style_prompt, p.subject_prompt, p.open().read()) for p in pictures]
+        return sorted(of)
+
+    found = pictures_in_shards(folder / "pairs-{0..3}.tar")
+    assert labels(found) == labels(pictures_in_folder(root)) and len(found) == 12
+    run(write(folder, shards="pairs-{0..3}.tar"))
+    assert load_deadiff(folder / "run" / "mine.safetensors").config == DEMO_CONFIG
+
+
+def test_labels_of_a_shard_may_be_in_json(folder):
+    png = next((folder / "drawings" / "noto").glob("*.png"))
+    said = {"style": "ink", "subject": "a cat", "style_prompt": "drawn in ink", "other": 3}
+    shard(folder / "a.tar", {"000.png": png, "000.json": json.dumps(said).encode(), "b/tree-top.png": png})
+    first, second = pictures_in_shards(folder / "a.tar")
+    assert (first.style, first.subject, first.style_prompt, first.subject_prompt) == ("ink", "a cat", "drawn in ink", "a cat")
+    assert (second.style, second.subject, second.style_prompt, second.subject_prompt) == ("b", "tree-top", "b", "tree top")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"000.png": b"x"}, "a.tar/000: nothing says its style"),
+        ({"000.png": b"x", "000.json": b"[1]"}, 'a.tar/000.json: expected {"style".*found list'),
+        ({"000.png": b"x", "000.json": b"{"}, "a.tar/000.json: "),
+        ({"000.png": b"x", "000.json": b'{"style": 3}'}, "a.tar/000.json: style: expected a text, found 3"),
+        ({"s/000.png": b"x", "s/000.txt": b"\xff"}, "a.tar/s/000.txt: not UTF-8"),
+        ({"notes.txt": b"x"}, "data.shards: no pictures .* in 1 shards, the first is a.tar"),
+    ],
+)
+def test_shards_that_say_nothing_are_refused(tmp_path, members, message):
+    shard(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=message):
+        pictures_in_shards(tmp_path / "a.tar")
+
+
+def test_damaged_shards_are_refused(folder):
+    png = next((folder / "drawings" / "noto").glob("*.png"))
+    shard(folder / "a.tar", {"s/a.png": png, "s/b.png": png})
+    (folder / "a.tar").write_bytes((folder / "a.tar").read_bytes()[: png.stat().st_size + 700])
+    with pytest.raises(DataError, match="a.tar"):
+        pictures_in_shards(folder / "a.tar")
+    with pytest.raises(DataError, match="1 of 1 shards are not there"):
+        pictures_in_shards(folder / "none.tar")
+    with pytest.raises(ValueError, match="folder and shards: give one of them"):
+        run(write(folder, data='shards = "a.tar"'))
 
 
 def test_a_config_becomes_a_file_and_goes_on(folder, capsys):

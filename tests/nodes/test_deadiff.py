@@ -10,6 +10,7 @@ import pytest
 import tiny_model
 import torch
 from random_adapters import close, random_adapter
+from running_blocks import cached
 
 
 @pytest.fixture
@@ -301,6 +302,40 @@ def test_beside_a_lora_and_an_adapter_in_any_order(pack, model, apply, tokens, r
     assert close(first, second) and not close(first, sample(apply(model, style=style)), 0.001)
 
 
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("order", ["pack last", "pack first"])
+def test_packs_that_run_the_blocks_themselves(model, apply, tokens, sample, order, mask) -> None:
+    given = {"style": tokens(), "end_percent": 0.6}
+    if mask:
+        given["mask"] = torch.zeros(1, 64, 64)
+        given["mask"][..., :32] = 1
+    expected, vanilla = sample(apply(model, **given), batch=2), sample(model, batch=2)
+    patched = cached(apply(model, **given)) if order == "pack last" else apply(cached(model), **given)
+    assert close(sample(patched, batch=2), expected) and not close(expected, vanilla, 0.01)
+    assert torch.equal(sample(model, batch=2), vanilla) and leftovers(model) == []
+
+
+def test_packs_that_call_the_model_have_the_reference_once_and_other_models_none(model, apply, tokens, sample) -> None:
+    """Through a mask's replace patch too, which what the pack passes on must not bring along."""
+    mask, seen = torch.ones(1, 64, 64), []
+    mask[..., 32:] = 0
+    patched = apply(model, style=tokens(), mask=mask)
+    expected = sample(patched, steps=1)
+
+    def both(apply_model, args):
+        options = {**args["c"]["transformer_options"], "wrappers": {}}
+        base = model.model.apply_model(args["input"], args["timestep"], **{**args["c"], "transformer_options": options})
+        seen.append((args, base, apply_model(args["input"], args["timestep"], **args["c"])))
+        return seen[-1][2]
+
+    patched.set_model_unet_function_wrapper(both)
+    assert torch.equal(sample(patched, steps=1), expected)
+    ((args, base, referenced),) = seen
+    with torch.inference_mode():
+        bare = model.model.apply_model(args["input"], args["timestep"], **{**args["c"], "transformer_options": {}})
+    assert torch.equal(base, bare) and not close(referenced, bare, 0.001)
+
+
 def test_little_memory(model, apply, tokens, sample, monkeypatch) -> None:
     import comfy.model_management
     import comfy.model_patcher
@@ -526,6 +561,7 @@ def test_models_that_do_not_fit(core, apply, tokens, tiny_unet_model, sample) ->
         ):
             apply(other, style=style)
         assert leftovers(other) == []
+    apply(tiny_unet_model(in_channels=9), style=style)  # inpainting: the cross-attentions are the same
 
 
 def test_other_wrong_input(core, model, deadiff, apply, tokens, sample, run_node) -> None:

@@ -57,7 +57,7 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Neighboring members of a tar file that have one key: the name up to its first dot."""
 
     tar: tarfile.TarFile
@@ -202,7 +202,7 @@ class ImageStream:
         while self._turn < len(order):
             shard = order[self._turn]
             try:
-                for group in _groups(self.shards[shard], self._offset):
+                for group in groups(self.shards[shard], self._offset):
                     self._offset = group.end  # before the yield: a state taken there goes on behind this sample
                     if sample := self._usable(shard, group):
                         yield sample
@@ -210,7 +210,7 @@ class ImageStream:
                 self._corrupt.add(self.shards[shard].name, error)
             self._turn, self._offset = self._turn + 1, 0
 
-    def _usable(self, shard: int, group: _Group) -> _Sample | None:
+    def _usable(self, shard: int, group: Group) -> _Sample | None:
         try:
             return self._sample(shard, group)
         except CorruptError as error:
@@ -219,13 +219,13 @@ class ImageStream:
             raise DataError(f"the first {_HOPELESS} samples are all unusable: {first_names(self.skipped.values())}")
         return None
 
-    def _sample(self, shard: int, group: _Group) -> _Sample:
+    def _sample(self, shard: int, group: Group) -> _Sample:
         name = f"{self.shards[shard].name}/{group.key}"
         picture = next((info for suffix, info in group.members.items() if f".{suffix}" in SUFFIXES), None)
         if picture is None:
             raise CorruptError(f"{name}: no picture ({', '.join(SUFFIXES)}), only {', '.join(group.members)}{_TOGETHER}")
         caption = _caption(group, name)
-        width, height = read_size(_member(group, picture), name)
+        width, height = read_size(member(group, picture), name)
         size = nearest_bucket(self._sizes, width, height)
         return _Sample(shard, group.offset, (picture.offset_data, picture.size), caption, name, size, (height, width))
 
@@ -269,7 +269,7 @@ class ImageStream:
         self._draws = self._shuffled()
 
     def _sample_at(self, shard: int, offset: int) -> _Sample:
-        for group in _groups(self.shards[shard], offset):
+        for group in groups(self.shards[shard], offset):
             return self._sample(shard, group)
         raise DataError(f"{self.shards[shard].name}: nothing at byte {offset}: the shard has changed since the state was saved")
 
@@ -322,7 +322,7 @@ def _open(shard: Path) -> BinaryIO:
         raise DataError(f"{shard.name}: cannot be opened: {error.strerror}") from error
 
 
-def _groups(shard: Path, offset: int) -> Iterator[_Group]:
+def groups(shard: Path, offset: int = 0) -> Iterator[Group]:
     """The samples of a shard from a byte offset on, which is 0 or that of a group.
 
     Raises:
@@ -341,7 +341,7 @@ def _groups(shard: Path, offset: int) -> Iterator[_Group]:
                 if not info.isreg() or not stem or stem.startswith("__"):
                     continue
                 if members and key != str(path.with_name(stem)):
-                    yield _Group(tar, key, members, start, info.offset)
+                    yield Group(tar, key, members, start, info.offset)
                     members = {}
                 if not members:
                     key, start = str(path.with_name(stem)), info.offset
@@ -353,7 +353,7 @@ def _groups(shard: Path, offset: int) -> Iterator[_Group]:
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
             damage = error
         if members:
-            yield _Group(tar, key, members, start, end)
+            yield Group(tar, key, members, start, end)
         if damage is not None:
             raise CorruptError(f"{shard.name}: not a whole, uncompressed tar file: {damage}") from damage
 
@@ -372,18 +372,19 @@ def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     return info
 
 
-def _member(group: _Group, info: tarfile.TarInfo) -> BinaryIO:
+def member(group: Group, info: tarfile.TarInfo) -> BinaryIO:
+    """The bytes of one of its members. Raises what tarfile does."""
     file = group.tar.extractfile(info)
     assert file is not None  # only regular files are in a group
     return file  # type: ignore[return-value]  # as good as one
 
 
-def _caption(group: _Group, name: str) -> str:
+def _caption(group: Group, name: str) -> str:
     try:
         if info := group.members.get("txt"):
-            return one_line(decoded(_member(group, info).read()))
+            return one_line(decoded(member(group, info).read()))
         if info := group.members.get("json"):
-            return caption_in(json.loads(decoded(_member(group, info).read())))
+            return caption_in(json.loads(decoded(member(group, info).read())))
     except (ValueError, OverflowError, RecursionError, tarfile.TarError, OSError) as error:  # bad UTF-8 and bad JSON too
         raise CorruptError(f"{name}: caption: {error}") from error
     raise CorruptError(f"{name}: no caption (.txt or .json), only {', '.join(group.members)}{_TOGETHER}")
