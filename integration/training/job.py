@@ -120,6 +120,11 @@ class Job:
     def _encoded(self, images: Images) -> dict[str, Sequence[Any] | None]:
         """LatentSource's arguments, one of each per image."""
         latents = self.student.encoder.latents(images.latents)
+        if broken := [k + 1 for k, latent in enumerate(latents) if not torch.isfinite(latent).all()]:
+            raise ValueError(
+                f"latents: {len(broken)} of {len(latents)} hold NaN or infinite numbers (the first is number {broken[0]}): the "
+                "VAE made them so, as some do in float16; start ComfyUI with --fp32-vae or --bf16-vae, or take another VAE"
+            )
         with_empty = self.request.settings.caption_dropout > 0
         encoded: dict[str, Sequence[Any] | None] = {"latents": latents}
         encoded["conditioning"], encoded["empty"] = self.student.conditionings(images.prompts, latents, with_empty)
@@ -164,16 +169,18 @@ class Job:
     def _pictures(self, loaded: Loaded, images: Images) -> Tensor:
         """What the model draws with the adapter as it is, (N, H, W, 3) in [0, 1]."""
         options = self.options
-        latents = draw(
-            self.student.patcher,
-            options.pictured or images.prompts[:1],
-            self.student.empty,
-            images.shape,
-            seed=self.request.settings.seed,
-            steps=options.sampling_steps,
-            guidance=options.guidance,
-        )
-        with torch.inference_mode():
-            decoded = [options.vae.decode(latent.unsqueeze(0)) for latent in latents]
-        loaded.prepare()
+        try:
+            latents = draw(
+                self.student.patcher,
+                options.pictured or images.prompts[:1],
+                self.student.empty,
+                images.shape,
+                seed=self.request.settings.seed,
+                steps=options.sampling_steps,
+                guidance=options.guidance,
+            )
+            with torch.inference_mode():
+                decoded = [options.vae.decode(latent.unsqueeze(0)) for latent in latents]
+        finally:  # it may have failed for want of memory, and training goes on
+            loaded.prepare()
         return torch.cat([image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu() for image in decoded])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,6 +85,21 @@ def open_run(name: str, existing: str, plan: dict[str, Any], steps: int) -> RunF
     return RunFolder(path)
 
 
+# Adapters that this process has saved, by the name that was asked for, and how often one was found gone.
+_saved: dict[str, set[Path]] = {}
+_losses: Counter[str] = Counter()
+
+
+def times_gone(name: str) -> int:
+    """How often adapters of this name were found deleted after their training: ComfyUI, which keeps what a node put out,
+    then has to run it again."""
+    name = name.strip()
+    if gone := {path for path in _saved.get(name, ()) if not path.is_file()}:
+        _saved[name] -= gone
+        _losses[name] += 1
+    return _losses[name]
+
+
 def chosen_before(name: str, existing: str) -> dict[str, Any]:
     """What the latest run of a name was trained with, where it may go on: see `RunFolder.chosen_before`."""
     paths_there = [path for path in _numbered(name) if path.exists()]
@@ -134,7 +150,16 @@ class Watch(Observer):
     def sample(self, step: int) -> None:
         if self.pictures is None:
             return
-        pixels = (self.pictures().clamp(0, 1) * 255).round().to(torch.uint8)  # (N, H, W, 3)
+        try:
+            drawn = self.pictures()
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:  # out of memory, as a rule: what is only for looking at ends no run
+            comfy.model_management.soft_empty_cache()
+            reason = str(error).strip().split("\n", 1)[0]
+            self.problem(f"pictures of step {step}: {reason or type(error).__name__}")
+            return
+        pixels = (drawn.clamp(0, 1) * 255).round().to(torch.uint8)  # (N, H, W, 3)
         self._latest = _image(torch.cat(list(pixels), dim=1))
         self._next_plot = 0.0  # show them with this step
         try:
@@ -241,6 +266,7 @@ def train_in_folder(
         path = run.final_file
         path.parent.mkdir(parents=True, exist_ok=True)
         save_adapter(finished, path, None, dtype)
+        _saved.setdefault(adapter.name, set()).add(path)
         message += f". Saved as {_shown(path)}\n{how_to_use(path, metadata.get('modelspec.trigger_phrase', ''))}"
     except (AdapterFileError, OSError) as error:  # trained, and still in the graph: StyleInject Save can write it elsewhere
         watch.problem(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,6 +173,11 @@ class StyleInjectTrainOptions(io.ComfyNode):
             ],
             outputs=[OptionsType.Output("options", display_name="options", tooltip="For the StyleInject training nodes.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, existing_run: Any = GO_ON, **_others: Any) -> str:
+        """A new run is a new one each time the workflow is queued, though nothing in it has changed."""
+        return secrets.token_hex(8) if existing_run == NEW else ""
 
     @classmethod
     def execute(cls, vae: Any = None, picture_prompt: Any = None, factors: str = "", **values: Any) -> io.NodeOutput:

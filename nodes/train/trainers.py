@@ -14,7 +14,7 @@ from ...integration.training.graph_inputs import (
 )
 from ...integration.training.graph_model import GraphModel
 from ...integration.training.job import Job
-from ...integration.training.named_runs import Outcome
+from ...integration.training.named_runs import Outcome, times_gone
 from ...integration.training.train_options import TrainOptions
 from ...integration.training.trainings import (
     ClassImages,
@@ -59,6 +59,10 @@ class StyleInjectTrain(io.ComfyNode):
             outputs=_outputs(),
             **_TRAINS,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: Any = "", **_others: Any) -> int:
+        return _fingerprint(name)
 
     @classmethod
     def execute(cls, model: Any, latents: Any, conditioning: Any, empty: Any = None, options: Any = None, **widgets: Any):
@@ -116,6 +120,10 @@ class StyleInjectDreamBooth(io.ComfyNode):
             outputs=_outputs(),
             **_TRAINS,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: Any = "", **_others: Any) -> int:
+        return _fingerprint(name)
 
     @classmethod
     def execute(
@@ -216,6 +224,10 @@ class StyleInjectDistill(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, name: Any = "", **_others: Any) -> int:
+        return _fingerprint(name)
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -243,6 +255,11 @@ class StyleInjectDistill(io.ComfyNode):
 
 
 _TRAINS = {"is_input_list": True, "is_output_node": True, "hidden": [io.Hidden.unique_id]}
+
+
+def _fingerprint(name: Any) -> int:
+    """Another one after what was saved under this name was deleted."""
+    return times_gone(str(name[0] if isinstance(name, list) and name else name))
 
 
 def _settings(name: str, layers: str, steps: int) -> list[io.Input]:

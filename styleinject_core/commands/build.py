@@ -18,9 +18,10 @@ from ..demo.training import DemoTrainingModel
 from ..train.data.batches import Conditioning, joined
 from ..train.data.drawn import draw_once, kept_latents
 from ..train.data.folder import ImageFolder
+from ..train.data.kept import Kept
 from ..train.data.source import FolderSource, LatentSource, Source, StreamSource
 from ..train.data.webdataset import ImageStream
-from ..train.memory import Choice, Workload, choose, free_memory
+from ..train.memory import Choice, Workload, choose, free_memory, is_out_of_memory
 from ..train.models.pipeline import PipelineModel
 from ..train.models.training_model import TextToImageModel
 from ..train.objectives.tasks import Distil, DreamBooth, FineTune, check_teacher, check_weights_differ
@@ -32,6 +33,7 @@ from ..train.settings import MEMORY_OFF
 from .config_files import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
 
 DEMO = "demo"
+ENCODED = "encoded"  # in the run's folder: what does not fit in memory, while it trains
 _AT_ONCE = 4  # images that a model draws before training
 
 
@@ -133,10 +135,13 @@ def _fitted(config: TrainConfig, model: TextToImageModel, teacher: TextToImageMo
 def load_model(table: ModelTable, here: Path) -> TextToImageModel:
     """The model of a config. Raises ModelError, ValueError."""
     if table.path == DEMO or table.path.startswith(f"{DEMO}:"):
+        if table.sampling():
+            raise ConfigError("model.prediction_type, model.zero_terminal_snr: the embedded model's are known")
         _, _, style = table.path.partition(":")
         return DemoTrainingModel.load(style) if style else DemoTrainingModel.load()
     config = here / table.config if table.config else None
-    return PipelineModel.load(here / table.path, launched_device(), getattr(torch, table.dtype), config)
+    dtype = getattr(torch, table.dtype)
+    return PipelineModel.load(here / table.path, launched_device(), dtype, config, table.sampling())
 
 
 def _task(
@@ -153,10 +158,11 @@ def _task(
     settings, empty = config.train, model.encode_text([""])
     if isinstance(config, DreamBoothConfig):
         table = config.dreambooth
-        source, validation = _images(config, here, model, processes, caption=table.instance_prompt)
-        prior = _prior(config, here, out, model, processes)
+        kept = _kept(config, out, model)
+        source, validation = _images(config, here, model, processes, caption=table.instance_prompt, kept=kept)
+        prior = _prior(config, here, out, model, processes, kept)
         return DreamBooth(model, source, settings, empty, prior=prior, prior_weight=table.prior_weight, **validation)
-    source, validation = _images(config, here, model, processes)
+    source, validation = _images(config, here, model, processes, kept=_kept(config, out, model))
     return FineTune(model, source, settings, empty, **validation)
 
 
@@ -179,7 +185,8 @@ def _distillation(
     validation: dict[str, Any] = {}
     source: Source
     if config.data.folder or config.data.shards:
-        source, validation = _images(config, here, model, processes, encode_teacher_text=its_reader)
+        kept = _kept(config, out, model, teacher.sampling, table.shared_text_encoder, pairs)
+        source, validation = _images(config, here, model, processes, encode_teacher_text=its_reader, kept=kept)
     else:
         prompts = [prompt for prompt in pairs for _ in range(table.images_per_prompt)]
         translated = [pairs[prompt] for prompt in prompts]
@@ -199,6 +206,12 @@ def _distillation(
         teacher_reads="the student's prompts" if table.shared_text_encoder else f"its own, {_hash(pairs)}",
         **validation,
     )
+
+
+def _kept(config: TrainConfig, out: Path | None, model: TextToImageModel, *also: Any) -> Kept:
+    """Where latents and captions are kept, for these encoders."""
+    identity = _hash([model.sampling, config.model.dtype, *also])
+    return Kept(None if out is None else out / ENCODED, identity, problem=lambda line: warnings.warn(line, stacklevel=2))
 
 
 def _images(
@@ -223,6 +236,8 @@ def _images(
             center_crop=data.center_crop,
             flip=data.flip,
         )
+        reading["size_conditioning"] = model.size_conditioning
+        reading.pop("kept", None)  # a stream has no end
         return StreamSource(stream, model.encode, lambda text: model.encode_text([text]), **reading), {}
     folder = _folder(data, here / data.folder, settings.seed, caption)
     trained_on, held_out = config.request().split(len(folder), "data.validation")
@@ -262,11 +277,29 @@ def _folder_source(
         return model.encode_text([caption])
 
     options: dict[str, Any] = {"batch_size": batch_size, "seed": config.train.seed, "processes": processes}
-    return FolderSource(folder, model.encode, read, indices=indices, **options, **reading)
+    reading["size_conditioning"] = model.size_conditioning
+    source = FolderSource(folder, model.encode, read, indices=indices, **options, **reading)
+    source.advice = "; ".join(filter(None, (source.advice, _too_long(model, folder))))
+    return source
+
+
+def _too_long(model: TextToImageModel, folder: ImageFolder) -> str:
+    """What is not read of captions, in words."""
+    lengths = {caption: model.length(caption) for caption in folder.captions}
+    long = {caption: found for caption, found in lengths.items() if found is not None and found[0] > found[1]}
+    if not long:
+        return ""
+    longest = max(long, key=lambda caption: long[caption])
+    tokens, read = long[longest]
+    count = sum(caption in long for caption in folder.captions)
+    return (
+        f"{count} of {len(folder)} captions are longer than the {read} tokens that the text encoder reads, and their ends do "
+        f'not count (longest: {tokens}, "{longest[:40]}...")'
+    )
 
 
 def _prior(
-    config: DreamBoothConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes
+    config: DreamBoothConfig, here: Path, out: Path | None, model: TextToImageModel, processes: Processes, kept: Kept
 ) -> Source | None:
     """The class images of DreamBooth: given, or drawn by the base model."""
     table = config.dreambooth
@@ -274,7 +307,7 @@ def _prior(
         return None
     if table.class_folder:
         folder = _folder(config.data, here / table.class_folder, config.train.seed, table.class_prompt)
-        return _folder_source(config, folder, None, model, config.train.batch_size, processes)
+        return _folder_source(config, folder, None, model, config.train.batch_size, processes, kept=kept)
     prompts = [table.class_prompt] * table.class_images
     drawn = _generated(config, out, model, prompts, table.class_steps, table.guidance, processes)
     return _latents(config, drawn, model.encode_text([table.class_prompt]), processes)
@@ -305,13 +338,18 @@ def _generated(
     if out is None:
         shape = model.encode(torch.zeros(1, 3, resolution, resolution)).shape[1:]
         return torch.randn(len(prompts), *shape)
-    asked = [model.fingerprint, list(prompts), steps, guidance, resolution, seed]
+    asked = [model.fingerprint, model.sampling, list(prompts), steps, guidance, resolution, seed]
     path = out / f"generated-{_hash(asked)}.latents"
     if processes.is_main:
         from tqdm import tqdm
 
         def draw(start: int, stop: int) -> Tensor:
-            return model.sample(prompts[start:stop], resolution, seed + start, steps, guidance)
+            try:
+                return model.sample(prompts[start:stop], resolution, seed + start, steps, guidance)
+            except RuntimeError as error:
+                if stop - start == 1 or not is_out_of_memory(error):
+                    raise
+            return torch.cat([draw(k, k + 1) for k in range(start, stop)])
 
         with tqdm(total=len(prompts), desc=f"{model.name} draws images, {_AT_ONCE} at a time") as bar:
             draw_once(path, len(prompts), draw, at_once=_AT_ONCE, progress=lambda there: bar.update(there - bar.n))

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..train.models.noise import PREDICTION_TYPES
 from ..train.request import DTYPES, AdapterRequest, Drawing, TrainingRequest, check_name
 from ..train.settings import TrainSettings, about, check_choice
 
@@ -45,8 +46,26 @@ class ModelTable:
         metadata=about("what the frozen model computes in: float32, bfloat16 or float16; the adapter is float32 always."),
     )
 
+    prediction_type: str = field(
+        default="",
+        metadata=about(
+            'what the model predicts, where its files say it wrong: "epsilon", "v_prediction" or "sample"; empty for\n'
+            "what they say, which the run's first line tells."
+        ),
+    )
+    zero_terminal_snr: bool = field(
+        default=False, metadata=about("its noise ends in nothing but noise, and its files do not say so (some v models).")
+    )
+
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
+        if self.prediction_type:
+            check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES[:3])
+
+    def sampling(self) -> dict[str, Any]:
+        """What the fields above state, as a diffusers scheduler's config has it."""
+        stated = {"prediction_type": self.prediction_type, "rescale_betas_zero_snr": self.zero_terminal_snr}
+        return {key: value for key, value in stated.items() if value}
 
 
 @dataclass(frozen=True)
@@ -256,12 +275,17 @@ def load_config(kind: type[Table], path: Path) -> Table:
         raise ConfigError(f"{path.name}: {error}") from None
     try:
         values = _parse(text)
-    except ValueError as error:
-        raise ConfigError(f"{path.name}: {error}" + (_BACKSLASH if "\\" in text else "")) from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else _shortened(str(error))
+        raise ConfigError(f"{path.name}: {reason}" + (_BACKSLASH if "\\" in text else "")) from None
     try:
         return _table(kind, values, "")
-    except ValueError as error:
-        raise ConfigError(f"{path.name}: {error}") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # numbers of hundreds of digits are valid TOML
+        raise ConfigError(f"{path.name}: {_shortened(str(error))}") from None
+
+
+def _shortened(text: str, longest: int = 1000) -> str:
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 4 :]}"
 
 
 def _parse(text: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ..files.atomic import replacing
+from ..train.data.kept import MEMORY
+from ..train.data.source import FolderSource
 from ..train.parallel import launched_processes
 from ..train.random_numbers import RandomNumbers
 from ..train.run.checkpoints import RunFolder, validations
 from ..train.run.loop import Progress, Result, train
 from ..train.run.watch import ProgressBar, loss_plot
-from .build import Job, build
+from .build import ENCODED, Job, build
 from .config_files import TrainConfig, load_config
 
 PLOT_EVERY = 60.0  # seconds
@@ -51,6 +54,7 @@ def run(kind: type[TrainConfig], path: Path, dry: bool = False) -> Result | None
         if processes.is_main:
             final = folder.final_file
             folder.save_adapter(job.adapter, final, step)
+            shutil.rmtree(job.out / ENCODED, ignore_errors=True)
         watch.plot()
     if processes.is_main:
         kept = f", the best of {len(result.validation)} validations" if result.best_step else ""
@@ -106,18 +110,21 @@ class _Watch(ProgressBar):
         output, resolution = self.job.config.output, self.job.config.data.resolution
         if not output.prompts:
             return
-        latents = self.job.model.sample(output.prompts, resolution, self.job.config.train.seed, guidance=output.guidance)
-        images = self.job.model.decode(latents)
+        model, seed, images = self.job.model, self.job.config.train.seed, []
         with self._surviving(f"pictures of step {step}"):
-            _save_pictures(images, self.folder.samples / f"step-{step:06}.png")
+            for k, prompt in enumerate(output.prompts):  # one by one: beside a training there is little memory left
+                images.append(model.decode(model.sample([prompt], resolution, seed + k, guidance=output.guidance)))
+            _save_pictures(torch.cat(images), self.folder.samples / f"step-{step:06}.png")
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
-        """What is only for looking at ends no run: a disk that refuses is reported, and training goes on."""
+        """What is only for looking at ends no run: whatever is wrong with it is reported, and training goes on."""
         try:
             yield
-        except (OSError, ImportError) as error:
-            self.problem(f"{what}: {error}")
+        except Exception as error:
+            self.problem(f"{what}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def __exit__(self, kind: Any, *exception: Any) -> None:
         super().__exit__(kind, *exception)
@@ -145,7 +152,18 @@ def _heading(job: Job) -> str:
         f"{job.task.objective} on {job.model.name}: {count}, {len(job.adapter.names)} layers, "
         f"{job.adapter.parameter_count():,} parameters, {passes} images a step, on {next(job.adapter.parameters()).device}"
         + (f"\n{job.memory}" if job.memory else "")
+        + f"\n{job.model.name} {job.model.about}\nlayers: {', '.join(job.config.adapter.targets)}; {_found(data)}"
     )
+
+
+def _found(data: dict[str, Any]) -> str:
+    """What was found as data, in words."""
+    sizes = data.get("buckets", {})
+    counts = [f"{sizes[size]} of {size}" if isinstance(sizes, dict) else str(size) for size in sizes]
+    kinds = {"txt": "captions from .txt files", "metadata.jsonl": "captions from metadata.jsonl", "one for all": "one caption"}
+    said = [kinds.get(data.get("captions", ""), "") or "captions beside the images" if counts else "images drawn from prompts"]
+    said += [f"sizes {', '.join(counts[:6])}{', ...' if len(counts) > 6 else ''}"] if counts else []
+    return "; ".join(said)
 
 
 def _plan(job: Job) -> str:
@@ -179,6 +197,10 @@ def _plan(job: Job) -> str:
     ]
     if torch.cuda.is_available():
         lines.append(f"  measured     {torch.cuda.max_memory_allocated() / _MEBI:,.0f} MiB at most on the GPU")
+    if isinstance(job.task.source, FolderSource):
+        size = job.task.source.kept_size()
+        rest = f", of which {(size - MEMORY) / _MEBI:,.0f} MiB on disk, in {ENCODED}" if size > MEMORY else ""
+        lines.append(f"  images       {size / _MEBI:,.0f} MiB of latents and captions in memory{rest}")
     every = settings.checkpoint_every
     lines.append(f"  checkpoints  {f'every {every} steps' if every else 'at the end'}, in {job.out}")
     lines.append("  data         " + json.dumps(job.task.plan()["data"]))

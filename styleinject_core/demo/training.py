@@ -12,7 +12,7 @@ from ..train.models.noise import DiscreteSchedule
 from ..train.models.training_model import TextToImageModel
 from .autoencoder import DOWNSCALE, Autoencoder
 from .model import BASE_STYLE, NOISE_SCHEDULE, load_autoencoder, load_text_encoder, load_unet, sample
-from .text import TextEncoder
+from .text import LENGTH, TextEncoder, words
 
 
 class DemoTrainingModel(TextToImageModel):
@@ -31,6 +31,12 @@ class DemoTrainingModel(TextToImageModel):
         return cls(
             load_unet(style), load_text_encoder(), load_autoencoder(), "demo" if style == BASE_STYLE else f"demo:{style}"
         )
+
+    def encoders(self) -> list[nn.Module]:
+        return [self.text_encoder, self.autoencoder]
+
+    def length(self, caption: str) -> tuple[int, int]:
+        return len(words(caption)) - len(self.text_encoder.unknown_words(caption)), LENGTH
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         return self.denoiser(noisy, times, conditioning["context"]).sample

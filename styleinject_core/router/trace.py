@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ FORMAT_VERSION = 1
 _TENSORS = ("probabilities", "sizes", "steps", "sigmas")
 _TEXTS = ("adapter", "label", "note", "finished", "total_steps", "layers", "convolutions", "styles", "roles")
 _LISTS = ("layers", "convolutions", "styles", "roles")
+_KINDS: dict[str, type] = {**dict.fromkeys(_LISTS, list), "finished": bool, "total_steps": int}
+_FLOATS, _WHOLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64), (torch.int64, torch.int32)
+_DTYPES = {"probabilities": _FLOATS, "sizes": _FLOATS, "steps": _WHOLE, "sigmas": _FLOATS}
 
 
 class TraceError(ValueError):
@@ -63,6 +67,8 @@ class RouterTrace:
     note: str = ""
 
     def __post_init__(self) -> None:
+        if self.probabilities.ndim != 4:
+            raise TraceError(f"trace of {self.adapter}: probabilities of {self.probabilities.ndim} dimensions, expected 4")
         rows, layers, images, styles = self.probabilities.shape
         expected = {
             "layers": (len(self.layers), layers),
@@ -171,16 +177,24 @@ def load_trace(path: str | Path) -> RouterTrace:
             header = dict(file.metadata() or {})
             version = header.get("styleinject_trace_version", "")
             if not version:
-                raise TraceError(f"{path.name}: this is no router trace (an adapter, or something else in safetensors)")
-            if not version.isdigit() or int(version) > FORMAT_VERSION:
+                raise TraceError("this is no router trace (an adapter, or something else in safetensors)")
+            if not re.fullmatch("[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
                 raise TraceError(
-                    f"{path.name}: trace version {version}, this version of the pack reads up to {FORMAT_VERSION}: update it"
+                    f"trace version {version[:20]}, this version of the pack reads up to {FORMAT_VERSION}: update it"
                 )
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         texts: dict[str, Any] = {name: json.loads(header[f"styleinject_trace.{name}"]) for name in _TEXTS}
+        for name, text in texts.items():
+            if type(text) is not _KINDS.get(name, str):
+                raise TraceError(f"{name}: expected {_KINDS.get(name, str).__name__}, found {type(text).__name__}")
         texts |= {name: tuple(map(str, texts[name])) for name in _LISTS}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES[name]:
+                raise TraceError(f"{name}: its numbers are {tensor.dtype}")
         return RouterTrace(**texts, **tensors)
-    except SafetensorError as error:
-        raise TraceError(f"{path.name}: damaged, or not a whole safetensors file ({error})") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise TraceError(f"{path.name}: the trace is not whole: {error}") from None
+    except TraceError as error:
+        raise TraceError(f"{path.name}: {str(error)[:500]}") from None
+    except (SafetensorError, OSError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        raise TraceError(f"{path.name}: damaged, or not a whole safetensors file ({str(error)[:300]})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise TraceError(f"{path.name}: the trace is not whole: {str(error)[:300]}") from None

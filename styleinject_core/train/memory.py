@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -307,3 +308,8 @@ def _state(size: int, optimizer: str) -> int:
 
 def _gb(size: int) -> str:
     return f"{size / GB:.1f} GB" if size >= GB // 10 or not size else f"{size / 2**20:.0f} MB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device, or the computer, has no more memory."""
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|not enough memory|allocate memory", str(error)))

@@ -45,6 +45,8 @@ def test_the_heat_map_fills_and_can_be_read_and_saved(open_editor: Callable[...,
     assert len(set(seen)) > 2 and seen == sorted(seen), "it fills step by step"
     assert not editor.panel().locator(".hint").is_visible()
     assert editor.colors() > empty + 10
+    pixels, shown = editor.panel().locator("canvas").evaluate("(canvas) => [canvas.width, canvas.clientWidth]")
+    assert pixels >= shown, "drawn small while zoomed out, it would be blurred when zoomed in"
     (node,) = monitor_ids(workflow)
     values = editor.values(node)
     assert set(values) == set(range(16)) and set(values[0]) == {"positive", "negative"}

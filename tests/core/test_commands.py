@@ -328,6 +328,7 @@ def test_a_state_that_does_not_say_its_method_goes_on(here):
     with safe_open(state, framework="pt") as file:
         header = json.loads(file.metadata()["styleinject_training"])
     assert header["plan"]["adapter"].pop("method") == "styleinject"
+    header["version"] = 1
     save_file(load_file(state), state, {"styleinject_training": json.dumps(header)})
     assert main(["train", str(write(here, train={"steps": 4}))]) == 0
     assert len((here / "run" / "loss.jsonl").read_text().splitlines()) == 4

@@ -48,6 +48,21 @@ def test_features_of_any_picture(deadiff):
     torch.testing.assert_close(white, trunk_features(torch.ones(1, 3, 64, 64)), atol=1e-4, rtol=1e-4)
 
 
+def test_new_styles_draw_the_held_out_things_alone():
+    held = [k for k, concept in enumerate(data.concepts()) if concept.held_out]
+    for style in data.NEW_STYLES:
+        drawings = data.new_style_images(style)
+        assert drawings.shape == (len(held), 3, 64, 64) and style in data.LICENSES and style not in data.styles()
+        ink_share = (drawings.amin(1) < 0.5).float().mean((1, 2))
+        assert ink_share.min() > 0.05, "a tile without a drawing"
+        with pytest.raises(ValueError, match="expected one of twemoji"):
+            data.images(style)
+    assert saturation(data.new_style_images("fluent-high-contrast")) < 0.02 < saturation(data.new_style_images("fluent-flat"))
+    rows = references.references()
+    assert [label for label, _ in rows] == [*data.styles(), *(f"{style} *" for style in data.NEW_STYLES)]
+    assert all(picture.shape == (1, 3, 64, 64) for _, picture in rows)
+
+
 def test_a_reference_says_the_style_and_not_the_color(model, deadiff):
     """The same prompts and noise beside a line drawing and beside a colored one; nothing of either's thing."""
     held = [k for k, concept in enumerate(data.concepts()) if concept.held_out][: len(NAMES)]

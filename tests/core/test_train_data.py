@@ -20,6 +20,8 @@ from styleinject_core.train.data import images
 from styleinject_core.train.data.buckets import BatchOrder, bucket_sizes, nearest_bucket
 from styleinject_core.train.data.folder import ImageFolder
 from styleinject_core.train.data.images import CorruptError, DataError
+from styleinject_core.train.data.kept import Kept, size_of
+from styleinject_core.train.data.source import FolderSource
 from styleinject_core.train.data.webdataset import ImageStream, find_shards
 
 SMALL = {"resolution": 32, "bucket_step": 8}
@@ -874,3 +876,58 @@ def test_an_unsorted_shard_says_how_to_sort_it(tmp_path):
 def test_a_caption_of_a_shard_in_utf_16(tmp_path):
     write_tar(tmp_path / "a.tar", {"0.png": png(32, 32), "0.txt": "a cat".encode("utf-16-le")})
     assert take(stream(tmp_path, batch_size=1, shuffle=0), 1) == [[("a.tar/0", "a cat")]]
+
+
+# --- what is kept of encoded images
+
+
+def encoded(folder, kept, **options):
+    """A source that counts what it encodes, and its batches."""
+    counts = {"images": 0, "captions": 0}
+
+    def encode(pixels):
+        counts["images"] += 1
+        return pixels.mean(1, keepdim=True)[..., ::8, ::8]
+
+    def encode_text(caption):
+        counts["captions"] += 1
+        return {"context": torch.full((1, 2, 3), float(len(caption)))}
+
+    source = FolderSource(ImageFolder(folder, **SMALL), encode, encode_text, kept=kept, **options)
+    return counts, [source.batch(k) for k in range(20)]
+
+
+def test_what_is_kept_is_bounded_and_the_rest_is_on_disk(folder, tmp_path):
+    counts, expected = encoded(folder, Kept())
+    assert counts == {"images": 10, "captions": 10}
+    small = Kept(tmp_path / "kept", "vae", memory=200)
+    counts, found = encoded(folder, small)
+    assert counts == {"images": 10, "captions": 10} and sum(map(size_of, small._there.values())) <= 200
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert torch.equal(one.conditioning["context"], other.conditioning["context"])
+    counts, _ = encoded(folder, Kept(None, memory=200))
+    assert counts["images"] > 10, "nowhere to keep them"
+    counts, _ = encoded(folder, Kept(tmp_path / "kept", "vae", memory=200))
+    assert counts["images"] <= 2, "another process finds what is there"
+
+
+def test_what_is_kept_is_for_these_sources_encoders_and_sizes(folder, tmp_path):
+    def images(identity="vae"):
+        return encoded(folder, Kept(tmp_path / "kept", identity, memory=0))[0]["images"]
+
+    images()
+    assert images() <= 1
+    assert images("another vae") == 10
+    (folder / "p1.png").write_bytes(png(64, 64, 77))
+    assert images() in (1, 2)
+    for file in (tmp_path / "kept").iterdir():
+        file.write_bytes(file.read_bytes()[:40])
+    assert images() == 10, "damaged files are made again"
+
+
+def test_a_disk_that_refuses_what_is_kept(folder, tmp_path):
+    (tmp_path / "kept").write_text("a file")
+    said = []
+    counts, _ = encoded(folder, Kept(tmp_path / "kept", memory=0, problem=said.append))
+    assert counts["images"] >= 10 and len(said) == 1 and "will be encoded again" in said[0]

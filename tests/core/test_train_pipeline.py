@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from styleinject_core import Adapter, AdapterConfig, attach, load_adapter, save_adapter
 from styleinject_core.cli import main
 from styleinject_core.hosts.architectures import describe
-from styleinject_core.train.data.source import LatentSource
+from styleinject_core.train.data.folder import ImageFolder
+from styleinject_core.train.data.source import FolderSource, LatentSource
 from styleinject_core.train.models.pipeline import ModelError, PipelineModel
 from styleinject_core.train.objectives.tasks import FineTune
 from styleinject_core.train.random_numbers import RandomNumbers
@@ -288,3 +289,142 @@ def test_diffusers_draws_the_same_from_a_lora(models, tmp_path, alpha, targets):
         theirs = pipeline.unet(*inputs).sample
     assert (ours - plain).abs().max() > 0.1 * plain.std()
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4 * float(plain.std()))
+
+
+def config(here, path, **changes):
+    """A config file for `styleinject` in a folder with three pictures."""
+    (here / "pictures").mkdir(exist_ok=True)
+    for k in range(3):
+        Image.new("RGB", (64, 64 + 64 * (k == 2)), (80 * k, 0, 90)).save(here / "pictures" / f"{k}.png")
+        (here / "pictures" / f"{k}.txt").write_text("a cat")
+    values = {
+        "model": {"path": str(path)},
+        "data": {"folder": "pictures", "resolution": 64},
+        "adapter": {"rank": 2, "styles": 2},
+        "train": {"steps": 2},
+        "output": {"folder": "run"},
+    }
+    for table, fields in changes.items():
+        values.setdefault(table, {}).update(fields)
+    lines = [line for table, fields in values.items() for line in
+             (f"[{table}]", *(f"{name} = {json.dumps(value)}" for name, value in fields.items()))]  # fmt: skip
+    file = here / "c.toml"
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+def test_what_a_model_predicts_is_part_of_a_run(models, tmp_path, capsys):
+    """Mended after the fact, or in mid-run, it is another run; the config may say it."""
+    assert main(["train", config(tmp_path, models["sd"])]) == 0
+    said = capsys.readouterr().out
+    assert "tiny-sd predicts v_prediction (its scheduler_config.json says), 1000 noise levels" in said
+    assert "layers: default; captions from .txt files; sizes 3 of 64x64" in said
+    adapter = (tmp_path / "run" / "adapter.safetensors").read_bytes()
+    epsilon = config(tmp_path, models["sd"], model={"prediction_type": "epsilon"})
+    assert main(["train", epsilon]) == 1
+    assert "sampling.prediction_type: was v_prediction, is epsilon" in capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == adapter
+    zero = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    assert main(["train", config(tmp_path, models["sd"], model=zero)]) == 1
+    assert "sampling.schedule: was" in capsys.readouterr().err
+    assert main(["train", config(tmp_path, models["sd"], model=zero), "--dry-run"]) == 0
+    assert "predicts v_prediction (the config says), 1000 noise levels, zero terminal SNR" in capsys.readouterr().out
+
+
+def test_another_vae_and_another_text_encoder_are_another_run(models, tmp_path, capsys):
+    import shutil
+
+    for part, field in (("vae", "sampling.latents"), ("text_encoder", "sampling.encoders")):
+        here = tmp_path / part
+        here.mkdir()
+        model = here / "model"
+        shutil.copytree(models["sd"], model)
+        assert main(["train", config(here, model)]) == 0
+        if part == "vae":
+            settings = json.loads((model / "vae" / "config.json").read_text())
+            (model / "vae" / "config.json").write_text(json.dumps({**settings, "scaling_factor": 0.2}))
+        else:
+            file = model / "text_encoder" / "model.safetensors"
+            save_file({key: value * 1.5 for key, value in load_file(file).items()}, file, {"format": "pt"})
+        capsys.readouterr()
+        assert main(["train", config(here, model)]) == 1
+        assert f"{field}: was" in capsys.readouterr().err
+
+
+def test_class_images_of_another_prediction_are_drawn_anew(models, tmp_path):
+    tables = {"instance_prompt": "a zwx cat", "class_prompt": "a cat", "class_images": 2, "class_steps": 2}
+    for k, prediction in enumerate(("v_prediction", "epsilon")):
+        path = config(
+            tmp_path, models["sd"], dreambooth=tables, model={"prediction_type": prediction}, output={"folder": "run"}
+        )
+        main(["dreambooth", path])
+        assert len(list((tmp_path / "run").glob("generated-*.latents"))) == k + 1
+
+
+def test_sdxl_is_told_the_size_and_the_crop(models, tmp_path):
+    """The size of the file and what was cut off, as its authors trained it; at captions that are dropped too."""
+    model = PipelineModel.load(models["xl"], CPU, torch.float32)
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (300, 100)).save(tmp_path / "data" / "a.png")
+    folder = ImageFolder(tmp_path / "data", 64, buckets=False, caption="a cat")
+    source = FolderSource(
+        folder, model.encode, lambda text: model.encode_text([text]), size_conditioning=model.size_conditioning
+    )
+    seen = []
+    model.denoiser.register_forward_pre_hook(
+        lambda module, args, named: seen.append(named["added_cond_kwargs"]["time_ids"].tolist()), with_kwargs=True
+    )
+    for dropout in (0.0, 1.0):
+        task = FineTune(model, source, TrainSettings(caption_dropout=dropout), model.encode_text([""]))
+        task.loss(RandomNumbers(0, 0))
+    assert seen == [[[100, 300, 0, 64, 64, 64]]] * 2
+    drawn = LatentSource([torch.zeros(4, 8, 16)], model.encode_text(["a cat"]))  # by the model: whole, of its own size
+    FineTune(model, drawn, TrainSettings()).loss(RandomNumbers(0, 0))
+    side = model.pixels_per_latent
+    assert seen[2] == [[8 * side, 16 * side, 0, 0, 8 * side, 16 * side]]
+
+
+def test_a_vae_that_makes_nan_is_named(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(PipelineModel, "encode", lambda self, pixels: torch.full((1, 4, 32, 32), float("nan")))
+    assert main(["train", config(tmp_path, models["sd"])]) == 1
+    said = capsys.readouterr().err
+    assert ".png: the VAE makes NaN" in said and "model.dtype" in said and "learning rate" not in said
+
+
+def test_pictures_that_cannot_be_drawn_end_no_run(models, tmp_path, capsys, monkeypatch):
+    """One at a time, beside a training; without memory for even one it goes on."""
+    asked = []
+
+    def sample(self, prompts, *args, **named):
+        asked.append(list(prompts))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(PipelineModel, "sample", sample)
+    path = config(tmp_path, models["sd"], train={"sample_every": 1}, output={"prompts": ["a cat", "a dog"]})
+    assert main(["train", path]) == 0
+    assert asked == [["a cat"]] * 2
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    said = capsys.readouterr()
+    assert "pictures of step 1: CUDA out of memory" in said.out + said.err
+
+
+def test_class_images_that_do_not_fit_together_are_drawn_one_by_one(models, tmp_path, monkeypatch):
+    sample, asked = PipelineModel.sample, []
+
+    def little(self, prompts, *args, **named):
+        asked.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample(self, prompts, *args, **named)
+
+    monkeypatch.setattr(PipelineModel, "sample", little)
+    tables = {"instance_prompt": "a zwx cat", "class_prompt": "a cat", "class_images": 2, "class_steps": 1}
+    assert main(["dreambooth", config(tmp_path, models["sd"], dreambooth=tables)]) == 0
+    assert asked == [2, 1, 1]
+
+
+def test_captions_beyond_what_is_read_are_counted(models, tmp_path, capsys):
+    path = config(tmp_path, models["sd"])
+    (tmp_path / "pictures" / "1.txt").write_text("a b c d e f g h i j k l m n o p q r s t")
+    assert main(["train", path, "--dry-run"]) == 0
+    assert "1 of 3 captions are longer than the 16 tokens" in capsys.readouterr().out

@@ -161,16 +161,24 @@ def test_another_model_is_another_run(model, tiny_unet_model, train) -> None:
 def test_nan_stops_with_the_step_and_the_last_checkpoint(pack, model, sample, train, trained_folder) -> None:
     plain = sample(model)
     broken = {"samples": latents()["samples"].clone()}
-    broken["samples"][2] = torch.nan
+    broken["samples"][2] = 3e38
     order = pack.submodule("styleinject_core.train.data.buckets").BatchOrder
     seed = next(seed for seed in range(100) if order([(8, 8)] * 4, 1, seed).batch(2) == [2])
     with pytest.raises(
-        RuntimeError, match=r"loss became nan at step 3 of 4: lower the learning rate\. The last checkpoint is step 2, in rough"
+        RuntimeError,
+        match=r"(loss|gradient) became (nan|inf) at step 3 of 4: lower the learning rate\. The last checkpoint is step 2, in rough",
     ):
         train(model=model, latents=broken, batch_size=1, options={"checkpoint_every": 1, "seed": seed})
     assert_clean(model)
     assert torch.equal(sample(model), plain)
     assert (trained_folder / "rough" / "step-000002.safetensors").exists()
+
+
+def test_latents_that_are_no_numbers_are_the_vaes(model, train) -> None:
+    broken = {"samples": latents()["samples"].clone()}
+    broken["samples"][1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"latents: 1 of 4 hold NaN.*number 2.*the VAE.*--fp32-vae"):
+        train(model=model, latents=broken)
 
 
 def test_an_adapter_that_cannot_be_saved_is_still_there(pack, model, train, run_node, trained_folder, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,21 @@ def test_an_interrupted_training_says_where_it_is_and_goes_on(client: Client, se
     assert client.queue(graph, on_event=stop_soon).interrupted
     assert resumed[0] > reached, "it began anew"
     assert [line["step"] for line in losses(server, "stopped")] == list(range(1, losses(server, "stopped")[-1]["step"] + 1))
+
+
+def test_a_new_run_each_time_and_another_where_it_was_deleted(client: Client, server: ComfyProcess, short) -> None:
+    """ComfyUI keeps what a node put out: a run that must be new, or is gone from the disk, is made all the same."""
+    root = server.base / "output" / "styleinject"
+    runs = []
+    for existing in ("new", "new", "go on or new", "go on or new"):
+        graph = short(FINE_TUNE, name="again")
+        for node in graph.values():
+            if node["class_type"] == "StyleInjectTrainOptions":
+                node["inputs"]["existing_run"] = existing
+        client.queue(graph)
+        runs.append({path.name for path in root.glob("again*")})
+    assert runs[0] == {"again"} and runs[1] == runs[2] == runs[3] == {"again", "again_2"}
+    for name in runs[3]:
+        shutil.rmtree(root / name)
+    client.queue(graph)
+    assert (root / "again" / "again.safetensors").is_file()

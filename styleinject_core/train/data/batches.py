@@ -111,12 +111,18 @@ def joined(conditionings: Sequence[Mapping[str, Any]]) -> Conditioning:
 
 
 def where(mask: Tensor, conditioning: Mapping[str, Any], other: Mapping[str, Any]) -> Conditioning:
-    """Each row from `conditioning`, or where mask (B,) is set from `other`, which has as many rows, or one for all."""
+    """Each row from `conditioning`, or where mask (B,) is set from `other`, which has as many rows, or one for all.
+
+    What only `conditioning` has is about the image, not the caption, and stays.
+    """
+    of_image = {key: value for key, value in conditioning.items() if key not in other}
+    conditioning = {key: value for key, value in conditioning.items() if key in other}
     count = len(mask)
     rows_of_first, rows_of_other = torch.arange(count), torch.arange(count) % len(next(iter(other.values())))
     if mask.all():
-        return rows(other, rows_of_other)
-    return rows(joined([conditioning, other]), torch.where(mask, count + rows_of_other, rows_of_first))
+        return {**rows(other, rows_of_other), **of_image}
+    chosen = rows(joined([conditioning, other]), torch.where(mask, count + rows_of_other, rows_of_first))
+    return {**chosen, **of_image}
 
 
 def conditioning_hash(conditioning: Mapping[str, Any]) -> str:

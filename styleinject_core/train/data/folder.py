@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,6 +42,7 @@ class _Entry:
     caption: str
     size: Size
     original: Size  # (H, W), upright
+    stamp: str  # of the file: another one where it has changed
 
     @property
     def enlarged(self) -> bool:
@@ -111,11 +113,13 @@ class ImageFolder:
                     content.update(f"{captions[name]}\0{file.seek(0, os.SEEK_END)}\0".encode())
                     file.seek(-min(_TAIL, file.tell()), os.SEEK_END)
                     content.update(file.read())
+                    status = os.fstat(file.fileno())
             except CorruptError as error:
                 self._corrupt.add(name, error)
                 continue
             size = nearest_bucket(sizes, width, height)
-            self._entries.append(_Entry(name, captions[name], size, (height, width)))
+            stamp = f"{self.root.resolve() / name} {status.st_size} {status.st_mtime_ns}"
+            self._entries.append(_Entry(name, captions[name], size, (height, width), stamp))
         self._content, self._left_out = content.hexdigest(), len(self._corrupt.names)
         if not self._entries:
             raise DataError(
@@ -150,10 +154,14 @@ class ImageFolder:
         """Pictures that could not be decoded so far, and why."""
         return dict(self._corrupt.names)
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
         """Of every example."""
         return [entry.caption for entry in self._entries]
+
+    def stamp(self, index: int) -> str:
+        """What the pixels of an example depend on, where its crop does not change."""
+        return f"{self._entries[index].stamp} {self.size(index)}"
 
     @property
     def advice(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from ..parallel import Processes
 from .batches import Batch, Conditioning, joined, rows, tensors_hash
-from .buckets import BatchOrder
+from .buckets import BatchOrder, Size
 from .folder import ImageFolder
-from .images import Example
+from .images import DataError, Example
+from .kept import Kept, size_of
 from .webdataset import ImageStream
 
+_OF_A_STREAM = 2**26  # bytes: its captions have no end
 Prompts = Conditioning | Sequence[Conditioning]
 
 
@@ -111,6 +114,12 @@ class LatentSource:
         pass
 
 
+SizeConditioning = Callable[[Size, Size, Size], Conditioning]
+
+
+_ABOUT, _TEACHERS = "about.", "teacher."  # before the names of tensors that are kept together
+
+
 class _Encoding:
     """Pictures and captions through a model's encoders, one by one, so that no batch changes what comes out."""
 
@@ -119,26 +128,69 @@ class _Encoding:
         encode: Callable[[Tensor], Tensor],
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
+        size_conditioning: SizeConditioning | None = None,
+        kept: Kept | None = None,
     ):
         self._encode, self._encode_text, self._encode_teacher_text = encode, encode_text, encode_teacher_text
-        self._prompts: dict[str, tuple[Conditioning, Conditioning | None]] = {}
+        self._size_conditioning = size_conditioning
+        self.kept = Kept() if kept is None else kept
 
-    def latents(self, example: Example) -> Tensor:
+    def example(self, example: Example) -> _Encoded:
+        """Raises DataError: latents that are no numbers."""
         with torch.no_grad():
-            return self._encode(example.pixels.unsqueeze(0))[0].float().cpu()
+            latents = self._encode(example.pixels.unsqueeze(0))[0].float().cpu()
+        if not torch.isfinite(latents).all():
+            raise DataError(
+                f"{example.name}: the VAE makes NaN or infinite numbers of it, as some do in float16: set model.dtype to "
+                "bfloat16 or float32, or take a VAE that is mended for float16"
+            )
+        height, width = example.pixels.shape[-2:]
+        about = self._size_conditioning(example.original, example.crop, (height, width)) if self._size_conditioning else {}
+        return _Encoded(latents, example.caption, about)
 
-    def batch(self, latents: Sequence[Tensor], captions: Sequence[str]) -> Batch:
-        for caption in captions:
-            if caption not in self._prompts:
-                with torch.no_grad():
-                    teacher = self._encode_teacher_text(caption) if self._encode_teacher_text else None
-                    self._prompts[caption] = (self._encode_text(caption), teacher)
-        prompts = [self._prompts[caption] for caption in captions]
-        teachers = [teacher for _, teacher in prompts if teacher is not None]
-        return Batch(torch.stack(list(latents)), joined([c for c, _ in prompts]), joined(teachers) if teachers else None)
+    def kept_example(self, key: str, read: Callable[[], Example]) -> _Encoded:
+        """An example whose latents are kept; `read` is called where they are not."""
 
-    def forget_prompts(self) -> None:
-        self._prompts.clear()
+        def make() -> dict[str, Tensor]:
+            encoded = self.example(read())
+            return {"latents": encoded.latents, **{f"{_ABOUT}{name}": value for name, value in encoded.about.items()}}
+
+        found = self.kept.get(f"image {key}", make)
+        about = {name.removeprefix(_ABOUT): value for name, value in found.items() if name.startswith(_ABOUT)}
+        return _Encoded(found["latents"], "", about)
+
+    def prompt(self, caption: str) -> dict[str, Tensor]:
+        """The conditioning of a caption, and the teacher's under names of their own."""
+
+        def make() -> dict[str, Tensor]:
+            with torch.no_grad():
+                teacher = self._encode_teacher_text(caption) if self._encode_teacher_text else {}
+                return {**self._encode_text(caption), **{f"{_TEACHERS}{name}": value for name, value in teacher.items()}}
+
+        return self.kept.get(f"prompt {caption}", make)
+
+    def batch(self, examples: Sequence[_Encoded]) -> Batch:
+        prompts = [self.prompt(example.caption) for example in examples]
+        own = [{name: value for name, value in prompt.items() if not name.startswith(_TEACHERS)} for prompt in prompts]
+        teachers = [
+            {name.removeprefix(_TEACHERS): value for name, value in prompt.items() if name.startswith(_TEACHERS)}
+            for prompt in prompts
+        ]
+        about = joined([example.about for example in examples])
+        return Batch(
+            torch.stack([example.latents for example in examples]),
+            {**joined(own), **about},
+            {**joined(teachers), **about} if teachers[0] else None,
+        )
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """An example as the model sees it; `about` is its size conditioning, one row."""
+
+    latents: Tensor
+    caption: str
+    about: Conditioning
 
 
 class FolderSource:
@@ -147,7 +199,9 @@ class FolderSource:
     Args:
         encode: (1, 3, H, W) in [-1, 1] -> latents (1, C, h, w).
         encode_text, encode_teacher_text: a caption -> its conditioning, one row.
+        size_conditioning: (original size, crop, size) -> what the model is told about an image beside its caption.
         indices: which of the folder's images; None takes all.
+        kept: where latents and conditioning are kept.
     """
 
     def __init__(
@@ -156,15 +210,17 @@ class FolderSource:
         encode: Callable[[Tensor], Tensor],
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
+        size_conditioning: SizeConditioning | None = None,
         *,
         indices: Sequence[int] | None = None,
         batch_size: int = 1,
         seed: int = 0,
         processes: Processes = Processes(),  # noqa: B008 - frozen
+        kept: Kept | None = None,
     ):
         self.folder = folder
-        self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
-        self._kept: dict[int, tuple[Tensor, str]] = {}
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, kept)
+        self._standing_in: dict[int, _Encoded] = {}  # for those that cannot be decoded
         self.indices = list(range(len(folder))) if indices is None else list(indices)
         self._among = frozenset(self.indices)
         sizes = [folder.sizes[k] for k in self.indices]
@@ -172,17 +228,33 @@ class FolderSource:
         self.advice = "; ".join(filter(None, (folder.advice, self.order.advice)))
 
     def batch(self, index: int) -> Batch:
-        examples = [self._example(self.indices[k], index) for k in self.order.batch(index)]
-        return self._encoding.batch([latents for latents, _ in examples], [caption for _, caption in examples])
+        return self._encoding.batch([self._example(self.indices[k], index) for k in self.order.batch(index)])
 
-    def _example(self, k: int, index: int) -> tuple[Tensor, str]:
-        if k in self._kept:
-            return self._kept[k]
-        example = self.folder.read(k, index, self._among)
-        encoded = (self._encoding.latents(example), example.caption)
-        if self.folder.center_crop and not self.folder.flip:
-            self._kept[k] = encoded
-        return encoded
+    def _example(self, k: int, index: int) -> _Encoded:
+        if not self.folder.center_crop or self.folder.flip:
+            return self._encoding.example(self.folder.read(k, index, self._among))
+        if k in self._standing_in:
+            return self._standing_in[k]
+
+        def read() -> Example:
+            example = self.folder.read(k, index, self._among)
+            if example.name != self.folder.name(k):
+                raise _StandsIn(example)
+            return example
+
+        try:
+            return replace(self._encoding.kept_example(self.folder.stamp(k), read), caption=self.folder.captions[k])
+        except _StandsIn as other:
+            self._standing_in[k] = self._encoding.example(other.example)
+            return self._standing_in[k]
+
+    def kept_size(self) -> int:
+        """Bytes that all latents and captions take, by those of the first."""
+        example = self._example(self.indices[0], 0)
+        prompt = self._encoding.prompt(example.caption)
+        images = 0 if not self.folder.center_crop or self.folder.flip else len(self.indices)
+        distinct = len({self.folder.captions[k] for k in self.indices})
+        return images * size_of({"latents": example.latents}) + distinct * size_of(prompt)
 
     def summary(self) -> dict[str, Any]:
         known = self.folder.summary()
@@ -197,6 +269,14 @@ class FolderSource:
         pass
 
 
+class _StandsIn(Exception):
+    """Another picture was read in the place of a broken one."""
+
+    def __init__(self, example: Example):
+        super().__init__(example.name)
+        self.example = example
+
+
 class StreamSource:
     """A stream of images that is read once through; batches are asked for in order."""
 
@@ -208,14 +288,14 @@ class StreamSource:
         encode: Callable[[Tensor], Tensor],
         encode_text: Callable[[str], Conditioning],
         encode_teacher_text: Callable[[str], Conditioning] | None = None,
+        size_conditioning: SizeConditioning | None = None,
     ):
         self.stream = stream
-        self._encoding = _Encoding(encode, encode_text, encode_teacher_text)
+        self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, Kept(memory=_OF_A_STREAM))
 
     def batch(self, index: int) -> Batch:
         examples = self.stream.next_batch()
-        self._encoding.forget_prompts()  # a stream's captions have no end
-        return self._encoding.batch([self._encoding.latents(e) for e in examples], [e.caption for e in examples])
+        return self._encoding.batch([self._encoding.example(example) for example in examples])
 
     def summary(self) -> dict[str, Any]:
         return self.stream.summary()

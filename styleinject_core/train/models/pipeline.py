@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..data.batches import Conditioning, rows
+from ..data.buckets import Size
 from .noise import DiscreteSchedule
 from .training_model import TextToImageModel
 
@@ -29,26 +30,35 @@ class PipelineModel(TextToImageModel):
     Args:
         pipeline: on its device, in its dtype.
         name: what to call it.
+        stated_by: who says what it predicts.
     """
 
-    def __init__(self, pipeline: Any, name: str):
+    def __init__(self, pipeline: Any, name: str, stated_by: str = "its scheduler_config.json"):
         unet = pipeline.unet.requires_grad_(False).eval()
         super().__init__(unet, DiscreteSchedule.from_diffusers(pipeline.scheduler.config), name)
         pipeline.vae.requires_grad_(False).eval()
         if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
             pipeline.vae.to(torch.float32)  # SDXL's overflows in float16
-        self.pipeline, self._spared = pipeline, False
+        self.pipeline, self._spared, self._stated_by = pipeline, False, stated_by
         self.is_xl = getattr(pipeline, "text_encoder_2", None) is not None
         self.architecture = _ARCHITECTURES.get(unet.config.cross_attention_dim, "unknown")
         self.pixels_per_latent = pipeline.vae_scale_factor
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, dtype: torch.dtype, config: Path | None = None) -> PipelineModel:
+    def load(
+        cls,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: Path | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> PipelineModel:
         """Load a model; nothing is downloaded.
 
         Args:
             path: a diffusers folder (with model_index.json), or a .safetensors checkpoint.
             config: for a checkpoint file, a diffusers folder of the same kind of model, for its tokenizer and configs.
+            sampling: what is known better than its files say it, as fields of a diffusers scheduler's config.
 
         Raises:
             ModelError: no such file, not safetensors, or another kind of model.
@@ -60,6 +70,7 @@ class PipelineModel(TextToImageModel):
             raise ImportError("training Stable Diffusion models needs packages: pip install diffusers transformers") from error
         if not path.exists():
             raise ModelError(f"model {path}: no such file or folder")
+        stated_by = "its scheduler_config.json" if path.is_dir() else "the scheduler_config.json of model.config"
         options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
         try:
             if path.is_dir():
@@ -79,6 +90,10 @@ class PipelineModel(TextToImageModel):
                 pipeline = kind.from_single_file(str(path), config=str(config), **unused, **options)
                 if stated := _sampling_of_file(path):
                     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stated)
+                    stated_by = "the file itself"
+            if sampling:
+                pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **sampling)
+                stated_by = "the config"
         except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             if isinstance(error, ModelError):
                 raise
@@ -88,7 +103,7 @@ class PipelineModel(TextToImageModel):
                 f"model {path.name}: expected Stable Diffusion 1.x, 2.x or XL, found a {type(pipeline).__name__}; "
                 "other models are trained in ComfyUI"
             )
-        return cls(pipeline.to(device), path.name if path.is_dir() else path.stem)
+        return cls(pipeline.to(device), path.name if path.is_dir() else path.stem, stated_by)
 
     @property
     def device(self) -> torch.device:
@@ -100,10 +115,10 @@ class PipelineModel(TextToImageModel):
 
     def spare_encoders(self) -> None:
         self._spared = True
-        for encoder in self._encoders():
+        for encoder in self.encoders():
             encoder.to("cpu")
 
-    def _encoders(self) -> list[Any]:
+    def encoders(self) -> list[Any]:
         names = ("vae", "text_encoder", "text_encoder_2")
         return [encoder for name in names if (encoder := getattr(self.pipeline, name, None)) is not None]
 
@@ -111,7 +126,7 @@ class PipelineModel(TextToImageModel):
     def _encoding(self) -> Iterator[None]:
         """The encoders on the model's device."""
         try:
-            for encoder in self._encoders():
+            for encoder in self.encoders():
                 encoder.to(self.device)
             yield
         finally:
@@ -131,11 +146,31 @@ class PipelineModel(TextToImageModel):
         embeddings = {key: value.to(self.device, self.dtype) for key, value in conditioning.items()}
         added = None
         if self.is_xl:
-            height, width = (side * self.pixels_per_latent for side in noisy.shape[-2:])
-            ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
-            added = {"text_embeds": embeddings["pooled"], "time_ids": ids.expand(len(noisy), -1)}
+            size = (noisy.shape[-2] * self.pixels_per_latent, noisy.shape[-1] * self.pixels_per_latent)
+            whole = self.size_conditioning(size, (0, 0), size)["size"]  # of images that the model itself drew
+            ids = embeddings.get("size", whole.to(self.device, self.dtype).expand(len(noisy), -1))
+            added = {"text_embeds": embeddings["pooled"], "time_ids": ids}
         noisy, times = noisy.to(self.device, self.dtype), times.to(self.device)
         return self.denoiser(noisy, times, embeddings["context"], added_cond_kwargs=added).sample
+
+    @property
+    def about(self) -> str:
+        schedule = self.schedule
+        assert isinstance(schedule, DiscreteSchedule)
+        last = float(schedule.alphas_cumprod[-1])
+        noise = "zero terminal SNR" if last < 1e-6 else f"signal {last:.4f} at the last"
+        return (
+            f"predicts {schedule.prediction_type} ({self._stated_by} says), {len(schedule.alphas_cumprod)} noise levels, "
+            f"{noise}; latents times {self.pipeline.vae.config.scaling_factor:g}"
+        )
+
+    def size_conditioning(self, original: Size, crop: Size, size: Size) -> Conditioning:
+        """SDXL's: the size before any scaling, the crop's top and left after it, and the size (arXiv 2307.01952, 2.2)."""
+        return {"size": torch.tensor([[*original, *crop, *size]], dtype=torch.float32)} if self.is_xl else {}
+
+    def length(self, caption: str) -> tuple[int, int]:
+        tokenizer = self.pipeline.tokenizer
+        return len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

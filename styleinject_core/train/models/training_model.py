@@ -16,7 +16,8 @@ from ...call import CurrentCall
 from ...layer_names import is_block
 from ...layers import LayerShape
 from ..data.batches import Conditioning, tensors_hash
-from .noise import NoiseSchedule
+from ..data.buckets import Size
+from .noise import DiscreteSchedule, NoiseSchedule
 
 
 class TrainingModel(ABC):
@@ -54,6 +55,14 @@ class TrainingModel(ABC):
     def fingerprint(self) -> str:
         """Tells frozen models apart, for recognizing a run's: a hash of a little of every parameter."""
         return tensors_hash(parameter.flatten()[:64] for parameter in self.denoiser.parameters())
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What decides a loss beside the denoiser's weights, for recognizing a run's: JSON values."""
+        known: dict[str, Any] = {"prediction_type": self.schedule.prediction_type}
+        if isinstance(self.schedule, DiscreteSchedule):
+            known["schedule"] = tensors_hash([self.schedule.alphas_cumprod])
+        return known
 
     def attachment(self, adapter: Adapter) -> Attachment:
         """The adapter matched to the denoiser. Raises AdapterMismatchError."""
@@ -94,6 +103,36 @@ class TextToImageModel(TrainingModel):
     def __init__(self, denoiser: nn.Module, schedule: NoiseSchedule, name: str):
         super().__init__(denoiser, schedule)
         self.name = name
+
+    @property
+    def about(self) -> str:
+        """What it predicts under which noise, and who says so, in words."""
+        return f"predicts {self.schedule.prediction_type}"
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {**super().sampling, "latents": list(self.latent_space), "encoders": self._encoders_fingerprint}
+
+    @cached_property
+    def _encoders_fingerprint(self) -> str:
+        return tensors_hash(parameter.flatten()[:64] for encoder in self.encoders() for parameter in encoder.parameters())
+
+    def encoders(self) -> list[nn.Module]:
+        """What makes latents of pictures and conditioning of captions."""
+        return []
+
+    def size_conditioning(self, original: Size, crop: Size, size: Size) -> Conditioning:
+        """What it is told about an image beside its caption, a row; nothing as a rule.
+
+        Args:
+            original: (H, W) of the image file; crop: pixels cut off at the top and at the left once it is scaled.
+            size: (H, W) of what it sees.
+        """
+        return {}
+
+    def length(self, caption: str) -> tuple[int, int] | None:
+        """How many tokens a caption has, and how many are read; None where that is not known."""
+        return None
 
     @property
     def latent_space(self) -> tuple[Any, ...]:

@@ -220,7 +220,8 @@ class ReferenceTask:
             "prompts": conditioning_hash(images.subject_prompts) + conditioning_hash(images.style_prompts),
         }
         shares = {task: getattr(self.shares, task) for task in TASKS}
-        plan = {"objective": self.objective, "model": self.model.fingerprint, "data": data, "shares": shares}
+        model = {"model": self.model.fingerprint, "sampling": self.model.sampling}
+        plan = {"objective": self.objective, **model, "data": data, "shares": shares}
         return {**plan, "dropout": self.dropout}
 
     def state_dict(self) -> dict[str, Any]:

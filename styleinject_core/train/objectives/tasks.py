@@ -128,7 +128,8 @@ class FineTune:
         return self._attachment.in_call(ModelCall(listeners=(GivenStyles(styles),)))
 
     def plan(self) -> dict[str, Any]:
-        plan: dict[str, Any] = {"objective": self.objective, "model": self.model.fingerprint, "data": self.source.summary()}
+        model = {"model": self.model.fingerprint, "sampling": self.model.sampling}
+        plan: dict[str, Any] = {"objective": self.objective, **model, "data": self.source.summary()}
         if "styles" in plan["data"]:
             plan["style_dropout"] = self.style_dropout
         if self.empty is not None:
@@ -221,7 +222,8 @@ class Distil(FineTune):
 
     def plan(self) -> dict[str, Any]:
         weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}
-        teacher = {"teacher": self.teacher.fingerprint, "teacher_reads": self.teacher_reads}
+        teacher = {"teacher": self.teacher.fingerprint, "teacher_sampling": self.teacher.sampling}
+        teacher["teacher_reads"] = self.teacher_reads
         plan = {**super().plan(), **teacher, **weights}
         return plan if self.teacher_empty is None else {**plan, "teacher_empty": conditioning_hash(self.teacher_empty)}
 

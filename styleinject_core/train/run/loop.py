@@ -348,7 +348,7 @@ class _Loop:
         self.overflows = 0 if finite else self.overflows + 1
         if not (math.isfinite(value) and (finite or (self.task.is_float16 and self.overflows < _OVERFLOWS))):
             what = f"gradient became {float(norm)}" if math.isfinite(value) else f"loss became {value}"
-            raise TrainingError(f"the {what} at step {step + 1} of {settings.steps}: lower the learning rate")
+            raise TrainingError(f"the {what} at step {step + 1} of {settings.steps}: {self._reason(step, value)}")
         self.mid_step = True
         self.meter.step()
         self.scaler.step(self.optimizer)
@@ -369,6 +369,12 @@ class _Loop:
         self.seconds = taken if self.seconds is None else 0.9 * self.seconds + 0.1 * taken
         validation = line.get("validation")
         self.observer.progress(Progress(self.result.step, settings.steps, value, rate, self.seconds, validation))
+
+    def _reason(self, step: int, value: float) -> str:
+        """What to do about a loss or gradient that is no number."""
+        if step == self.result.resumed_from == 0 and not math.isfinite(value):  # nothing has been learned yet
+            return "the model itself gives it, with no change learned yet; let it compute in bfloat16 or float32"
+        return "lower the learning rate"
 
     def _append(self, run: RunFolder, line: Mapping[str, Any]) -> None:
         """A line for the loss file. That it cannot be written is said once: checkpoints say it again."""

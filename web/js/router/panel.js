@@ -148,7 +148,9 @@ export class Panel {
     const { clientWidth: width, clientHeight: height } = this._canvas;
     const context = this._canvas.getContext("2d");
     if (!context || width < 40 || height < 40) return;
-    const scale = window.devicePixelRatio * Math.min(2, this._canvas.getBoundingClientRect().width / width || 1);
+    // Never coarser than at zoom 1: nothing tells when the editor zooms in.
+    const zoom = this._canvas.getBoundingClientRect().width / width || 1;
+    const scale = window.devicePixelRatio * Math.min(2, Math.max(1, zoom));
     this._canvas.width = Math.round(width * scale);
     this._canvas.height = Math.round(height * scale);
     this._drawn = null;
