@@ -88,18 +88,35 @@ def _sizes(module: nn.Module) -> tuple[Any, ...]:
 def interleaved(calls: dict[str, Callable[[], Any]], runs: int, repeats: int) -> dict[str, float]:
     """Seconds a call takes, lower quartile of `runs` turns of `repeats` calls each."""
     times: dict[str, list[float]] = {key: [] for key in calls}
-    with torch.no_grad():
-        for _ in range(runs):
-            for key, call in calls.items():
-                start = time.perf_counter()
-                for _ in range(repeats):
-                    call()
-                times[key].append((time.perf_counter() - start) / repeats)
+    for _ in range(runs):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            times[key].append((time.perf_counter() - start) / repeats)
     return {key: sorted(values)[len(values) // 4] for key, values in times.items()}
 
 
+def straight_line(linear: nn.Linear, n: int = 16, r: int = 4) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The fewest torch calls that make one adapter's folded Linear, one after the other, and nothing that chooses or checks."""
+    W, b, (d, k) = linear.weight.detach(), linear.bias, linear.weight.shape
+    b = W.new_zeros(d) if b is None else b.detach()
+    router, router_bias, hyper, hyper_bias = torch.randn(k, n) * 0.02, torch.zeros(n), torch.randn(n, d) * 0.02, torch.zeros(d)
+    A, B = torch.randn(n, r * k) * 0.02, torch.randn(d, r) * 0.02
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        batch, mean = x.shape[0], x.mean(1)
+        s = torch.softmax(torch.addmm(router_bias, mean, router), -1)
+        gain = torch.addmm(hyper_bias, s, hyper)
+        bias = torch.addcmul(b, gain, torch.mm(mean, W.mT), value=-1)
+        weight = torch.addcmul(W, W, gain.unsqueeze(2)).baddbmm_(B.expand(batch, d, r), torch.mm(s, A).view(batch, r, k))
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+    return forward
+
+
 def layer_calls() -> dict[str, Callable[[], Any]]:
-    """A tiny Linear bare, with one adapter and with four."""
+    """A tiny Linear bare, with one adapter and with four, and one adapter's torch calls alone."""
     calls: dict[str, Callable[[], Any]] = {}
     x = torch.randn(2, 64, 32)
     for adapters in (0, 1, 4):
@@ -108,6 +125,8 @@ def layer_calls() -> dict[str, Callable[[], Any]]:
         if adapters:
             attach(host, [random_adapter(host, seed) for seed in range(adapters)])
         calls[str(adapters)] = lambda module=host["layer"]: module(x)
+    line = straight_line(nn.Linear(32, 32))
+    calls["line"] = lambda: line(x)
     return calls
 
 
@@ -141,7 +160,23 @@ def comfyui_calls(root: Path, runs: int) -> dict[str, Callable[[], Any]]:
         "1 adapter, with all convolutions": patched(1, "to_q", "to_v", "conv"),
         "a reference image (DEADiff)": with_reference(pack, model),
     }
-    return {key: lambda m=m: tiny_model.sample(m, steps=runs) for key, m in models.items()}
+    lines = {
+        module: straight_line(module)
+        for name, module in model.model.diffusion_model.named_modules()
+        if name.endswith(("to_q", "to_v"))
+    }
+
+    def alone() -> None:
+        try:
+            for module, forward in lines.items():
+                module.forward = forward
+            tiny_model.sample(model, steps=runs)
+        finally:
+            for module in lines:
+                del module.forward
+
+    calls: dict[str, Callable[[], Any]] = {key: lambda m=m: tiny_model.sample(m, steps=runs) for key, m in models.items()}
+    return {**calls, "one adapter's torch calls alone": alone}
 
 
 def with_reference(pack: Any, model: Any) -> Any:
@@ -167,11 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| launches per adapted layer, float16 | bare | 1 adapter | 4 adapters |\n| --- | ---: | ---: | ---: |")
     for layer in LAYERS:
         print(f"| {layer} | 1 | {len(count(layer, 1))} | {len(count(layer, 4))} |")
-    times = interleaved(layer_calls(), *((3, 20) if options.quick else (40, 300)))
-    bare = times["0"]
-    print("\n| core, tiny Linear, float32 | bare | 1 adapter | 4 adapters |\n| --- | ---: | ---: | ---: |")
-    print(f"| µs | {bare * 1e6:.1f} | {times['1'] * 1e6:.1f} | {times['4'] * 1e6:.1f} |")
-    print(f"| ratio | 1 | {times['1'] / bare:.2f} | {times['4'] / bare:.2f} |")
+    for label, mode in (("no_grad", torch.no_grad()), ("inference_mode, as in ComfyUI", torch.inference_mode())):
+        with mode:
+            times = interleaved(layer_calls(), *((3, 20) if options.quick else (40, 300)))
+        bare, line, one, four = (times[key] for key in ("0", "line", "1", "4"))
+        print(f"\n| core, tiny Linear, {label} | bare | torch calls alone | 1 adapter | 4 adapters |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+        print(f"| µs | {bare * 1e6:.1f} | {line * 1e6:.1f} | {one * 1e6:.1f} | {four * 1e6:.1f} |")
+        print(f"| ratio | 1 | {line / bare:.2f} | {one / bare:.2f} | {four / bare:.2f} |")
     root = Path(os.environ.get("COMFYUI_PATH", "~/ComfyUI")).expanduser()
     if not (root / "main.py").is_file():
         print(f"\nno ComfyUI at {root}: the steps inside ComfyUI were not measured")

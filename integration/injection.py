@@ -27,14 +27,16 @@ from .places import diffusion_model, find_places
 
 KEY = "styleinject"
 _SUFFIX = ".safetensors"
-_PLAIN_LAYERS = (
+_PLAIN_LAYERS = {
     nn.Linear,
     nn.Conv2d,
     comfy.ops.disable_weight_init.Linear,
     comfy.ops.disable_weight_init.Conv2d,
     comfy.ops.manual_cast.Linear,
     comfy.ops.manual_cast.Conv2d,
-)
+}
+# what a module has where its weights are changed at each use
+_ON_THE_WAY = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
 _TITLES = {
     "SD15": "Stable Diffusion 1.x",
     "SD20": "Stable Diffusion 2.x",
@@ -70,16 +72,14 @@ class ComfyProgram(HostProgram):
         Not so for quantized and fp8 layers, weights that live on another device or in another dtype, and those that
         a low-VRAM LoRA patches on the way.
         """
-        if type(module) not in _PLAIN_LAYERS or module._forward_hooks or module._forward_pre_hooks:
+        attributes = module.__dict__  # a module's own way to an attribute takes ten times as long
+        if type(module) not in _PLAIN_LAYERS or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
             return False
-        attributes = module.__dict__
-        if (
-            "_v" in attributes
-            or REPLACED in attributes
-            or any(attributes.get(f"{part}_{kind}") for part in ("weight", "bias") for kind in ("function", "lowvram_function"))
-        ):
+        if "_v" in attributes or REPLACED in attributes or any(map(attributes.get, _ON_THE_WAY)):
             return False
-        return _plain(module.weight, x) and (module.bias is None or _plain(module.bias, x))
+        parameters = attributes["_parameters"]
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        return _plain(weight, x) and (bias is None or _plain(bias, x))
 
     def frozen_weight(self, module: nn.Module, x: Tensor) -> Tensor:
         """W0 with what low-VRAM LoRAs add to it on the way."""

@@ -149,8 +149,7 @@ class LowRank:
         elif self.per_image:
             flat, first, second = out, torch.bmm(x, self.down.mT), self.up.mT.expand(batch, -1, -1)  # low is (B, L, R)
         else:
-            low, flat = (x @ self.down.mT).flatten(0, 1), out.flatten(0, 1)
-            return torch.addmm(flat, low, self.up.mT, alpha=self.scale).view_as(out)
+            return raised(out, x @ self.down.mT, self.up, self.scale, owned)
         if owned and not torch.is_grad_enabled() and flat.is_contiguous():
             return flat.baddbmm_(first, second, alpha=self.scale).view_as(out)
         return torch.baddbmm(flat, first, second, alpha=self.scale).view_as(out)
@@ -168,6 +167,13 @@ class LowRank:
             weight = weight.expand(batch, -1, -1)
         add = Tensor.baddbmm_ if owned else torch.baddbmm  # in place where `weight` is ours: it is W0's size per image
         return add(weight, self.up.expand(batch, -1, -1), down, alpha=self.scale)
+
+
+def raised(out: Tensor, low: Tensor, up: Tensor, scale: float, owned: bool) -> Tensor:
+    """out + scale · up low for tokens, out (B, L, d), low (B, L, R), up (d, R); in place as `Change.beside`."""
+    flat = out.flatten(0, 1)
+    add = Tensor.addmm_ if owned and not torch.is_grad_enabled() and flat.is_contiguous() else torch.addmm
+    return add(flat, low.flatten(0, 1), up.mT, alpha=scale).view_as(out)
 
 
 def gathered(updates: Sequence[Update]) -> Sequence[Change]:

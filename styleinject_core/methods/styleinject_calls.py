@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..functional.host import HostLayer, statistics_dtype
 from ..functional.stacked import stacked
-from ..functional.update import Change, Hear, LowRank, Prepared, Update
+from ..functional.update import Change, Hear, LowRank, Prepared, Update, raised
 
 if TYPE_CHECKING:
     from .styleinject import StyleInjectWeights
@@ -186,7 +186,7 @@ class _TokenByToken:
         weights = self.weights
         s = route(x, weights, host, mean, hear)
         gain = hyper(s, weights) * weights.sta if weights.adapts_statistics else None
-        changes = (_ByToken(s, weights.A, weights.B * weights.dma),) if weights.dma != 0 else ()
+        changes = (_ByToken(s, weights.A, weights.B, weights.dma),) if weights.dma != 0 else ()
         return _update(gain, changes, weights)
 
 
@@ -199,17 +199,18 @@ def _update(gain: Tensor | None, changes: tuple[Change, ...], weights: StyleInje
 
 @dataclass(frozen=True, eq=False)
 class _ByToken:
-    """ΔW of every token: B Σ_i s_i A_i, with s (B, L, n), A (n, r, k) and B (d, r)."""
+    """ΔW of every token: scale · B Σ_i s_i A_i, with s (B, L, n), A (n, r, k) and B (d, r)."""
 
     s: Tensor
     A: Tensor
     B: Tensor
+    scale: float
     folds = False
 
     def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
         every = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # A_i(x) of every style, (B, L, n, r)
         low = torch.einsum("bln,blnr->blr", self.s, every)
-        return out + low @ self.B.mT
+        return raised(out, low, self.B, self.scale, owned)
 
     def onto(self, weight: Tensor, owned: bool) -> Tensor:
         raise TypeError("a change that differs by token has no single weight")
