@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.lora
@@ -16,13 +16,16 @@ import comfy.utils
 from torch import Tensor, nn
 
 from ..styleinject_core import Adapter
+from ..styleinject_core.adapter import host_shapes
 from ..styleinject_core.attach import Place
+from ..styleinject_core.layer_names import parse
 from ..styleinject_core.layers import LayerShape
 from ..styleinject_core.methods.difference import difference_of
 from ..styleinject_core.site import Rows
 
 COMPILED = "_orig_mod"  # where torch.compile keeps the module it wraps
 _MODEL = "diffusion_model."
+_DIFFUSERS = "transformer."  # before diffusers' names in the table
 # What is tried before a file's key, and before a layer's name, where the table does not know it as it stands.
 _FILE_PREFIXES = ("", _MODEL, "transformer.", "lora_unet_")
 _NAME_PREFIXES = ("", "transformer.", _MODEL, "unet.", "base_model.model.")
@@ -55,6 +58,48 @@ def find_places(model: nn.Module, adapter: Adapter) -> dict[str, Found]:
         if target is not None and (where := _found(target, modules)) is not None:
             found[name] = where
     return found
+
+
+def layer_shapes(model: nn.Module) -> dict[str, LayerShape]:
+    """Every layer of a model that can be adapted, by the name that files give it: the diffusers name where ComfyUI's table
+    knows one, else its own. What a model fuses is there by its parts."""
+    host = diffusion_model(model)
+    own = {name.replace(f"{COMPILED}.", ""): shape for name, shape in host_shapes(host).items()}
+    unet = {module: name for name, module in _unet_names(model).items()}
+    known: dict[str, list[tuple[str, Rows | None]]] = {}
+    for key, target in comfy.lora.model_lora_keys_unet(model, {}).items():
+        if not key.startswith(_DIFFUSERS) or not (isinstance(target, str) or len(target) == 2):
+            continue  # with a function: rows in another order than the file's
+        weight, offset = (target, None) if isinstance(target, str) else target
+        if weight.endswith(".weight") and (offset is None or offset[0] == 0):
+            module = weight.removeprefix(_MODEL).removesuffix(".weight")
+            rows = None if offset is None else Rows(offset[1], offset[2])
+            known.setdefault(module, []).append((key.removeprefix(_DIFFUSERS), rows))
+    found: dict[str, LayerShape] = {}
+    for module, shape in own.items():
+        for name, rows in _names_of(unet.get(module, module), shape.out_features, known.get(module, [])):
+            found[name] = shape if rows is None else replace(shape, out_features=rows.size)
+    return found
+
+
+def _names_of(module: str, rows: int, known: list[tuple[str, Rows | None]]) -> list[tuple[str, Rows | None]]:
+    """The names of one module's layer, or of the layers that it fuses.
+
+    Args:
+        rows: of its weight.
+        known: what the table calls it, and parts of it.
+    """
+    end, parts = 0, list[tuple[str, Rows | None]]()
+    for name, part in sorted(((name, part) for name, part in known if part is not None), key=lambda item: item[1].start):
+        if part.start == end and part.start + part.size <= rows:
+            parts.append((name, part))
+            end = part.start + part.size
+    projections = [item for item in parts if parse(item[0]).projection]
+    if len(projections) == 3:
+        return parts if end == rows else projections  # of Flux 2's linear1 the table tells the rest wrongly
+    if parts and not projections and end == rows:
+        return parts  # where keys have fewer heads than queries, as in Lumina 2, what the table tells is wrong
+    return [next(((name, None) for name, part in known if part is None), (module, None))]
 
 
 def in_leaves(model: nn.Module, adapter: Adapter) -> bool:

@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, get_wrappe
 from torch import Tensor, nn
 
 from ..styleinject_core import Attachment
-from ..styleinject_core.call import Listener, ModelCall
+from ..styleinject_core.call import Listener, ModelCall, Tokens
 from ..styleinject_core.functional.host import HostLayer
 from ..styleinject_core.router.control import Steered
 from ..styleinject_core.router.recorder import Call, Recorder
@@ -27,6 +27,7 @@ from .injection import KEY, Injection
 from .monitor import Monitor
 from .reference import AppliedReference, masked_options, unmasked_options
 from .sampling_run import UNKNOWN, Conditionings, Run
+from .tokens import tokens_of
 
 _FUNCTION_WRAPPER = "model_function_wrapper"
 _APPLY = "apply_model"
@@ -48,7 +49,7 @@ class ApplyModelWrapper:
             return executor(*args, **kwargs)
         arguments = _Arguments(args, kwargs)
         options = arguments[_OPTIONS] or {}
-        with _applied(self.injections, self.references, model, x, timestep, options) as own:
+        with _applied(self.injections, self.references, model, x, timestep, options, kwargs) as own:
             if own is not options:
                 arguments[_OPTIONS] = own
             return executor(*arguments.args, **arguments.kwargs)
@@ -71,11 +72,12 @@ def _applied(
     x: Tensor,
     timestep: Tensor,
     options: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> Iterator[Mapping[str, Any]]:
     """A model with what is active at this noise level, for the length of one call of it; yields the transformer_options
-    that the call needs, the same ones where no reference has a mask."""
+    that the call needs, the same ones where no reference has a mask. `given` is what else the call is given, by name."""
     with ExitStack() as stack:
-        call = stack.enter_context(_adapted(injections, model, x, timestep, options))
+        call = stack.enter_context(_adapted(injections, model, x, timestep, options, given))
         active = [reference for reference in references if reference.active(model, timestep)]
         calls = [reference.call(call) for reference in active]
         for reference, own in zip(active, calls, strict=True):
@@ -88,10 +90,19 @@ def _applied(
 
 @contextmanager
 def _adapted(
-    injections: Iterable[Injection], model: nn.Module, x: Tensor, timestep: Tensor, options: Mapping[str, Any]
+    injections: Iterable[Injection],
+    model: nn.Module,
+    x: Tensor,
+    timestep: Tensor,
+    options: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> Iterator[ModelCall]:
-    """A model with the adapters that are active at this noise level, for the length of one call of it, which it yields."""
-    call = model_call(x, timestep, options)
+    """A model with the adapters that are active at this noise level, for the length of one call of it, which it yields.
+
+    Args:
+        given: what else the call is given, by name.
+    """
+    call = model_call(x, timestep, options, tokens_of(model, x, given))
     now = options.get(KEY)
     run = now.run if isinstance(now, Conditionings) else None
     active = [(injection, injection.attachment(model)) for injection in injections if injection.active(model, timestep)]
@@ -127,7 +138,7 @@ class FunctionWrapper:
         options = args["c"].get("transformer_options") or {}
 
         def applied() -> AbstractContextManager[Mapping[str, Any]]:
-            return _applied(*own, model, args["input"], args["timestep"], options)
+            return _applied(*own, model, args["input"], args["timestep"], options, args["c"])
 
         stack = ExitStack()
 
@@ -159,7 +170,7 @@ class FunctionWrapper:
         return self
 
 
-def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any]) -> ModelCall:
+def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any], tokens: Tokens | None = None) -> ModelCall:
     """What one `apply_model` call knows; `options` are its transformer_options."""
     now = options.get(KEY)
 
@@ -168,7 +179,7 @@ def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any]) -> Model
 
     # no count where gradients are wanted: a backward pass may run blocks of an earlier call again
     images = 0 if torch.is_grad_enabled() else x.shape[0]
-    return ModelCall(images, timestep.flatten()[0], options, roles)
+    return ModelCall(images, timestep.flatten()[0], options, roles, tokens=tokens)
 
 
 @contextmanager

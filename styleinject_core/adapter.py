@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .config import LayerConfig
+from .layer_names import parse
 from .layers import LayerShape, UnsupportedLayerError
 from .methods import AdapterLayer, new_layer, titles
 from .selector import select
@@ -99,6 +100,8 @@ class Adapter(nn.Module):
     ) -> Adapter:
         """An untrained adapter, an exact identity, on every layer of `host` that `config.target_modules` selects.
 
+        Time, guidance and modulation layers see one row per image, which has no statistics: style layers leave them out.
+
         Args:
             host: a module tree, or module name -> LayerShape (`styleinject_core.hosts.unet_shapes`).
 
@@ -112,9 +115,16 @@ class Adapter(nn.Module):
         for layer_name, shape in shapes.items():
             if layer_name in chosen:
                 try:
-                    layers[layer_name] = new_layer(shape, config.for_layer(layer_name))
+                    layer = new_layer(shape, config.for_layer(layer_name))
                 except UnsupportedLayerError as error:
                     raise UnsupportedLayerError(f"{layer_name}: {error}") from None
+                if layer.fixed or parse(layer_name).has_tokens:
+                    layers[layer_name] = layer
+        if not layers:
+            raise UnsupportedLayerError(
+                f"{', '.join(sorted(chosen)[:3])}: time, guidance and modulation layers see one row per image; there are no "
+                "tokens for a router and statistics to look at"
+            )
         if notes := [f"{layer_name}: {layer.note}" for layer_name, layer in layers.items() if layer.note]:
             more = f" and {len(notes) - 3} layers more" if len(notes) > 3 else ""
             logging.getLogger(__name__).warning("%s: %s%s", name, "; ".join(notes[:3]), more)

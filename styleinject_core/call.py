@@ -25,15 +25,19 @@ class Tokens:
             before them, unless `leading`.
         frames: of the clip that they are of, which follow one another.
         leading: whether nothing is before them, and all else after them.
+        alone: whether only sequences of nothing else are known to hold them.
     """
 
     count: int
     after: int = 0
     frames: int = 1
     leading: bool = False
+    alone: bool = False
 
     def within(self, length: int) -> slice | None:
         """Where they are in a sequence of that length; None where it cannot be one that holds them."""
+        if self.alone and length != self.count:
+            return None
         start = 0 if self.leading else length - self.after - self.count
         return slice(start, start + self.count) if start >= 0 and start + self.count <= length else None
 
@@ -103,6 +107,15 @@ class CurrentCall:
         self.call = replace(call, listeners=(*former.listeners, *call.listeners))
         try:
             yield self.call
+        finally:
+            self.call = former
+
+    @contextmanager
+    def exactly(self, call: ModelCall) -> Iterator[None]:
+        """Another call, with its own listeners alone: where a block runs again, or nobody is to hear."""
+        former, self.call = self.call, call
+        try:
+            yield
         finally:
             self.call = former
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from .adapter import Adapter
 from .commands.convert import FORMS
 from .commands.plot import KINDS
-from .config import ROUTER_POOLS, STA_FORMS
+from .config import ROUTER_POOLS, STA_FORMS, TOKENS
 from .files import AdapterFileError, load_adapter, save_adapter
 from .hosts.architectures import ARCHITECTURES
 from .layers import UnsupportedLayerError
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     init.add_argument("--router-pool", choices=ROUTER_POOLS, default="mean")
     init.add_argument("--sta", choices=STA_FORMS, default="multiplicative", help="the AdaIN step (default multiplicative)")
+    init.add_argument("--tokens", choices=TOKENS, default="image", help="what a transformer's layers look at (default image)")
     init.add_argument("--seed", type=int, default=0, help="for the down-projections (default 0)")
     init.add_argument("--force", action="store_true", help="replace an existing file")
     init.set_defaults(run=_init)
@@ -154,6 +155,7 @@ def _init(options: argparse.Namespace) -> int:
         factors=kronecker.parse_factors(options.factors),
         router_pool=options.router_pool,
         sta=options.sta,
+        tokens=options.tokens,
     )
     config = settings.config()
     torch.manual_seed(options.seed)

@@ -27,8 +27,9 @@ THIRDS = ("first", "middle", "last")
 # The selector's words for groups, in the order in which messages list them.
 WORDS = (
     *("all", "attention", "conv", "linear", "self", "cross", "feed-forward", "text", "image", "down", "mid", "up"),
-    *("single", "refiner", *THIRDS, "default"),
+    *("single", "refiner", *THIRDS, "queries", "keys", "values", "outputs", "default"),
 )
+_PROJECTIONS = {"queries": ("q", "qkv"), "keys": ("k", "qkv", "kv"), "values": ("v", "qkv", "kv"), "outputs": ("out",)}
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class LayerName:
             "text": self.stream in ("text", "both"),
             "image": self.stream in ("image", "both"),
             "default": self.is_default,
+            **{word: self.projection in which for word, which in _PROJECTIONS.items()},
         }
         also = {self.side, self.stack, self.third}
         return tuple(word for word in WORDS if has.get(word, word in also))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -123,21 +123,11 @@ class Plan:
         image = self.run(split(x), part).unflatten(0, (x.shape[0], frames)).flatten(1, 2)
         if tokens == slice(0, x.shape[1]):
             return image
-        with self._unheard():
+        with ExitStack() as stack:
+            for current in {site.current for site in self.active}:
+                stack.enter_context(current.exactly(replace(current.call, listeners=())))  # they have heard the frames
             rest = self.run(x, replace(host, forward=lambda _: h, tokens=tokens))
         return torch.cat((rest[:, : tokens.start], image, rest[:, tokens.stop :]), 1)
-
-    @contextmanager
-    def _unheard(self) -> Iterator[None]:
-        """The call without its listeners."""
-        calls = {site.current: site.current.call for site in self.active}
-        try:
-            for current, call in calls.items():
-                current.call = replace(call, listeners=())
-            yield
-        finally:
-            for current, call in calls.items():
-                current.call = call
 
     def _on_known_channels(self, x: Tensor, host: HostLayer) -> Tensor:
         """h* of a layer with more channels than adapters were made for, or fewer: they change what they know of it.

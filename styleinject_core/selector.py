@@ -6,6 +6,8 @@
     self, cross               self- and cross-attention; where prompt and image attend to each other as one sequence (Flux,
                               SD 3, Z-Image), cross is the prompt's own projections and self the rest
     image, text               layers that are applied to the image's tokens, to the prompt's (those of both are in either)
+    queries, keys, values,    what attention computes with, by whatever name the model has them; several of them, where one
+    outputs                   layer computes several
     default                   what the paper adapts: queries and values of attention, by whatever name the model has them
     down, mid, up             by part of a U-Net
     first, middle, last       by thirds of a transformer's blocks, in the order they run in; the same three parts of a U-Net

@@ -5,10 +5,12 @@ Only for tests that run inside ComfyUI: everything of it is imported in the func
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import pytest
 import tiny_model
 import torch
 
@@ -29,9 +31,17 @@ def flux(seed: int = 0) -> Any:
     }, seed)  # fmt: skip
 
 
-def z_image(seed: int = 0) -> Any:
-    """Z-Image (Lumina 2's class): qkv in one Linear, two layers, one refiner layer each for noise and context."""
+def z_image(seed: int = 0, padded: bool = False) -> Any:
+    """Z-Image (Lumina 2's class): qkv in one Linear, two layers, one refiner layer each for noise and context; prompt and image
+    are padded to multiples of 32 tokens, in versions that know it."""
+    from comfy.ldm.lumina.model import NextDiT
+
+    newer = {"pad_tokens_multiple": 32}
+    known = inspect.signature(NextDiT).parameters
+    if padded and not newer.keys() <= known.keys():
+        pytest.skip("this ComfyUI has no Z-Image")
     return _model("Lumina2", {
+        **{name: value for name, value in newer.items() if name in known},
         "image_model": "lumina2", "patch_size": 2, "in_channels": CHANNELS, "dim": WIDTH, "cap_feat_dim": tiny_model.CONTEXT,
         "n_layers": 2, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 12, 12],
         "axes_lens": [64, 64, 64], "multiple_of": 16, "ffn_dim_multiplier": 2.0,
@@ -57,6 +67,99 @@ def sd3(seed: int = 0) -> Any:
     }, seed)  # fmt: skip
 
 
+def sd35(seed: int = 0) -> Any:
+    """Stable Diffusion 3.5 medium: the same with a second self-attention in the first block."""
+    context = {"target": "torch.nn.Linear", "params": {"in_features": tiny_model.CONTEXT, "out_features": 128}}
+    return _model("SD3", {
+        "in_channels": CHANNELS, "patch_size": 2, "depth": 2, "input_size": None, "adm_in_channels": WIDTH,
+        "context_embedder_config": context, "num_patches": 256, "pos_embed_max_size": 16, "pos_embed_scaling_factor": None,
+        "qk_norm": "rms", "x_block_self_attn_layers": [0],
+    }, seed)  # fmt: skip
+
+
+def flux2(seed: int = 0) -> Any:
+    """Flux 2: modulation shared by all blocks, a gated MLP in linear1; latents of 128 channels, and no smaller patches."""
+    return _model("Flux2", {
+        "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None,
+        "context_in_dim": tiny_model.CONTEXT, "hidden_size": WIDTH, "mlp_ratio": 3.0, "num_heads": 2, "depth": 2,
+        "depth_single_blocks": 2, "axes_dim": [8, 8, 8, 8], "theta": 2000, "qkv_bias": False, "guidance_embed": False,
+        "txt_ids_dims": [3], "global_modulation": True, "mlp_silu_act": True, "ops_bias": False,
+        "default_ref_method": "index", "ref_index_scale": 10.0,
+    }, seed)  # fmt: skip
+
+
+def chroma(seed: int = 0) -> Any:
+    """Chroma: Flux without modulation layers, and a small network that makes all of it."""
+    from comfy.ldm.chroma.model import ChromaParams
+
+    known = {f.name for f in fields(ChromaParams)}
+    newer = {name: value for name, value in {"txt_ids_dims": [], "vec_in_dim": None}.items() if name in known}
+    return _model("Chroma", {
+        **newer, "image_model": "chroma", "in_channels": CHANNELS * 4, "out_channels": CHANNELS * 4, "patch_size": 2,
+        "context_in_dim": tiny_model.CONTEXT, "hidden_size": WIDTH, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2,
+        "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True,
+        "in_dim": 64, "out_dim": WIDTH, "hidden_dim": WIDTH, "n_layers": 2,
+    }, seed)  # fmt: skip
+
+
+def lumina2(seed: int = 0) -> Any:
+    """Lumina 2: as Z-Image, without padding to whole blocks of tokens; keys and values have fewer heads."""
+    return _model("Lumina2", {
+        "image_model": "lumina2", "patch_size": 2, "in_channels": CHANNELS, "dim": WIDTH, "cap_feat_dim": tiny_model.CONTEXT,
+        "n_layers": 2, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [8, 12, 12],
+        "axes_lens": [64, 64, 64], "multiple_of": 16, "ffn_dim_multiplier": 2.0,
+    }, seed)  # fmt: skip
+
+
+def wan(seed: int = 0) -> Any:
+    """Wan 2.x, text to video: self-attention, and cross-attention to the prompt."""
+    return _model("WAN21_T2V", {
+        "image_model": "wan2.1", "model_type": "t2v", "dim": WIDTH, "ffn_dim": 2 * WIDTH, "num_heads": 2, "num_layers": 3,
+        "text_dim": tiny_model.CONTEXT, "freq_dim": WIDTH, "in_dim": CHANNELS, "out_dim": CHANNELS, "patch_size": (1, 2, 2),
+        "text_len": 16, "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "window_size": (-1, -1),
+    }, seed)  # fmt: skip
+
+
+def ltxv(seed: int = 0) -> Any:
+    """LTX Video: blocks that add to what they are given."""
+    return _model("LTXV", {
+        "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": WIDTH, "attention_head_dim": 32,
+        "num_attention_heads": 2, "caption_channels": tiny_model.CONTEXT, "num_layers": 2,
+    }, seed)  # fmt: skip
+
+
+def omnigen2(seed: int = 0) -> Any:
+    """OmniGen 2: Lumina's blocks, with queries, keys and values apart; it is told how many tokens a prompt has."""
+    return _model("Omnigen2", {
+        "image_model": "omnigen2", "patch_size": 2, "in_channels": CHANNELS, "hidden_size": WIDTH, "num_layers": 2,
+        "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": (8, 12, 12),
+        "axes_lens": (64, 64, 64), "text_feat_dim": tiny_model.CONTEXT,
+    }, seed)  # fmt: skip
+
+
+def mochi(seed: int = 0) -> Any:
+    """Mochi: image and prompt have streams of their own, of two widths."""
+    return _model("GenmoMochi", {
+        "image_model": "mochi_preview", "depth": 2, "patch_size": 2, "num_heads": 2, "hidden_size_x": WIDTH, "hidden_size_y": 32,
+        "mlp_ratio_x": 192.0, "mlp_ratio_y": 2.0, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
+        "out_bias": True, "attn_drop": 0.0, "patch_embed_bias": True, "posenc_preserve_area": True,
+        "timestep_mlp_bias": True, "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True,
+        "t5_feat_dim": tiny_model.CONTEXT, "t5_token_length": 16, "rope_theta": 10000.0,
+    }, seed)  # fmt: skip
+
+
+def cosmos2(seed: int = 0) -> Any:
+    """Cosmos Predict 2: self- and cross-attention on latents whose noise grows without end."""
+    return _model("CosmosT2IPredict2", {
+        "image_model": "cosmos_predict2", "in_channels": CHANNELS, "out_channels": CHANNELS, "max_img_h": 240, "max_img_w": 240,
+        "max_frames": 128, "patch_spatial": 2, "patch_temporal": 1, "model_channels": WIDTH, "num_blocks": 2, "num_heads": 2,
+        "crossattn_emb_channels": tiny_model.CONTEXT, "concat_padding_mask": True, "pos_emb_cls": "rope3d",
+        "pos_emb_learnable": True, "pos_emb_interpolation": "crop", "use_adaln_lora": True, "adaln_lora_dim": 16,
+        "extra_per_block_abs_pos_emb": False, "rope_h_extrapolation_ratio": 4.0, "rope_w_extrapolation_ratio": 4.0,
+        "rope_t_extrapolation_ratio": 1.0, "rope_enable_fps_modulation": False,
+    }, seed)  # fmt: skip
+
+
 MODELS: dict[str, Callable[..., Any]] = {"Flux": flux, "Z-Image": z_image, "Qwen-Image": qwen_image, "SD 3": sd3}
 
 
@@ -65,6 +168,8 @@ def _model(kind: str, unet_config: dict[str, Any], seed: int) -> Any:
     import comfy.model_patcher
     import comfy.supported_models
 
+    if not hasattr(comfy.supported_models, kind):
+        pytest.skip(f"this ComfyUI has no {kind}")
     with torch.inference_mode():
         config = getattr(comfy.supported_models, kind)(unet_config)
         config.set_inference_dtype(torch.float32, None)

@@ -9,26 +9,28 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import chain
 from typing import Any
+from weakref import WeakSet
 
 import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import comfy.model_sampling
-import comfy.utils
 import torch
 from comfy.patcher_extension import merge_nested_dicts
 from torch import Tensor, nn
 
 from ...styleinject_core import Adapter, Applied, Attachment
-from ...styleinject_core.adapter import host_shapes
+from ...styleinject_core.call import CurrentCall, ModelCall
 from ...styleinject_core.hosts.architectures import ARCHITECTURES
 from ...styleinject_core.layers import LayerShape
 from ...styleinject_core.router.control import Rule
 from ...styleinject_core.train.data.batches import Conditioning, tensors_hash
-from ...styleinject_core.train.models.noise import logit_normal, prediction_of
+from ...styleinject_core.train.models.noise import prediction_of
 from ...styleinject_core.train.models.training_model import TrainingModel
 from ..injection import ComfyProgram, model_title
 from ..patcher import ModelPatcher, compute_dtype, injections_of, references_of
-from ..places import find_places
+from ..places import find_places, layer_shapes
+from ..tokens import tokens_of
+from .graph_inputs import called_together
 
 _SCALED, _PLAIN = comfy.model_sampling.EPS.calculate_input, comfy.model_sampling.CONST.calculate_input
 _PREDICTIONS = {  # how a model's input is scaled, and how its output is read -> what it predicts
@@ -37,6 +39,8 @@ _PREDICTIONS = {  # how a model's input is scaled, and how its output is read ->
     (_SCALED, comfy.model_sampling.X0.calculate_denoised): "sample",
     (_PLAIN, comfy.model_sampling.CONST.calculate_denoised): "flow",
 }
+# Networks that write over what a backward pass needs (x += ...), which PyTorch does not notice everywhere.
+_OVERWRITE = {"LTXBaseModel"}
 # What a step needs beyond the weights where nobody has counted, in units of what ComfyUI estimates for sampling: a backward
 # pass keeps activations.
 _TRAINING_MEMORY = 4
@@ -74,10 +78,9 @@ class ComfySchedule:
         return (1 - sigma if self.prediction_type == "flow" else torch.ones_like(sigma)), sigma
 
     def times(self, uniform: Tensor) -> Tensor:
-        """Flow models: logit-normal (Esser et al., arXiv 2403.03206), with the model's shift; others: its own table, evenly."""
+        """Flow models: with the model's own shift; others: its own table, evenly."""
         if self.prediction_type == "flow":
-            drawn = logit_normal(uniform).tolist()
-            return torch.tensor([float(self.sampling.percent_to_sigma(1 - t)) for t in drawn])
+            return torch.tensor([float(self.sampling.percent_to_sigma(1 - t)) for t in uniform.tolist()])
         table = self.sampling.sigmas.detach().float().cpu()
         return table[(uniform * len(table)).long()]
 
@@ -106,8 +109,14 @@ class ComfyTrainingModel(TrainingModel):
         base = patcher.model
         host = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)  # beneath torch.compile
         super().__init__(host, ComfySchedule(patcher.get_model_object("model_sampling")))
+        if _OVERWRITE & {base.__name__ for base in type(host).__mro__}:
+            raise ValueError(
+                f"this model, {model_title(base)}, cannot be trained here: its blocks overwrite what the backward pass needs, "
+                "and its gradients would be wrong"
+            )
         self.patcher = patcher
         self._program = TrainingProgram()
+        self._attached: WeakSet[Attachment] = WeakSet()  # of the adapters that are trained
         for injection in injections_of(patcher):
             if (injection.start_percent, injection.end_percent) != (0, 1):
                 raise ValueError(
@@ -166,7 +175,13 @@ class ComfyTrainingModel(TrainingModel):
 
     def attachment(self, adapter: Adapter) -> Attachment:
         names = {name: found.place for name, found in find_places(self.patcher.model, adapter).items()}
-        return Attachment(self.denoiser, [Applied(adapter)], names, self._program)
+        attachment = Attachment(self.denoiser, [Applied(adapter)], names, self._program)
+        self._attached.add(attachment)
+        return attachment
+
+    def current_calls(self) -> list[CurrentCall]:
+        held = [i.attachment(self.patcher.model) for i in injections_of(self.patcher) if not i.patched]
+        return [sites[0].current for attachment in (*self._attached, *held) for sites in attachment.sites]
 
     def in_place_blocks(self) -> set[str]:
         return {name for name in self.blocks() if _IN_PLACE.search(f"{name}.")}  # see lasting_norms
@@ -185,19 +200,32 @@ class ComfyTrainingModel(TrainingModel):
         return stack
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        named = {key: value.to(self.device) for key, value in conditioning.items()}
+        calls = called_together(conditioning, self.device)
         try:
-            x0 = self._denoised(noisy, times, named)
+            x0 = self._denoised(noisy, times, calls)
         except comfy.model_management.InterruptProcessingException:
             if torch.is_grad_enabled():
                 raise
             # In a validation: an optimizer's step without what belongs to it could not be saved. Stop after it instead.
-            x0 = self._denoised(noisy, times, named)
+            x0 = self._denoised(noisy, times, calls)
             comfy.model_management.interrupt_current_processing(True)
         return prediction_of(self.schedule, x0, noisy, times)
 
-    def _denoised(self, noisy: Tensor, times: Tensor, named: Conditioning) -> Tensor:
-        return self.patcher.model.apply_model(noisy, times, transformer_options=self._options(times), **named)
+    def _denoised(self, noisy: Tensor, times: Tensor, calls: Sequence[tuple[list[int], dict[str, Any]]]) -> Tensor:
+        """x0 of every row, by one call of the model for those rows that can share one."""
+        if len(calls) == 1:
+            return self._call(noisy, times, calls[0][1])
+        parts = [self._call(noisy[numbers], times[numbers], named) for numbers, named in calls]
+        order = torch.tensor([number for numbers, _ in calls for number in numbers], device=noisy.device)
+        return torch.cat(parts)[order.argsort()]
+
+    def _call(self, noisy: Tensor, times: Tensor, named: dict[str, Any]) -> Tensor:
+        model = self.patcher.model
+        call = ModelCall(tokens=tokens_of(model, noisy, named))
+        with ExitStack() as stack:
+            for attachment in self._attached:
+                stack.enter_context(attachment.in_call(call))
+            return model.apply_model(noisy, times, transformer_options=self._options(times), **named)
 
     def _options(self, sigmas: Tensor) -> dict[str, Any]:
         """What comfy.samplers passes along: the MODEL's attention patches and wrappers."""
@@ -210,12 +238,7 @@ class ComfyTrainingModel(TrainingModel):
 
     def layer_shapes(self) -> dict[str, LayerShape]:
         """Every layer that can be adapted, by its diffusers name where ComfyUI knows one, else by its own."""
-        table = comfy.utils.unet_to_diffusers(self.patcher.model.model_config.unet_config)
-        names = {value: key for key, value in table.items()}
-        return {
-            names.get(f"{name}.weight", name).removesuffix(".weight"): shape
-            for name, shape in host_shapes(self.denoiser).items()
-        }
+        return layer_shapes(self.patcher.model)
 
     def architecture(self) -> str:
         """The ModelSpec id of a known architecture, else ComfyUI's name of the model."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import comfy.conds
 import torch
 from torch import Tensor
 
-from ...styleinject_core.train.data.batches import Conditioning
+from ...styleinject_core.train.data.batches import Conditioning, Each, Given, mapped
 from ..patcher import ModelPatcher
 
 Prompt = tuple[Tensor, dict[str, Any]]  # one entry of a CONDITIONING: (1, L, C), and what else belongs to it
 
+CONDS = "conds"  # under which a batch has what its model is given for each prompt: name -> Given
 _NOT_FOR_TRAINING = {
     "control": "a ControlNet",
     "area": "an area",
@@ -109,11 +109,9 @@ class Encoder:
 
     Args:
         patcher: the MODEL.
-        lengths: how many tokens the prompts had that only prompts of the same length can share a batch with.
     """
 
     patcher: ModelPatcher
-    lengths: set[int] = field(default_factory=set)
 
     @property
     def channels(self) -> int:
@@ -148,11 +146,7 @@ class Encoder:
         return value.unsqueeze(1) if value.ndim == 3 and video else value
 
     def prompts(self, prompts: Sequence[Prompt], shapes: Sequence[Sequence[int]]) -> list[Conditioning]:
-        """What the model is given for each prompt, one row each, for images of these shapes (C, ..., H, W).
-
-        Raises:
-            ValueError: a kind of prompt that training does not support.
-        """
+        """What the model is given for each prompt, one row each, for images of these shapes (C, ..., H, W)."""
         made: dict[tuple[int, tuple[int, ...]], Conditioning] = {}
         keys = [(id(prompt), tuple(shape)) for prompt, shape in zip(prompts, shapes, strict=True)]
         for prompt, key in zip(prompts, keys, strict=True):
@@ -162,17 +156,44 @@ class Encoder:
 
     def _prompt(self, prompt: Prompt, shape: tuple[int, ...]) -> Conditioning:
         tensor, extras = prompt
-        blank = torch.zeros(1, *shape)
+        device = next(self.patcher.model.diffusion_model.parameters()).device  # some refine the prompt by modules of their own
+        blank = torch.zeros(1, *shape, device=device)
         height, width = (side * self.pixels_per_latent for side in shape[-2:])
         inputs = {"width": width, "height": height, "prompt_type": "positive", "latent_image": blank, "seed": 0, **extras}
-        conds = self.patcher.model.extra_conds(cross_attn=tensor, noise=blank, device=torch.device("cpu"), **inputs)
-        row: Conditioning = {}
-        for key, cond in conds.items():
-            if not isinstance(cond.cond, Tensor):
-                raise ValueError(
-                    f"this model is conditioned by {key!r} ({type(cond.cond).__name__}), which training does not support"
-                )
-            if cond.cond.ndim == 3 and not isinstance(cond, comfy.conds.CONDCrossAttn):
-                self.lengths.add(cond.cond.shape[1])
-            row[key] = cond.cond.detach().float().cpu() if cond.cond.is_floating_point() else cond.cond.detach().cpu()
-        return row
+        with torch.no_grad():
+            conds = self.patcher.model.extra_conds(cross_attn=tensor, noise=blank, device=device, **inputs)
+            # each as ComfyUI makes it one row
+            one = {key: cond.process_cond(batch_size=1, area=None, device=device) for key, cond in conds.items()}
+        return {CONDS: Each([{key: Given(type(cond), mapped(cond.cond, _kept)) for key, cond in one.items()}])}
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu() if tensor.is_floating_point() else tensor.detach().cpu()
+
+
+def called_together(conditioning: Conditioning, device: torch.device) -> list[tuple[list[int], dict[str, Any]]]:
+    """Which rows of a batch share a call of the model, and what that call is given by name: as ComfyUI batches prompts, which
+    each kind of what a model is given knows itself (`comfy.conds`).
+
+    Args:
+        conditioning: of `Encoder.prompts`, joined.
+    """
+    calls: list[tuple[list[int], list[dict[str, Any]]]] = []
+    rows: Any = conditioning[CONDS]
+    for number, row in enumerate(rows):
+        conds = {key: given.kind(mapped(given.value, lambda tensor: tensor.to(device))) for key, given in row.items()}
+        for numbers, others in calls:
+            if _fit(others[0], conds):
+                numbers.append(number)
+                others.append(conds)
+                break
+        else:
+            calls.append(([number], [conds]))
+    return [
+        (numbers, {key: cond.concat([other[key] for other in conds[1:]]) for key, cond in conds[0].items()})
+        for numbers, conds in calls
+    ]
+
+
+def _fit(conds: dict[str, Any], others: dict[str, Any]) -> bool:
+    return conds.keys() == others.keys() and all(cond.can_concat(others[key]) for key, cond in conds.items())

@@ -118,11 +118,7 @@ class Job:
         return source, {"validation": validation, "validation_batches": len(held_out)}
 
     def _encoded(self, images: Images) -> dict[str, Sequence[Any] | None]:
-        """LatentSource's arguments, one of each per image.
-
-        Raises:
-            ValueError: prompts of different lengths, for a batch of a model that cannot mix them.
-        """
+        """LatentSource's arguments, one of each per image."""
         latents = self.student.encoder.latents(images.latents)
         if broken := [k + 1 for k, latent in enumerate(latents) if not torch.isfinite(latent).all()]:
             raise ValueError(
@@ -135,14 +131,6 @@ class Job:
         if self.teacher is not None and images.teacher_prompts is not None:
             taught = self.teacher.conditionings(images.teacher_prompts, latents, with_empty)
             encoded["teacher"], encoded["teacher_empty"] = taught
-        for model in (self.student, self.teacher):
-            lengths = set() if model is None else model.encoder.lengths
-            if self.request.settings.batch_size > 1 and len(lengths) > 1:
-                few = ", ".join(map(str, sorted(lengths)[:5]))
-                raise ValueError(
-                    f"batch_size {self.request.settings.batch_size}: this model takes prompts of different lengths ({few} "
-                    "tokens) one by one; set batch_size to 1, and accumulation in the options to what it was"
-                )
         return encoded
 
     def _source(self, encoded: dict[str, Sequence[Any] | None], places: Sequence[int], batch_size: int) -> LatentSource:

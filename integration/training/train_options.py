@@ -48,6 +48,7 @@ class TrainOptions:
     pictured: Sequence[Prompt] = ()
     factors: tuple[int, ...] = AdapterRequest.factors
     tokens: str = AdapterRequest.tokens
+    flow_times: str = TrainSettings.flow_times
 
     @property
     def drawing(self) -> Drawing:

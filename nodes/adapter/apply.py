@@ -11,6 +11,7 @@ from ...integration import paths
 from ...integration.injection import Injection, model_title
 from ...integration.patcher import ModelPatcher, apply_adapter, injections_of, set_strength
 from ...integration.text_encoder import apply_to_clip
+from ...integration.tokens import layers_with_unknown_tokens
 from ...styleinject_core import Adapter, load_adapter
 from ...styleinject_core.hosts.architectures import describe
 from ...styleinject_core.router.control import Rule
@@ -259,6 +260,12 @@ def report(model: ModelPatcher, injection: Injection, line: str = "") -> str:
         f"{injection.start_percent:.0%} to {injection.end_percent:.0%} of sampling",
         f'  layers "{applied.layers.strip()}": {len(scales)}, weights {min(scales):g} to {max(scales):g}',
     ]
+    mixed = layers_with_unknown_tokens(model.model, applied.adapter)
+    if mixed:
+        lines.append(
+            f"  in {len(mixed)} layers the image's tokens cannot be told from the prompt's, as this architecture is not known: "
+            f"router and statistics look at all of them ({', '.join(mixed[:2])}{' ...' if len(mixed) > 2 else ''})"
+        )
     if idle := unmatched_weights(applied.adapter.shapes, applied.layer_weights):
         lines.append(f"  layer weights for groups that it has no layers of: {'; '.join(idle)}")
     if injection.control:

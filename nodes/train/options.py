@@ -11,16 +11,16 @@ from comfy_api.latest import io
 from ...integration.training.graph_inputs import flat_prompts
 from ...integration.training.named_runs import GO_ON, MUST_GO_ON, NEW
 from ...integration.training.train_options import TrainOptions
-from ...styleinject_core.config import ROUTER_POOLS
+from ...styleinject_core.config import ROUTER_POOLS, TOKENS
 from ...styleinject_core.methods.kronecker import parse_factors
 from ...styleinject_core.train.request import DTYPES
-from ...styleinject_core.train.settings import OPTIMIZERS, SCHEDULES
+from ...styleinject_core.train.settings import FLOW_TIMES, OPTIMIZERS, SCHEDULES
 from ..schema import OptionsType, schema
 
 _ADVANCED = (
     *("seed", "accumulation", "schedule", "warmup", "weight_decay", "clip", "min_snr_gamma", "caption_dropout"),
     *("checkpoint_every", "validation_images", "validate_every", "patience", "alpha", "router_pool", "sta"),
-    *("sampling_steps", "guidance", "dtype"),
+    *("sampling_steps", "guidance", "dtype", "tokens", "flow_times"),
 )
 
 
@@ -152,6 +152,23 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     optional=True,
                     tooltip="Of the method kronecker (DiffuseKronA), in place of a rank: the sizes of its first factor. The "
                     "larger their product, the fewer numbers are trained, until it is about a layer's width.",
+                ),
+                io.Combo.Input(
+                    "tokens",
+                    options=list(TOKENS),
+                    default=default.tokens,
+                    optional=True,
+                    tooltip="What router and statistics look at in a transformer, where prompt and image are one sequence. "
+                    "image: the image's tokens, of a clip those of all its frames. frame: each frame of a clip by itself. all: "
+                    "the prompt's tokens too.",
+                ),
+                io.Combo.Input(
+                    "flow_times",
+                    options=list(FLOW_TIMES),
+                    default=default.flow_times,
+                    optional=True,
+                    tooltip="Of flow models (Flux, SD 3, Z-Image, Wan): which noise is trained. logit-normal: mostly the "
+                    "middle; uniform: all alike; either with the model's own shift.",
                 ),
             ],
             outputs=[OptionsType.Output("options", display_name="options", tooltip="For the StyleInject training nodes.")],

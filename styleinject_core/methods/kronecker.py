@@ -47,6 +47,11 @@ class KroneckerConfig(LayerConfig):
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @classmethod
+    def default_targets(cls) -> tuple[str, ...]:
+        """The selector's words for the paper's four projections, by whatever names the model has them."""
+        return ("queries", "keys", "values", "outputs")
+
     def __post_init__(self) -> None:
         whole = isinstance(self.factors, (list, tuple)) and len(self.factors) == 2
         if not whole or any(isinstance(f, bool) or not isinstance(f, int) or f < 1 for f in self.factors):

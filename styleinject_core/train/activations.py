@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from .data.batches import Conditioning
+from .data.batches import Conditioning, mapped, rows
 from .models.training_model import TrainingModel
 
 
@@ -88,12 +88,12 @@ def count(
 
         tensors = {name: shaped(p, p.requires_grad and name.startswith("adapter.")) for name, p in call.named_parameters()}
         tensors |= {name: shaped(b) for name, b in call.named_buffers()}
-        rows = {key: shaped(value).expand(batch, *value.shape[1:]) for key, value in conditioning.items()}
+        prompts = rows(mapped(conditioning, shaped), [0] * batch)
         noisy = torch.empty(batch, *latents, device=model.device)
         times = torch.empty(batch, device=model.device)
         weights = {_storage(tensor) for tensor in tensors.values()}
         with _counting(model.blocks(), weights) as kept:
-            torch.func.functional_call(call, tensors, (noisy, times, rows))
+            torch.func.functional_call(call, tensors, (noisy, times, prompts))
     return kept
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..adapter import Adapter
 from .activations import Kept, count
-from .data.batches import Conditioning
+from .data.batches import Conditioning, nbytes
 from .models.training_model import TrainingModel
 from .request import SIZES, AdapterRequest, TrainingRequest
 from .settings import MEMORY_AUTO, MEMORY_OFF, MEMORY_SIZES, TrainSettings
@@ -117,7 +117,7 @@ class Workload:
             weights=self.weights(dtype),
             trained=sum(8 * size + _state(size, settings.optimizer) for size in numbers),
             passes=max(held, _STEP * sum(numbers)),
-            data=count * (4 * torch.Size(self.latents).numel() + sum(row.nbytes for row in self.conditioning.values())),
+            data=count * (4 * torch.Size(self.latents).numel() + nbytes(self.conditioning)),
         )
 
     def weights(self, dtype: torch.dtype | None = None) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+FLOW_TIMES = ("logit-normal", "uniform")
 SCHEDULES = ("constant", "cosine", "linear")
 MEMORY_AUTO, MEMORY_OFF = "auto", "off"
 MEMORY_SIZES = {"8 GB": 8, "12 GB": 12, "16 GB": 16, "24 GB and more": 24}
@@ -49,6 +50,13 @@ class TrainSettings:
     min_snr_gamma: float = field(
         default=0.0, metadata=about("weights samples by min(SNR, gamma), 5 as a rule; 0 leaves all alike.")
     )
+    flow_times: str = field(
+        default=FLOW_TIMES[0],
+        metadata=about(
+            'of flow models, which noise is trained: "logit-normal", most of it in the middle (arXiv 2403.03206), or\n'
+            '"uniform"; either with the model\'s own shift.'
+        ),
+    )
     caption_dropout: float = field(
         default=0.1, metadata=about("share of captions replaced by the empty one, for classifier-free guidance.")
     )
@@ -85,6 +93,7 @@ class TrainSettings:
         _require(math.isfinite(rate) and rate > 0, "learning_rate", "a positive number", rate)
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", "0 to 1", self.caption_dropout)
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("flow_times", self.flow_times, FLOW_TIMES)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("memory", self.memory, MEMORY)
         _require(not (self.patience and not self.validate_every), "patience", "validate_every with it", self.validate_every)

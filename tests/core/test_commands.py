@@ -339,7 +339,7 @@ def test_kronecker(here, capsys):
     assert main(["train", str(path)]) == 0
     adapter = load_adapter(here / "run" / "noto style.safetensors")
     assert adapter.config.method == "kronecker" and adapter.config.factors == (8, 3)
-    assert adapter.config.target_modules == ("to_q", "to_k", "to_v", "to_out.0") and len(adapter.names) == 56
+    assert adapter.config.target_modules == ("queries", "keys", "values", "outputs") and len(adapter.names) == 56
     assert {tuple(layer.A.shape) for layer in adapter.layers.values()} == {(8, 3), (8, 2)}, "of inputs 96 and 192, and 128"
     assert all(layer.B.any() for layer in adapter.layers.values())
     assert adapter.metadata["modelspec.architecture"] == "styleinject-demo/kronecker"

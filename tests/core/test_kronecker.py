@@ -22,6 +22,7 @@ from styleinject_core.functional.host import HostLayer
 from styleinject_core.functional.update import prepare
 from styleinject_core.hosts.architectures import ARCHITECTURES
 from styleinject_core.methods.kronecker import KroneckerConfig, KroneckerLayer
+from styleinject_core.selector import select
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -85,7 +86,10 @@ def test_init_writes_them(tmp_path, capsys, base, numbers, layers):
 def test_defaults_are_the_papers(tmp_path):
     assert main(["init", "--base", "demo", "--method", "kronecker", str(tmp_path / "a.safetensors")]) == 0
     config = load_adapter(tmp_path / "a.safetensors").config
-    assert isinstance(config, KroneckerConfig) and config.factors == (64, 4) and config.target_modules == PROJECTIONS
+    assert isinstance(config, KroneckerConfig) and config.factors == (64, 4)
+    assert config.target_modules == ("queries", "keys", "values", "outputs")
+    shapes = ARCHITECTURES["sd15"].shapes()
+    assert select(shapes, ",".join(config.target_modules)) == select(shapes, ",".join(PROJECTIONS))
 
 
 # --- the change ------------------------------------------------------------------------------------------------------

@@ -370,7 +370,7 @@ def test_what_words_choose_in_transformers(layers, selector, count):
 
 @pytest.mark.parametrize(("layers", "term", "message"), [
     (flux, "down", "term 'down' matches none of the 497 layers; these have: all, attention, linear, self, cross, feed-forward, text, "
-                   "image, single, first, middle, last, default, block.0-18, single.0-37, add_k_proj"),
+                   "image, single, first, middle, last, queries, keys, values, outputs, default, block.0-18, single.0-37, add_k_proj"),
     (flux, "conv", "term 'conv' matches none"),
     (flux, "block.19", r"term 'block.19' matches none.*block\.0-18"),
     (flux, "block.9-3", "matches none"),

@@ -61,7 +61,11 @@ def assert_files_draw_alike(run_node, sample, model, folder: Path, strength: flo
 def test_a_trained_file_draws_the_same_in_comfyuis_loader(model, train, trained_folder, run_node, sample, strength, dtype):
     options = {"factors": "8, 4", "dtype": dtype}
     adapter, _, step = train(model=model, method="kronecker", layers="", learning_rate=0.1, options=options)
-    assert step == 4 and adapter.config.target_modules == PROJECTIONS and adapter.config.factors == (8, 4)
+    assert (
+        step == 4
+        and adapter.config.target_modules == ("queries", "keys", "values", "outputs")
+        and adapter.config.factors == (8, 4)
+    )
     tensors = load_file(trained_folder / "rough" / "rough.safetensors")
     assert all(key.startswith("lora_unet_") and key.endswith((".lokr_w1", ".lokr_w2")) for key in tensors)
     assert_files_draw_alike(run_node, sample, model, trained_folder, strength)

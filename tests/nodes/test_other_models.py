@@ -108,8 +108,11 @@ def test_layer_weights_say_which_sliders_match_nothing(pack, flux, run_node) -> 
     assert scales == [0.25, 0.25, 0.5], "image side first third; prompt's side last; image side last"
     assert "no layers of" not in report
     assert applied(extra="block.1 & text = 2")[1] == [1, 2, 1]
-    with pytest.raises(core.SelectorError, match=r"'down' matches none.*image, first, last, block\.0-1"):
+    with pytest.raises(core.SelectorError, match=r"'down' matches none.*image, first, last, outputs, block\.0-1"):
         applied(extra="down = 0.5")
+
+
+LAYERS = "single, to_out.0, to_add_out"
 
 
 def images() -> dict[str, torch.Tensor]:
@@ -122,10 +125,10 @@ def images() -> dict[str, torch.Tensor]:
 )
 def test_blocks_that_work_in_place_train(pack, flux, train, monkeypatch) -> None:
     """Flux's add to what their norms have kept for the backward pass; with and without checkpointing the result is the same."""
-    given = {"model": flux, "latents": images(), "layers": "linear1, linear2, proj", "batch_size": 1}
+    given = {"model": flux, "latents": images(), "layers": LAYERS, "batch_size": 1}
     plain, _, _ = train(**given)
     assert all(layer.B.abs().sum() > 0 for layer in plain.layers.values())
-    assert len(plain.layers) == 2 * 2 + 2 * 2
+    assert len(plain.layers) == 2 * 2 + 2 * 4  # of the single blocks, queries, keys, values and linear2
     small, _, _ = train(**given, name="small", options={"gradient_checkpointing": True})
     for name, layer in plain.layers.items():
         torch.testing.assert_close(small.layers[name].B, layer.B, rtol=1e-3, atol=1e-5)
@@ -136,6 +139,6 @@ def test_blocks_that_work_in_place_train(pack, flux, train, monkeypatch) -> None
     "0.8" <= comfyui.comfyui_version(comfyui.find_comfyui()) < "0.9", reason="0.8's rotary embedding has no gradient"
 )
 def test_features_of_text_and_image_are_distilled(pack, flux, train) -> None:
-    given = {"model": flux, "teacher": flux_model(5), "latents": images(), "layers": "linear1, linear2, proj", "batch_size": 1}
+    given = {"model": flux, "teacher": flux_model(5), "latents": images(), "layers": LAYERS, "batch_size": 1}
     whole, out = (train("StyleInjectDistill", **given, name=f"w{weight}", feature_weight=weight)[1] for weight in (1.0, 0.0))
     assert all(more > less for more, less in zip(whole.losses, out.losses, strict=True))

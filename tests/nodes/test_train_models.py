@@ -88,7 +88,8 @@ def test_a_model_that_takes_sizes_and_pooled_prompts(pack, train) -> None:
         .Encoder(model)
         .prompts([tuple(prompts[0])] * 2, [(4, 8, 8), (4, 12, 8)])
     )
-    assert [row["y"].shape for row in rows] == [(1, 2816)] * 2 and not torch.equal(rows[0]["y"], rows[1]["y"])
+    first, second = (row["conds"][0]["y"].value for row in rows)
+    assert first.shape == second.shape == (1, 2816) and not torch.equal(first, second)
     assert len(adapter.names) == len(set(adapter.names))
 
 
@@ -398,42 +399,80 @@ def test_a_dropped_caption_keeps_the_size_of_its_picture(pack, train, monkeypatc
     model, seen = tiny_sdxl(), []
     module = pack.submodule("integration.training.comfy_model").ComfyTrainingModel
     predict = module.predict
-    monkeypatch.setattr(module, "predict", lambda self, *a: seen.append((a[0].shape[-2], a[2]["y"])) or predict(self, *a))
+    monkeypatch.setattr(
+        module, "predict", lambda self, *a: seen.append((a[0].shape[-2], a[2]["conds"][0]["y"].value)) or predict(self, *a)
+    )
     prompts = [[torch.randn(1, 77, 64), {"pooled_output": torch.randn(1, 1280)}] for _ in range(5)]
     train(
         model=model, conditioning=prompts[:4], latents=[latents(2), latents(2, height=12)], empty=[prompts[4]], batch_size=1,
         steps=8, options={"caption_dropout": 1.0}, memory="off",
     )  # fmt: skip
     encoder = pack.submodule("integration.training.graph_inputs").Encoder(model)
-    expected = {height: encoder.prompts([tuple(prompts[4])], [(4, height, 8)])[0]["y"] for height in (8, 12)}
+    expected = {height: encoder.prompts([tuple(prompts[4])], [(4, height, 8)])[0]["conds"][0]["y"].value for height in (8, 12)}
     assert {height for height, _ in seen} == {8, 12}
     assert all(torch.equal(y, expected[height]) for height, y in seen)
 
 
 def test_prompts_that_cannot_be_repeated_are_never_mixed(pack, tiny_unet_model, train, conditioning, monkeypatch) -> None:
-    """Joint attention would notice a prompt that is there twice."""
+    """Joint attention would notice a prompt that is there twice: in one batch, each length has a call of its own."""
     import comfy.conds
 
     model, seen = tiny_unet_model(), []
     model.model.extra_conds = lambda **kwargs: {"c_crossattn": comfy.conds.CONDRegular(kwargs["cross_attn"])}
     module = pack.submodule("integration.training.comfy_model").ComfyTrainingModel
-    predict = module.predict
-    monkeypatch.setattr(module, "predict", lambda self, *a: seen.append(a[2]["c_crossattn"].shape) or predict(self, *a))
-    prompts = [conditioning(k, tokens=tokens) for k, tokens in enumerate((23, 26, 29, 31))]
-    given = {
-        "model": model,
-        "conditioning": prompts,
-        "empty": conditioning(9, tokens=5),
-        "options": {"caption_dropout": 0.5},
-        "memory": "off",
-    }
-    with pytest.raises(
-        ValueError, match=r"batch_size 2: this model takes prompts of different lengths \(5, 23, 26, 29, 31 tokens\)"
-    ):
-        train(**given)
-    train(**given, batch_size=1, steps=12)
-    lengths = {tuple(shape[:2]) for shape in seen}
-    assert (1, 5) in lengths and len(lengths) > 2 and lengths <= {(1, tokens) for tokens in (5, 23, 26, 29, 31)}
+    call = module._call
+    monkeypatch.setattr(module, "_call", lambda self, *a: seen.append(tuple(a[2]["c_crossattn"].shape[:2])) or call(self, *a))
+    prompts = [conditioning(k, tokens=tokens) for k, tokens in enumerate((23, 26, 23, 31))]
+    given = {"model": model, "conditioning": prompts, "memory": "off", "steps": 8}
+    train(**given, empty=conditioning(9, tokens=5), options={"caption_dropout": 0.3}, batch_size=4)
+    assert {tokens for _, tokens in seen} == {5, 23, 26, 31} and (2, 23) in seen
+    assert sum(rows for rows, _ in seen) == 4 * 8
+
+
+def test_whatever_a_model_is_given_is_handled_by_its_kind(pack, tiny_unet_model, monkeypatch) -> None:
+    """A call has the rows that ComfyUI would have in one, and every row comes back in its place."""
+    import comfy.conds as conds
+
+    model = tiny_unet_model()
+
+    def extra_conds(**kwargs):
+        prompt = kwargs["cross_attn"]
+        return {
+            "c_crossattn": conds.CONDCrossAttn(prompt),
+            "c_concat": conds.CONDNoiseShape(kwargs["concat_latent_image"]),
+            "num_tokens": conds.CONDConstant(prompt.shape[1]),
+            "method": conds.CONDConstant("index"),
+            "ref_latents": conds.CONDList([prompt[:, :1], prompt[:, :2]]),
+            **({"attention_mask": conds.CONDRegular(torch.ones(1, prompt.shape[1]))} if prompt.shape[1] > 4 else {}),
+        }
+
+    model.model.extra_conds = extra_conds
+    inputs = pack.submodule("integration.training.graph_inputs")
+    batches = pack.submodule("styleinject_core.train.data.batches")
+    encoder = inputs.Encoder(model)
+    prompts = [
+        (torch.full((1, tokens, 8), float(k)), {"concat_latent_image": torch.full((1, 4, 8, 8), float(k))})
+        for k, tokens in enumerate((3, 5, 3, 7, 5))
+    ]
+    rows = encoder.prompts(prompts, [(4, 8, 8)] * 5)
+    calls = inputs.called_together(batches.joined(rows), torch.device("cpu"))
+    assert [numbers for numbers, _ in calls] == [[0, 2], [1, 4], [3]]
+    named = calls[1][1]
+    assert named["num_tokens"] == 5 and named["method"] == "index" and named["attention_mask"].shape == (2, 5)
+    assert named["c_crossattn"][:, 0, 0].tolist() == named["c_concat"][:, 0, 0, 0].tolist() == [1, 4]
+    assert [tuple(t.shape) for t in named["ref_latents"]] == [(2, 1, 8), (2, 2, 8)]
+    assert "attention_mask" not in calls[0][1]
+
+    wrapped = pack.submodule("integration.training.comfy_model").ComfyTrainingModel(model)
+    monkeypatch.setattr(wrapped, "_call", lambda noisy, times, named: noisy + times[:, None, None, None] + named["num_tokens"])
+    noisy, times = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, 8, 8), torch.arange(5.0)
+    expected = [2 * k + tokens for k, tokens in enumerate((3, 5, 3, 7, 5))]
+    assert wrapped._denoised(noisy, times, calls)[:, 0, 0, 0].tolist() == expected
+
+    shuffled = batches.rows(batches.joined(rows), [3, 0])
+    assert shuffled["conds"][0]["num_tokens"].value == 7
+    assert batches.conditioning_hash(rows[0]) != batches.conditioning_hash(rows[1])
+    assert batches.conditioning_hash(rows[0]) == batches.conditioning_hash(encoder.prompts(prompts[:1], [(4, 8, 8)])[0])
 
 
 def test_latents_of_other_models(pack, tiny_unet_model) -> None:

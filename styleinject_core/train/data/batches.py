@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Conditioning = dict[str, Tensor]  # what a prompt becomes; every tensor has one row per prompt
+
+class Each(tuple[Any, ...]):
+    """One value per prompt, of whatever kind: numbers, lists, tensors of other sizes. Only the model puts them together."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a host program gives a model beside a prompt, and of which of its kinds it is."""
+
+    kind: type
+    value: Any
+
+
+Conditioning = dict[str, Any]  # what prompts become: tensors of one row per prompt, or an Each
 
 
 @dataclass(frozen=True)
@@ -34,13 +47,41 @@ class Batch:
     styles: Tensor | None = None
 
 
-def rows(conditioning: Mapping[str, Tensor], index: Tensor | Sequence[int]) -> Conditioning:
+def rows(conditioning: Mapping[str, Any], index: Tensor | Sequence[int]) -> Conditioning:
     """The prompts of some rows."""
-    index = torch.as_tensor(index)
-    return {key: value[index.to(value.device)] for key, value in conditioning.items()}
+    numbers = index.tolist() if isinstance(index, Tensor) else list(index)
+    return {
+        key: Each(value[k] for k in numbers) if isinstance(value, Each) else value[numbers]
+        for key, value in conditioning.items()
+    }
 
 
-def joined(conditionings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A value with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Given):
+        return Given(value.kind, mapped(value.value, change))
+    if isinstance(value, dict):
+        return {key: mapped(part, change) for key, part in value.items()}
+    if type(value) in (list, tuple, Each):
+        return type(value)(mapped(part, change) for part in value)
+    return value
+
+
+def nbytes(value: Any) -> int:
+    """Of every tensor in a value."""
+    sizes = [0]
+
+    def noted(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    mapped(value, noted)
+    return sum(sizes)
+
+
+def joined(conditionings: Sequence[Mapping[str, Any]]) -> Conditioning:
     """Prompts one under the other.
 
     Token sequences of different length (B, L, C) are repeated to their least common multiple, which attention does not
@@ -50,12 +91,16 @@ def joined(conditionings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
         ValueError: prompts of different kinds (keys), or of other sizes than length.
     """
     keys = list(conditionings[0])
-    result = {}
+    result: Conditioning = {}
     for other in conditionings:
         if list(other) != keys:
             raise ValueError(f"conditionings of different kinds: one has {', '.join(keys)}, one has {', '.join(other)}")
     for key in keys:
-        values = [c[key] for c in conditionings]
+        found = [c[key] for c in conditionings]
+        if any(isinstance(value, Each) for value in found):
+            result[key] = Each(row for value in found for row in value)
+            continue
+        values = [value for value in found if isinstance(value, Tensor)]
         if values[0].ndim == 3:
             length = math.lcm(*(v.shape[1] for v in values))
             values = [v.repeat(1, length // v.shape[1], 1) for v in values]
@@ -65,7 +110,7 @@ def joined(conditionings: Sequence[Mapping[str, Tensor]]) -> Conditioning:
     return result
 
 
-def where(mask: Tensor, conditioning: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Conditioning:
+def where(mask: Tensor, conditioning: Mapping[str, Any], other: Mapping[str, Any]) -> Conditioning:
     """Each row from `conditioning`, or where mask (B,) is set from `other`, which has as many rows, or one for all.
 
     What only `conditioning` has is about the image, not the caption, and stays.
@@ -80,15 +125,32 @@ def where(mask: Tensor, conditioning: Mapping[str, Tensor], other: Mapping[str, 
     return {**chosen, **of_image}
 
 
-def conditioning_hash(conditioning: Mapping[str, Tensor]) -> str:
+def conditioning_hash(conditioning: Mapping[str, Any]) -> str:
     """A fingerprint of prompts, for recognizing a run's data."""
     return tensors_hash(conditioning.values())
 
 
 def tensors_hash(tensors: Any) -> str:
-    """A fingerprint of tensors' shapes and values."""
+    """A fingerprint of tensors' shapes and values, and of what else there is between them."""
     digest = hashlib.blake2b(digest_size=8)
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(str(tuple(value.shape)).encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        elif isinstance(value, Given):
+            digest.update(value.kind.__name__.encode())
+            add(value.value)
+        elif isinstance(value, dict):
+            for key, part in sorted(value.items(), key=lambda item: str(item[0])):
+                digest.update(str(key).encode())
+                add(part)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        else:
+            digest.update(repr(value).encode())
+
     for tensor in tensors:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        add(tensor)
     return digest.hexdigest()

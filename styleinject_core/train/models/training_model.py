@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...adapter import Adapter, host_shapes
 from ...attach import Applied, Attachment
+from ...call import CurrentCall
 from ...layer_names import is_block
 from ...layers import LayerShape
 from ..data.batches import Conditioning, tensors_hash
@@ -70,6 +71,10 @@ class TrainingModel(ABC):
     def layer_shapes(self) -> dict[str, LayerShape]:
         """Every layer that can be adapted, by the name that adapters call it by."""
         return host_shapes(self.denoiser)
+
+    def current_calls(self) -> list[CurrentCall]:
+        """The calls that layers of adapters are in. In a block that runs again in the backward pass they are as they were."""
+        return []
 
     @abstractmethod
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:

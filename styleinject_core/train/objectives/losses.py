@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...call import CurrentCall
 from ..models.noise import NoiseSchedule, min_snr_weight, target
 
 
@@ -109,7 +110,9 @@ def block_features(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor
 
 
 @contextmanager
-def checkpointed(blocks: Mapping[str, nn.Module], in_place: Collection[str] = ()) -> Iterator[None]:
+def checkpointed(
+    blocks: Mapping[str, nn.Module], in_place: Collection[str] = (), currents: Sequence[CurrentCall] = ()
+) -> Iterator[None]:
     """Gradient checkpointing: blocks keep their inputs only and run again in the backward pass.
 
     Hold it open until after the backward pass, and enter it inside of the attachment, so that the second run has the
@@ -117,6 +120,7 @@ def checkpointed(blocks: Mapping[str, nn.Module], in_place: Collection[str] = ()
 
     Args:
         in_place: names of blocks that may write into what they are given: nothing in them keeps that for the backward pass.
+        currents: the calls that adapters' layers are in; in the second run they are what they were in the first.
 
     Raises:
         ValueError: in the forward pass, where another block does so: its gradients would be wrong.
@@ -130,7 +134,7 @@ def checkpointed(blocks: Mapping[str, nn.Module], in_place: Collection[str] = ()
             if not torch.is_grad_enabled():
                 return run(*args, **kwargs)
             named = {key: _noted(value) for key, value in kwargs.items()}
-            called = partial(_on_copies, run, None if name in in_place else name, **named)
+            called = partial(_on_copies, _in_calls(run, currents), None if name in in_place else name, **named)
             return checkpoint(called, *map(_noted, args), use_reentrant=False)
 
         return forward
@@ -146,6 +150,19 @@ def checkpointed(blocks: Mapping[str, nn.Module], in_place: Collection[str] = ()
                 del block.__dict__["forward"]
             else:
                 block.forward = forward
+
+
+def _in_calls(run: Any, currents: Sequence[CurrentCall]) -> Any:
+    """Something to call, in the calls that adapters' layers are in now."""
+    calls = [(current, current.call) for current in currents]
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for current, call in calls:
+                stack.enter_context(current.exactly(call))
+            return run(*args, **kwargs)
+
+    return called if calls else run
 
 
 def _noted(value: Any) -> Any:

@@ -15,10 +15,10 @@ from ...call import ModelCall
 from ...router.control import GivenStyles
 from ..data.batches import Batch, Conditioning, conditioning_hash, where
 from ..data.source import Source
-from ..models.noise import add_noise, matching_times, predicted_sample, prediction_of
+from ..models.noise import add_noise, logit_normal, matching_times, predicted_sample, prediction_of
 from ..models.training_model import TrainingModel
 from ..random_numbers import VALIDATION, RandomNumbers
-from ..settings import TrainSettings
+from ..settings import FLOW_TIMES, TrainSettings
 from .losses import block_features, checkpointed, distil_loss, fine_tune_loss
 
 
@@ -79,7 +79,8 @@ class FineTune:
         with ExitStack() as stack:
             attachment = stack.enter_context(self.model.attachment(adapter))
             if self.settings.gradient_checkpointing:
-                stack.enter_context(checkpointed(self.model.blocks(), self.model.in_place_blocks()))
+                blocks, in_place = self.model.blocks(), self.model.in_place_blocks()
+                stack.enter_context(checkpointed(blocks, in_place, self.model.current_calls()))
             self._attachment = attachment
             yield attachment
 
@@ -107,7 +108,10 @@ class FineTune:
 
     def _noisy(self, latents: Tensor, rng: RandomNumbers) -> tuple[Tensor, Tensor, Tensor]:
         schedule = self.model.schedule
-        times = schedule.times(rng.uniform(len(latents))).to(latents.device)
+        uniform = rng.uniform(len(latents))
+        if schedule.prediction_type == "flow" and self.settings.flow_times == FLOW_TIMES[0]:
+            uniform = logit_normal(uniform)
+        times = schedule.times(uniform).to(latents.device)
         noise = rng.normal(latents)
         return times, noise, add_noise(schedule, latents, noise, times)
 
