@@ -112,12 +112,14 @@ def test_factors_that_are_none(model, train, factors):
         train(model=model, method="kronecker", options={"factors": factors})
 
 
-def test_the_factors_widget_is_the_last_and_may_be_absent(pack, run_node):
+def test_widgets_that_came_later_are_the_last_and_may_be_absent(pack, run_node):
     """Saved workflows list widgets by position, and saved prompts name those that there were."""
     node = pack["StyleInjectTrainOptions"]
-    last = node.define_schema().inputs[-1]
-    assert last.id == "factors" and last.optional and last.default == "64, 4"
-    given = {i.id: i.default for i in node.define_schema().inputs if getattr(i, "default", None) is not None and i is not last}
+    inputs = node.define_schema().inputs
+    later = inputs[[i.id for i in inputs].index("factors") :]
+    assert [i.id for i in later] == ["factors", "tokens", "flow_times"] and all(i.optional for i in later)
+    assert later[0].default == "64, 4"
+    given = {i.id: i.default for i in inputs if getattr(i, "default", None) is not None and i not in later}
     assert node.execute(**given).result[0] == pack.submodule("integration.training.train_options").TrainOptions()
     assert inspect.signature(node.execute).parameters["factors"].default == ""
 

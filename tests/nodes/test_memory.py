@@ -49,10 +49,10 @@ def test_every_kind_of_model_can_be_counted(pack, kind) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), model.network.attachment(adapter):
-            rows = {key: value.expand(2, *value.shape[1:]) for key, value in row.items()}
+            rows = pack.submodule("styleinject_core.train.data.batches").rows(row, [0, 0])
             model.network.predict(torch.randn(2, *latent.shape), torch.full((2,), 0.5), rows)
     real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    assert counted.whole == pytest.approx(real, rel=0.07)  # norms of some models are given copies, for in-place blocks
+    assert counted.whole == pytest.approx(real, rel=0.08)  # norms of some models are given copies, for in-place blocks
     assert counted.checkpointed < counted.whole
 
 
