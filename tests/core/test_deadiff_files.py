@@ -442,6 +442,8 @@ def test_training_may_begin_with_blip_diffusions_qformer(tmp_path):
     loaded = []
     for name in ("diffusers", "lavis"):
         deadiff = new_deadiff(config)
+        for parameter in deadiff.to_kv.parameters():
+            torch.nn.init.normal_(parameter)
         before = [parameter.clone() for parameter in deadiff.to_kv.parameters()]
         start_from_blip_diffusion(deadiff, tmp_path / f"{name}.safetensors")
         assert all(torch.equal(a, b) for a, b in zip(before, deadiff.to_kv.parameters(), strict=True))

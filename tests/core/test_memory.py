@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from styleinject_core.demo.training import DemoTrainingModel
 from styleinject_core.train.activations import count
+from styleinject_core.train.data.batches import rows
 from styleinject_core.train.data.source import LatentSource
 from styleinject_core.train.memory import GB, MemoryChoiceError, Workload, choose, free_memory
 from styleinject_core.train.objectives.losses import checkpointed
@@ -80,10 +81,10 @@ def test_what_is_counted_is_what_a_real_pass_keeps(model: DemoTrainingModel, aga
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    rows = {key: value.expand(batch, *value.shape[1:]) for key, value in prompt.items()}
+    prompts = rows(prompt, [0] * batch)
     blocks = model.blocks() if again else {}
     with model.attachment(adapter), checkpointed(blocks), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.predict(torch.randn(batch, *LATENTS), torch.full((batch,), 500), rows)
+        model.predict(torch.randn(batch, *LATENTS), torch.full((batch,), 500), prompts)
     real = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
     if again:  # the block that runs again comes on top, in the backward pass
         real += max(counted.blocks.values())
