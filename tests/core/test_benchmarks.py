@@ -61,4 +61,4 @@ def test_measurements_and_table(bench, problem):
     layers = bench.time_layers(trainees, inputs, 1, "cpu")
     assert len(layers.times) == 5 * 64 + 2 * 128, "every to_q and to_v, and every projection, by every method that adapts it"
     rows = bench.table(steps, layers, trainees, kept, dict.fromkeys(trainees, math.nan)).splitlines()
-    assert len(rows) == 2 + 6 and rows[2].startswith("| PEFT LoRA, r = 512 | 9,388,032 | 1.00 | 1.00 |")
+    assert len(rows) == 2 + 7 and rows[2].startswith("| PEFT LoRA, r = 512 | 9,388,032 | 1.00 | 1.00 |")
