@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,13 +95,13 @@ class Rule:
 def parse_styles(text: str) -> dict[str, float]:
     """Numbers per style from text: "flat ink = 0.7, 3 = 0.3", "all = 0.05", or in order: "0.7, 0, 0.3".
 
-    Entries are separated by commas, semicolons or new lines.
+    Entries are separated by commas, semicolons or new lines; a name may have commas itself.
 
     Raises:
         ControlError: an entry without a number, or a style named twice.
     """
     found: dict[str, float] = {}
-    for place, entry in enumerate((e for e in re.split(r"[,;\n]", text) if e.strip()), 1):
+    for place, entry in enumerate(_entries(text), 1):
         style, equals, number = entry.rpartition("=")
         style = style.strip() if equals else str(place)
         try:
@@ -114,6 +114,27 @@ def parse_styles(text: str) -> dict[str, float]:
             )
         found[style] = value
     return found
+
+
+def _entries(text: str) -> Iterator[str]:
+    """The entries of a text: an entry ends at a comma once it has its number."""
+    for line in re.split(r"[;\n]", text):
+        entry = ""
+        for part in line.split(","):
+            entry = f"{entry},{part}" if entry.strip() else part
+            if "=" in entry or _is_number(entry):
+                yield entry
+                entry = ""
+        if entry.strip():
+            yield entry
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Steering:

@@ -180,6 +180,7 @@ def test_hold_takes_the_adapters_own_trace(adapter, s):
     ("0.7, 0, 0.3", {"1": 0.7, "2": 0, "3": 0.3}),
     ("flat ink = 0.7\n 3=.5 ;all=1e-2", {"flat ink": 0.7, "3": 0.5, "all": 0.01}),
     ("a=b = -2\n\n", {"a=b": -2}),
+    ("dark, firm = 0.7, 3 = 0.3", {"dark, firm": 0.7, "3": 0.3}),
 ])  # fmt: skip
 def test_parsing(text, found):
     assert parse_styles(text) == found

@@ -61,7 +61,7 @@ def test_the_mixer_steers(client, graph) -> None:
     mixer |= {"style_1": 0.5, "style_4": 0.5}
     run = client.queue(graph)
     assert all(row == [0.5, 0, 0, 0.5] for row in heat(run, graph)["values"]["positive"])
-    assert "50%  style 1" in "".join(run.shown("text", named(graph, "StyleInjectStyleMixer")))
+    assert "50%  vivid" in "".join(run.shown("text", named(graph, "StyleInjectStyleMixer")))
 
 
 def test_each_style_alone_on_one_sheet(client, graph) -> None:
