@@ -53,16 +53,40 @@ function loaderOf(node) {
   return origin?.comfyClass === LOADER ? origin : null;
 }
 
+/** @type {Map<string, Promise<string[]>>} requests under way: a workflow that loads asks for the same file many times */
+const asking = new Map();
+
+/**
+ * The names of a listed file's styles; none where the server knows none.
+ * @param {string} name
+ */
+async function fetchStyles(name) {
+  try {
+    const response = await api.fetchApi(`/styleinject/style_names?adapter=${encodeURIComponent(name)}`);
+    return response.ok ? (await response.json()).map(String) : [];
+  } finally {
+    asking.delete(name);
+  }
+}
+
+/**
+ * The file that a mixer's loader has chosen; undefined without such a loader.
+ * @param {any} node a mixer
+ */
+function chosenFile(node) {
+  return loaderOf(node)?.widgets?.find((/** @type {any} */ widget) => widget.name === "adapter_name")?.value;
+}
+
 /**
  * Ask the server for the names that the chosen file has.
  * @param {any} node a mixer
  */
 async function ask(node) {
-  const name = loaderOf(node)?.widgets?.find((/** @type {any} */ widget) => widget.name === "adapter_name")?.value;
+  const name = chosenFile(node);
   if (!name) return;
-  const response = await api.fetchApi(`/styleinject/style_names?adapter=${encodeURIComponent(name)}`);
-  if (!response.ok) return;
-  const styles = (await response.json()).map(String);
+  if (!asking.has(name)) asking.set(name, fetchStyles(name));
+  const styles = (await asking.get(name)) ?? [];
+  if (chosenFile(node) !== name) return; // another one was chosen in the meantime
   if (styles.length && JSON.stringify(styles) !== JSON.stringify(node.properties[PROPERTY])) rename(node, styles);
 }
 
