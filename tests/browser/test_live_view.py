@@ -59,16 +59,18 @@ def test_the_heat_map_fills_and_can_be_read_and_saved(open_editor: Callable[...,
     canvas.hover()
     found = re.search(r"step (\d+), sigma [\d.]+, positive: (.+) ([\d.]+), mean of (\d+) layers", editor.status())
     assert found, editor.status()
-    step, style = int(found[1]) - 1, load_adapter(adapter_path("openmoji-line")).style_names.index(found[2])
+    named = load_adapter(adapter_path("openmoji-line")).style_names
+    step, style = int(found[1]) - 1, named.index(found[2])
     mean = sum(expected(editor, node, step, layer, style) for layer in range(layers)) / layers
     assert abs(mean - float(found[3])) < 0.002 and int(found[4]) == layers and style < styles
 
-    editor.choose("What to show", "style 2, per layer")
+    editor.choose("What to show", f"{named[1]}, per layer")
     editor.choose("For which prompt", "negative")
     editor.panel().get_by_title("Which layers").fill("up & to_q")
     canvas.hover()
     found = re.search(
-        r"step (\d+), sigma [\d.]+, negative, (up_blocks\S+to_q): style 2 ([\d.]+); leading style \d", editor.status()
+        rf"step (\d+), sigma [\d.]+, negative, (up_blocks\S+to_q): {named[1]} ([\d.]+); leading ({'|'.join(named)})",
+        editor.status(),
     )
     assert found, editor.status()
     names = next(message["names"] for message in editor.messages if "names" in message)
