@@ -123,9 +123,12 @@ class Problem:
         return result
 
     def compare(self, images: Tensor, concepts: list[int]) -> dict[str, float]:
-        shares = recognized(self.classifier, images, concepts, data.styles().index(self.style))
-        wanted = features(self.classifier, self.reference(concepts))
-        return {**shares, "kid": kid(features(self.classifier, images), wanted)}
+        return self.compared(images, concepts, self.style, self.reference(concepts))
+
+    def compared(self, images: Tensor, concepts: list[int], style: str, wanted: Tensor) -> dict[str, float]:
+        """What is recognized in images of one style, and how far they are from those that are wanted."""
+        shares = recognized(self.classifier, images, concepts, data.styles().index(style))
+        return {**shares, "kid": kid(features(self.classifier, images), features(self.classifier, wanted))}
 
     def ideal(self) -> dict[str, float]:
         """The columns of what is learned from."""
@@ -243,9 +246,7 @@ class Styles(Problem):
         for k, style in enumerate(self.styles):
             with self.given_style(attachment, k) if given and attachment is not None else nullcontext():
                 images = self.draw(model, self.prompts(k, concepts), 1000 + seed)
-            shares = recognized(self.classifier, images, concepts, data.styles().index(style))
-            wanted = features(self.classifier, data.images(style)[concepts])
-            columns.append({**shares, "kid": kid(features(self.classifier, images), wanted)})
+            columns.append(self.compared(images, concepts, style, data.images(style)[concepts]))
         return {name: sum(each[name] for each in columns) / len(columns) for name in columns[0]}
 
     def given_style(self, attachment: Attachment, style: int) -> AbstractContextManager[None]:
