@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Plan:
             self._known = -1
         # what they look at, where the image's tokens share a sequence with others; "all" where it makes no difference
         self.looks = {site.layer.tokens for site in self.active} - {"all"}
+        self.reading = [site for site in self.active if site.layer.prompt_features]  # the prompt
         places = dict.fromkeys(site.rows for site in self.active)
         self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
         self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
@@ -173,7 +175,8 @@ def _first_channels(host: HostLayer, h: Tensor, inputs: int) -> HostLayer:
     outputs = h.shape[1 if host.shape.is_conv else -1]
     shape = LayerShape(inputs, outputs, host.shape.kernel)
     read = lambda x: host.frozen_weight(x)[:outputs, :inputs]  # noqa: E731
-    return HostLayer(shape, lambda _: h, None, None, host.module, read=read, tokens=host.tokens, frames=host.frames)
+    kept: Any = {"tokens": host.tokens, "frames": host.frames, "prompt": host.prompt}
+    return HostLayer(shape, lambda _: h, None, None, host.module, read=read, **kept)
 
 
 class _Group:
