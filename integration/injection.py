@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -174,7 +174,8 @@ class Injection:
 
     def _check_prompts(self, model: nn.Module) -> None:
         """Refuse a router that reads prompts of another text encoder, where the model's are known (AdapterMismatchError)."""
-        adapter, width = self.applied.adapter, model.model_config.unet_config.get("context_dim")
+        adapter, config = self.applied.adapter, cast(Any, model.model_config)
+        width = config.unet_config.get("context_dim")
         made_for = {layer.prompt_features for layer in adapter.layers.values()} - {0}
         if made_for and isinstance(width, int) and made_for != {width}:
             numbers = " and ".join(map(str, sorted(made_for)))

@@ -181,7 +181,8 @@ class ComfyTrainingModel(TrainingModel):
         return attachment
 
     def text(self, conditioning: Conditioning) -> Tensor | None:
-        given = next(iter(conditioning[CONDS]), {}).get("c_crossattn")  # type: ignore[arg-type, attr-defined]
+        rows: Any = conditioning[CONDS]
+        given = rows[0].get("c_crossattn")
         return None if given is None else given.value
 
     def current_calls(self) -> list[CurrentCall]:
