@@ -48,6 +48,7 @@ LAYOUTS = {
     "SingleStreamDiT": Layout(after=("ref_latents",)),  # Krea 2, as Flux
     "MMDiT": Layout(),  # AuraFlow: registers, prompt, image
     "ErnieImageModel": Layout(leading=True),  # image, prompt
+    "CogVideoXTransformer3DModel": Layout(),  # prompt, clip
 }
 
 

@@ -180,7 +180,7 @@ def parse(name: str) -> LayerName:
     for place, part in enumerate(parts[:-2]):
         if part in vocabulary.STACKS and (number := _number(parts[place + 1])) is not None:
             refined = bool(vocabulary.TEXT_REFINERS & set(parts[:place]))
-            if place and not refined:
+            if place and not refined and parts[:place] != [part for part in parts[:place] if part in vocabulary.HOLDERS]:
                 break  # blocks of something else: a text encoder, an adapter inside of the model
             stack = vocabulary.Stack("refiner", "text", "self") if refined else vocabulary.STACKS[part]
             if parts[place + 1].startswith("block"):
@@ -276,7 +276,7 @@ def _in_a_unet(name: str, parts: list[str], side: str) -> LayerName:
 
 
 def _in_a_block(name: str, body: list[str], stack: vocabulary.Stack, number: int) -> LayerName:
-    end, words = _end(body), set(body)
+    end, words = _end([part for part in body if part not in vocabulary.STREAMS]), set(body)
     attention = next((part for part in body if part in vocabulary.ATTENTIONS), "")
     kind, projection = "other", ""
     if vocabulary.MODULATION.search(".".join(body)):
@@ -301,6 +301,11 @@ def _in_a_block(name: str, body: list[str], stack: vocabulary.Stack, number: int
             how = "joint"  # of two streams, the prompt's side
     if stack == vocabulary.STACKS["blocks"] and end in vocabulary.KREA:
         stream, how = "both", "joint" if how else ""
+    if stack == vocabulary.STACKS["blocks"] and body[0] in vocabulary.COGVIDEO:
+        kind, stream = vocabulary.COGVIDEO[body[0]], "both"
+        how, projection = ("joint", _projection(end)) if kind == "attention" else ("", "")
+    if body[-1] in vocabulary.STREAMS and how:
+        stream, how = vocabulary.STREAMS[body[-1]], "joint"
     return LayerName(name, "", stack.name, number, (), kind, how, projection, stream)
 
 

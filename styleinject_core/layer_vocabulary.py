@@ -61,12 +61,16 @@ STACKS = {
     "blocks": Stack("block", "image", "self"),  # Wan, Cosmos, PixArt in ComfyUI
     "visual_transformer_blocks": Stack("block", "image", "self"),  # Kandinsky 5
     "text_transformer_blocks": Stack("refiner", "text", "self"),
+    "patch_blocks": _TWO_STREAMS,  # PixelDiT, and then its pixels
+    "pixel_blocks": Stack("pixel", "image", "self"),
     "noise_refiner": Stack("refiner", "image", "self"),  # Z-Image, Lumina2
     "context_refiner": Stack("refiner", "text", "self"),
     "ref_image_refiner": Stack("refiner", "reference", "self"),
     "refiner_blocks": Stack("refiner", "text", "self"),  # HunyuanVideo, Krea 2
     "layerwise_blocks": Stack("refiner", "text", "self"),
 }
+# Modules that hold a model's blocks: HiDream-O1's is a language model.
+HOLDERS = {"language_model"}
 # Modules whose blocks refine the prompt, in whatever list they are.
 TEXT_REFINERS = {"txt_in", "individual_token_refiner", "context_embedder", "token_refiner", "txtfusion", "text_fusion"}
 
@@ -86,16 +90,22 @@ TEXT = {
     *("context_block", "txt_attn", "txt_mlp", "txt_mod"),  # SD 3, Flux in ComfyUI
     *("to_q_t", "to_k_t", "to_v_t", "to_out_t", "ff_t"),  # HiDream
     *("w1q", "w1k", "w1v", "w1o", "mlpC", "modC"),  # AuraFlow
-    *("qkv_y", "proj_y", "mlp_y", "mod_y"),  # Mochi
+    *("qkv_y", "proj_y", "mlp_y", "mod_y"),  # Mochi, PixelDiT
+    *("txt_qkv", "txt"),  # Lens, SeedVR2
 }
 REFERENCE = {"k_img", "v_img", "add_k_proj", "add_v_proj"}  # of cross-attention to a picture: Wan
 # Layers of single-stream blocks that are attention's and feed-forward's at once -> the attention's part.
 FUSED = {"linear1": "qkv", "linear2": "out", "to_qkv_mlp_proj": "qkv", "proj_out": "out"}
-KREA = {"wq", "wk", "wv", "wo", "gate", "up", "down"}  # the ends of Krea 2's layers, whose "blocks" have a single stream
-PROJECTION = re.compile(r"(?:to_|add_|linear_|w[12]?|W)?(qkv|kv|q|k|v|query|key|value)(?:_proj|_linear|_img|_[txy])?")
+# The ends of layers of models whose "blocks" have a single stream: Krea 2's, and CogVideoX's with what they belong to.
+KREA = {"wq", "wk", "wv", "wo", "gate", "up", "down"}
+COGVIDEO = {**dict.fromkeys(("q", "k", "v", "attn_out"), "attention"), **dict.fromkeys(("ff_proj", "ff_out"), "feed-forward")}
+STREAMS = {"vid": "image", "txt": "text", "all": "both"}  # SeedVR2's last word: whose tokens a layer is for
+PROJECTION = re.compile(
+    r"(?:to_|add_|linear_|proj_|img_|txt_|w[12]?|W)?(qkv|kv|q|k|v|query|key|value)(?:_proj|_linear|_img|_[txy])?"
+)
 OUTPUTS = {
     *("to_out", "to_add_out", "to_out_t", "out", "o", "o_proj", "out_proj", "output_proj", "proj", "proj_x", "proj_y"),
-    *("wo", "w1o", "w2o", "out_layer", "linear_out"),
+    *("wo", "w1o", "w2o", "out_layer", "linear_out", "attn_out", "proj_out"),
 }
 NORM = re.compile(r"\w*norm\w*|ln_[qk]")
 MODULATION = re.compile(

@@ -23,7 +23,7 @@ def flux(seed: int = 0) -> Any:
     from comfy.ldm.flux.model import FluxParams
 
     newer = {"txt_ids_dims": []} if any(f.name == "txt_ids_dims" for f in fields(FluxParams)) else {}
-    return _model("Flux", {
+    return of("Flux", {
         **newer, "image_model": "flux", "in_channels": CHANNELS, "out_channels": CHANNELS, "patch_size": 2,
         "vec_in_dim": WIDTH, "context_in_dim": tiny_model.CONTEXT, "hidden_size": WIDTH, "mlp_ratio": 4.0, "num_heads": 2,
         "depth": 2, "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True,
@@ -40,7 +40,7 @@ def z_image(seed: int = 0, padded: bool = False) -> Any:
     known = inspect.signature(NextDiT).parameters
     if padded and not newer.keys() <= known.keys():
         pytest.skip("this ComfyUI has no Z-Image")
-    return _model("Lumina2", {
+    return of("Lumina2", {
         **{name: value for name, value in newer.items() if name in known},
         "image_model": "lumina2", "patch_size": 2, "in_channels": CHANNELS, "dim": WIDTH, "cap_feat_dim": tiny_model.CONTEXT,
         "n_layers": 2, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 12, 12],
@@ -50,7 +50,7 @@ def z_image(seed: int = 0, padded: bool = False) -> Any:
 
 def qwen_image(seed: int = 0) -> Any:
     """Qwen-Image: to_q, to_k, to_v and their text counterparts are layers of their own."""
-    return _model("QwenImage", {
+    return of("QwenImage", {
         "image_model": "qwen_image", "in_channels": CHANNELS * 4, "out_channels": CHANNELS, "num_layers": 2,
         "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": tiny_model.CONTEXT,
         "axes_dims_rope": (8, 12, 12),
@@ -60,7 +60,7 @@ def qwen_image(seed: int = 0) -> Any:
 def sd3(seed: int = 0) -> Any:
     """Stable Diffusion 3: joint blocks with qkv of text and image; width is 64 times the depth."""
     context = {"target": "torch.nn.Linear", "params": {"in_features": tiny_model.CONTEXT, "out_features": 128}}
-    return _model("SD3", {
+    return of("SD3", {
         "in_channels": CHANNELS, "patch_size": 2, "depth": 2, "input_size": None, "adm_in_channels": WIDTH,
         "context_embedder_config": context, "num_patches": 256, "pos_embed_max_size": 16, "pos_embed_scaling_factor": None,
         "qk_norm": "rms", "x_block_self_attn_layers": [],
@@ -70,7 +70,7 @@ def sd3(seed: int = 0) -> Any:
 def sd35(seed: int = 0) -> Any:
     """Stable Diffusion 3.5 medium: the same with a second self-attention in the first block."""
     context = {"target": "torch.nn.Linear", "params": {"in_features": tiny_model.CONTEXT, "out_features": 128}}
-    return _model("SD3", {
+    return of("SD3", {
         "in_channels": CHANNELS, "patch_size": 2, "depth": 2, "input_size": None, "adm_in_channels": WIDTH,
         "context_embedder_config": context, "num_patches": 256, "pos_embed_max_size": 16, "pos_embed_scaling_factor": None,
         "qk_norm": "rms", "x_block_self_attn_layers": [0],
@@ -79,7 +79,7 @@ def sd35(seed: int = 0) -> Any:
 
 def flux2(seed: int = 0) -> Any:
     """Flux 2: modulation shared by all blocks, a gated MLP in linear1; latents of 128 channels, and no smaller patches."""
-    return _model("Flux2", {
+    return of("Flux2", {
         "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None,
         "context_in_dim": tiny_model.CONTEXT, "hidden_size": WIDTH, "mlp_ratio": 3.0, "num_heads": 2, "depth": 2,
         "depth_single_blocks": 2, "axes_dim": [8, 8, 8, 8], "theta": 2000, "qkv_bias": False, "guidance_embed": False,
@@ -94,7 +94,7 @@ def chroma(seed: int = 0) -> Any:
 
     known = {f.name for f in fields(ChromaParams)}
     newer = {name: value for name, value in {"txt_ids_dims": [], "vec_in_dim": None}.items() if name in known}
-    return _model("Chroma", {
+    return of("Chroma", {
         **newer, "image_model": "chroma", "in_channels": CHANNELS * 4, "out_channels": CHANNELS * 4, "patch_size": 2,
         "context_in_dim": tiny_model.CONTEXT, "hidden_size": WIDTH, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2,
         "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "qkv_bias": True,
@@ -104,7 +104,7 @@ def chroma(seed: int = 0) -> Any:
 
 def lumina2(seed: int = 0) -> Any:
     """Lumina 2: as Z-Image, without padding to whole blocks of tokens; keys and values have fewer heads."""
-    return _model("Lumina2", {
+    return of("Lumina2", {
         "image_model": "lumina2", "patch_size": 2, "in_channels": CHANNELS, "dim": WIDTH, "cap_feat_dim": tiny_model.CONTEXT,
         "n_layers": 2, "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [8, 12, 12],
         "axes_lens": [64, 64, 64], "multiple_of": 16, "ffn_dim_multiplier": 2.0,
@@ -113,7 +113,7 @@ def lumina2(seed: int = 0) -> Any:
 
 def wan(seed: int = 0) -> Any:
     """Wan 2.x, text to video: self-attention, and cross-attention to the prompt."""
-    return _model("WAN21_T2V", {
+    return of("WAN21_T2V", {
         "image_model": "wan2.1", "model_type": "t2v", "dim": WIDTH, "ffn_dim": 2 * WIDTH, "num_heads": 2, "num_layers": 3,
         "text_dim": tiny_model.CONTEXT, "freq_dim": WIDTH, "in_dim": CHANNELS, "out_dim": CHANNELS, "patch_size": (1, 2, 2),
         "text_len": 16, "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "window_size": (-1, -1),
@@ -122,7 +122,7 @@ def wan(seed: int = 0) -> Any:
 
 def ltxv(seed: int = 0) -> Any:
     """LTX Video: blocks that add to what they are given."""
-    return _model("LTXV", {
+    return of("LTXV", {
         "image_model": "ltxv", "in_channels": 128, "cross_attention_dim": WIDTH, "attention_head_dim": 32,
         "num_attention_heads": 2, "caption_channels": tiny_model.CONTEXT, "num_layers": 2,
     }, seed)  # fmt: skip
@@ -130,7 +130,7 @@ def ltxv(seed: int = 0) -> Any:
 
 def omnigen2(seed: int = 0) -> Any:
     """OmniGen 2: Lumina's blocks, with queries, keys and values apart; it is told how many tokens a prompt has."""
-    return _model("Omnigen2", {
+    return of("Omnigen2", {
         "image_model": "omnigen2", "patch_size": 2, "in_channels": CHANNELS, "hidden_size": WIDTH, "num_layers": 2,
         "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": (8, 12, 12),
         "axes_lens": (64, 64, 64), "text_feat_dim": tiny_model.CONTEXT,
@@ -139,7 +139,7 @@ def omnigen2(seed: int = 0) -> Any:
 
 def mochi(seed: int = 0) -> Any:
     """Mochi: image and prompt have streams of their own, of two widths."""
-    return _model("GenmoMochi", {
+    return of("GenmoMochi", {
         "image_model": "mochi_preview", "depth": 2, "patch_size": 2, "num_heads": 2, "hidden_size_x": WIDTH, "hidden_size_y": 32,
         "mlp_ratio_x": 192.0, "mlp_ratio_y": 2.0, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False,
         "out_bias": True, "attn_drop": 0.0, "patch_embed_bias": True, "posenc_preserve_area": True,
@@ -150,7 +150,7 @@ def mochi(seed: int = 0) -> Any:
 
 def cosmos2(seed: int = 0) -> Any:
     """Cosmos Predict 2: self- and cross-attention on latents whose noise grows without end."""
-    return _model("CosmosT2IPredict2", {
+    return of("CosmosT2IPredict2", {
         "image_model": "cosmos_predict2", "in_channels": CHANNELS, "out_channels": CHANNELS, "max_img_h": 240, "max_img_w": 240,
         "max_frames": 128, "patch_spatial": 2, "patch_temporal": 1, "model_channels": WIDTH, "num_blocks": 2, "num_heads": 2,
         "crossattn_emb_channels": tiny_model.CONTEXT, "concat_padding_mask": True, "pos_emb_cls": "rope3d",
@@ -163,7 +163,8 @@ def cosmos2(seed: int = 0) -> Any:
 MODELS: dict[str, Callable[..., Any]] = {"Flux": flux, "Z-Image": z_image, "Qwen-Image": qwen_image, "SD 3": sd3}
 
 
-def _model(kind: str, unet_config: dict[str, Any], seed: int) -> Any:
+def of(kind: str, unet_config: dict[str, Any], seed: int = 0) -> Any:
+    """A MODEL of one of ComfyUI's classes; the test is skipped where this ComfyUI has none."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -171,11 +172,12 @@ def _model(kind: str, unet_config: dict[str, Any], seed: int) -> Any:
     if not hasattr(comfy.supported_models, kind):
         pytest.skip(f"this ComfyUI has no {kind}")
     with torch.inference_mode():
-        config = getattr(comfy.supported_models, kind)(unet_config)
+        config = getattr(comfy.supported_models, kind)(dict(unet_config))
+        config.unet_config.update(unet_config)  # some kinds set sizes that no file says
         config.set_inference_dtype(torch.float32, None)
         base = config.get_model({}, "", device=torch.device("cpu"))
         tiny_model.fill(base.diffusion_model, seed)
-        if (positions := getattr(base.diffusion_model, "pos_embed", None)) is not None:
+        if isinstance(positions := getattr(base.diffusion_model, "pos_embed", None), torch.Tensor):
             positions.copy_(
                 torch.randn(positions.shape, generator=torch.Generator().manual_seed(seed)) * 0.02
             )  # empty until loaded

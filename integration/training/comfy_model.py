@@ -39,8 +39,9 @@ _PREDICTIONS = {  # how a model's input is scaled, and how its output is read ->
     (_SCALED, comfy.model_sampling.X0.calculate_denoised): "sample",
     (_PLAIN, comfy.model_sampling.CONST.calculate_denoised): "flow",
 }
-# Networks that write over what a backward pass needs (x += ...), which PyTorch does not notice everywhere.
-_OVERWRITE = {"LTXBaseModel"}
+# Whose networks write over what a backward pass needs (x += ...), which PyTorch does not notice everywhere: LTX Video, in each
+# version by a class of another name.
+_OVERWRITE = ("comfy.ldm.lightricks.",)
 # What a step needs beyond the weights where nobody has counted, in units of what ComfyUI estimates for sampling: a backward
 # pass keeps activations.
 _TRAINING_MEMORY = 4
@@ -109,7 +110,7 @@ class ComfyTrainingModel(TrainingModel):
         base = patcher.model
         host = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model)  # beneath torch.compile
         super().__init__(host, ComfySchedule(patcher.get_model_object("model_sampling")))
-        if _OVERWRITE & {base.__name__ for base in type(host).__mro__}:
+        if any(kind.__module__.startswith(_OVERWRITE) for kind in type(host).__mro__):
             raise ValueError(
                 f"this model, {model_title(base)}, cannot be trained here: its blocks overwrite what the backward pass needs, "
                 "and its gradients would be wrong"

@@ -224,6 +224,16 @@ TRANSFORMERS = {
         "double_stream_blocks.3.block.ff_i.experts.1.w2": ("block", 3, "feed-forward", "", "", "image"),
         "single_stream_blocks.3.block.ff_i.shared_experts.w1": ("single", 3, "feed-forward", "", "", "both"),
         "visual_transformer_blocks.3.cross_attention.to_key": ("block", 3, "attention", "cross", "k", "text"),  # Kandinsky 5
+        "transformer_blocks.0.attn.img_qkv": ("block", 0, "attention", "joint", "qkv", "image"),  # Lens
+        "transformer_blocks.0.attn.txt_qkv": ("block", 0, "attention", "joint", "qkv", "text"),
+        "patch_blocks.1.attn.qkv_x": ("block", 1, "attention", "joint", "qkv", "image"),  # PixelDiT
+        "patch_blocks.1.attn.qkv_y": ("block", 1, "attention", "joint", "qkv", "text"),
+        "pixel_blocks.0.attn.proj": ("pixel", 0, "attention", "self", "out", "image"),
+        "language_model.layers.1.self_attn.q_proj": ("block", 1, "attention", "self", "q", "both"),  # HiDream-O1
+        "blocks.0.attn.proj_qkv.txt": ("block", 0, "attention", "joint", "qkv", "text"),  # SeedVR2
+        "blocks.1.attn.proj_out.all": ("block", 1, "attention", "joint", "out", "both"),
+        "blocks.2.v": ("block", 2, "attention", "joint", "v", "both"),  # CogVideoX
+        "blocks.2.ff_out": ("block", 2, "feed-forward", "", "", "both"),
         "text_transformer_blocks.1.self_attention.to_value": ("refiner", 1, "attention", "self", "v", "text"),
         "blocks.3.attn.wv": ("block", 3, "attention", "joint", "v", "both"),  # Krea 2
         "blocks.3.mlp.gate": ("block", 3, "feed-forward", "", "", "both"),

@@ -34,6 +34,7 @@ class Host:
         default: what the word "default" chooses, by the ends of their names, in how many layers.
         prompt_first: tokens of the prompt before the image's in layers of one stream; the image has 16.
         video: whether its latents have frames.
+        masked: whether its text encoder gives a mask of the prompt's tokens.
     """
 
     make: Any
@@ -41,6 +42,7 @@ class Host:
     default: tuple[set[str], int]
     prompt_first: int = PROMPT
     video: bool = False
+    masked: bool = False
 
 
 CHANNELS = dit_models.CHANNELS
@@ -50,10 +52,10 @@ HOSTS = {
     "Flux 2": Host(dit_models.flux2, (128, 4, 4), ({"to_q", "to_v"}, 8), 512),
     "Chroma": Host(dit_models.chroma, IMAGE, ({"to_q", "to_v"}, 8)),
     "Z-Image": Host(
-        partial(dit_models.z_image, padded=True), IMAGE, ({"to_q", "to_v"}, 6), 32
+        partial(dit_models.z_image, padded=True), IMAGE, ({"to_q", "to_v"}, 6), 32, masked=True
     ),  # the prompt is padded to 32, and so is the image
-    "Lumina 2": Host(dit_models.lumina2, IMAGE, ({"qkv"}, 3)),
-    "Qwen-Image": Host(dit_models.qwen_image, (CHANNELS, 1, 8, 8), ({"to_q", "to_v"}, 4)),
+    "Lumina 2": Host(dit_models.lumina2, IMAGE, ({"qkv"}, 3), masked=True),
+    "Qwen-Image": Host(dit_models.qwen_image, (CHANNELS, 1, 8, 8), ({"to_q", "to_v"}, 4), masked=True),
     "SD 3": Host(dit_models.sd3, IMAGE, ({"to_q", "to_v"}, 4)),
     "SD 3.5": Host(dit_models.sd35, IMAGE, ({"to_q", "to_v"}, 6)),
     "Wan": Host(dit_models.wan, (CHANNELS, 3, 8, 8), ({"q", "v"}, 12), video=True),
@@ -70,8 +72,10 @@ def model(host):
     return host.make()
 
 
-def prompt(seed: int = 0, tokens: int = PROMPT) -> list:
-    extras = {"pooled_output": torch.ones(1, dit_models.WIDTH), "attention_mask": torch.ones(1, tokens, dtype=torch.long)}
+def prompt(seed: int = 0, tokens: int = PROMPT, masked: bool = False) -> list:
+    extras = {"pooled_output": torch.ones(1, dit_models.WIDTH)}
+    if masked:
+        extras["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
     return [[tiny_model.conditioning(seed, tokens=tokens)[0][0], extras]]
 
 
@@ -79,8 +83,8 @@ def draw(model, host, cfg: float = 1.0, steps: int = 2, batch: int = 1) -> torch
     import nodes
 
     with torch.inference_mode():
-        latent = {"samples": torch.zeros(batch, *host.latent)}
-        settings = (model, 5, steps, cfg, "euler", "simple", prompt(), prompt(1), latent)
+        latent, prompts = {"samples": torch.zeros(batch, *host.latent)}, [prompt(seed, masked=host.masked) for seed in (0, 1)]
+        settings = (model, 5, steps, cfg, "euler", "simple", *prompts, latent)
         return nodes.KSampler().sample(*settings)[0]["samples"]
 
 
@@ -235,7 +239,7 @@ def test_the_images_tokens_are_comfyuis_own(pack, run_node) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_trains_and_the_file_samples_what_training_saw(pack, host, model, train, run_node, checkpointing, tmp_path) -> None:
     latents = {"samples": torch.randn(4, *host.latent, generator=torch.Generator().manual_seed(0))}
-    prompts = [prompt(k, tokens=PROMPT + k % 2) for k in range(4)]  # of two lengths in a batch
+    prompts = [prompt(k, PROMPT + k % 2, host.masked) for k in range(4)]  # of two lengths in a batch
     adapter, losses, _ = train(
         model=model, latents=latents, conditioning=prompts, layers="attention, feed-forward", batch_size=4,
         steps=4 if checkpointing else 30, learning_rate=2e-2, rank=RANK, styles=STYLES, memory="off",
@@ -308,7 +312,7 @@ def test_others_train_too(pack, make, latent, train, run_node) -> None:
     """Constants beside the prompt, and masks of prompts; the gradients are those of what is drawn."""
     model = make()
     latents = {"samples": torch.randn(4, *latent, generator=torch.Generator().manual_seed(0))}
-    prompts = [prompt(k, tokens=PROMPT + k % 2) for k in range(4)]
+    prompts = [prompt(k, PROMPT + k % 2, masked=True) for k in range(4)]
     given = {"model": model, "latents": latents, "conditioning": prompts, "layers": "default", "batch_size": 4, "rank": RANK,
              "styles": STYLES, "memory": "off"}  # fmt: skip
     whole, losses, _ = train(**given, steps=30, learning_rate=2e-2, options={"dtype": "float32"})

@@ -1,0 +1,67 @@
+"""Every transformer that ComfyUI 0.33 draws with: an adapter's way onto it, on a small one of each class.
+
+`test_transformers` compares some of them with the method written out; here is what has to hold of all.
+"""
+
+from __future__ import annotations
+
+import all_models
+import comfyui
+import dit_models
+import pytest
+import torch
+from random_adapters import close
+from training import assert_clean
+
+VERSION = comfyui.comfyui_version(comfyui.find_comfyui())
+
+
+def draw(model, small) -> torch.Tensor:
+    import nodes
+
+    with torch.inference_mode():
+        latent = {"samples": torch.zeros(1, *small.latent)}
+        settings = (model, 5, 2, 1.0, "euler", "simple", small.prompt(), small.prompt(1), latent)
+        return nodes.KSampler().sample(*settings)[0]["samples"]
+
+
+@pytest.mark.skipif(not VERSION.startswith("0.33."), reason="the table is of ComfyUI 0.33's classes")
+@pytest.mark.parametrize("kind", all_models.MODELS)
+def test_an_adapter_on_it(pack, run_node, kind) -> None:
+    small = all_models.MODELS[kind]
+    model = dit_models.of(kind, small.config)
+    core, places = pack.submodule("styleinject_core"), pack.submodule("integration.places")
+    shapes = places.layer_shapes(model.model)
+    words = pack.submodule("styleinject_core.layer_names")
+    for word in ("default", "attention", "all", "first", "last", "block.0"):
+        config = core.AdapterConfig(r=2, n_styles=3, target_modules=(word,))
+        adapter = core.Adapter.create(shapes, config, "ink")
+        assert adapter.names and all(words.parse(name).has_tokens for name in adapter.names)
+    adapter = core.Adapter.create(shapes, core.AdapterConfig(r=2, n_styles=3, target_modules=("default",)), "ink")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
+    bare = draw(model, small)
+    assert torch.equal(draw(model, small), bare) and not bare.isnan().any()
+    off, *_ = run_node("StyleInjectApply", model=model, adapter=adapter, strength=0.0)
+    assert torch.equal(draw(off, small), bare)
+    patched, report, *_ = run_node("StyleInjectApply", model=model, adapter=adapter, strength=1.0)
+    found = draw(patched, small)
+    assert not found.isnan().any() and not close(found, bare, 1e-3)
+    assert f"{len(adapter.names)} of {len(adapter.names)} layers matched" in report
+    unknown = pack.submodule("integration.tokens").layers_with_unknown_tokens(model.model, adapter)
+    assert (f"in {len(unknown)} layer" in report) == ("cannot be told" in report) == bool(unknown)
+    assert torch.equal(draw(model, small), bare)
+    assert_clean(model)
+
+
+@pytest.mark.skipif(not VERSION.startswith("0.33."), reason="the table is of ComfyUI 0.33's classes")
+def test_the_table_is_whole() -> None:
+    """Every class that ComfyUI can load is here, among those tested at length, a U-Net, or known as untested."""
+    import comfy.supported_models
+
+    named = {kind.__name__ for kind in comfy.supported_models.models}
+    groups = (all_models.MODELS, all_models.AT_LENGTH, all_models.U_NETS, all_models.UNTESTED)
+    assert named == {name for group in groups for name in group}
+    assert sum(map(len, groups)) == len(named), "each in one of them"
