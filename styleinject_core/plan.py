@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from .functional.host import HostLayer, statistics_dtype
 from .functional.update import Hear, LayerWeights, prepare
 from .layers import LayerShape
 from .site import Rows, Site
+
+_data_ptr, _version = Tensor.data_ptr, attrgetter("_version")
 
 
 class Plan:
@@ -48,12 +51,13 @@ class Plan:
             self._strengths = [(site, site.dma, site.sta) for site in sites]
             self._tables = [site.layer._parameters for site in self.active]
             parameters = [p for table in self._tables for p in table.values()]
-            self._parameters = list(map(id, parameters))  # no other has these ids while `_tensors` keeps them
+            # no other has these ids while `_tensors` keeps them
+            self._parameters = [list(map(id, table.values())) for table in self._tables]
             self._tensors = [p for p in parameters if p is not None]
-            self._pointers = [p.data_ptr() for p in self._tensors]
+            self._pointers = list(map(_data_ptr, self._tensors))
             # those made in inference mode, as ComfyUI makes them, have no count of changes, and are changed by nobody
             self._counted = [p for p in self._tensors if not p.is_inference()]
-            self._versions = [p._version for p in self._counted]
+            self._versions = list(map(_version, self._counted))
 
     def holds(self, sites: Sequence[Site], x: Tensor, host: HostLayer) -> bool:
         """Whether it is what would be prepared now."""
@@ -62,11 +66,10 @@ class Plan:
         for site, dma, sta in self._strengths:
             if site.dma != dma or site.sta != sta:
                 return False
-        return (
-            self._parameters == [id(p) for table in self._tables for p in table.values()]
-            and self._pointers == [p.data_ptr() for p in self._tensors]
-            and self._versions == [p._version for p in self._counted]
-        )
+        for table, ids in zip(self._tables, self._parameters, strict=True):
+            if list(map(id, table.values())) != ids:
+                return False
+        return list(map(_data_ptr, self._tensors)) == self._pointers and list(map(_version, self._counted)) == self._versions
 
     def run(self, x: Tensor, host: HostLayer) -> Tensor:
         """h* of the layer. Slices of a fused layer are adapted on their own channels, after what adapts it whole.
@@ -187,6 +190,7 @@ class _Group:
         precise = statistics_dtype(x)
         self.weights = [self._weights(site, x, precise) for site in sites]
         self.prepared = prepare([weights for weights in self.weights if weights.active])
+        self._straight: tuple[HostLayer, torch.Size, Callable[[Tensor], Tensor] | None] | None = None
 
     def _weights(self, site: Site, x: Tensor, precise: torch.dtype) -> LayerWeights:
         def cast(parameter: Tensor) -> Tensor:
@@ -209,6 +213,12 @@ class _Group:
     def _forward(self, x: Tensor, host: HostLayer, hear: Hear | None = None) -> Tensor:
         if self._device is not None and torch.is_autocast_enabled(self._device):
             return dispatch.forward(x, host, self.weights, hear)
+        if hear is None and host.constants is not None and not torch.is_grad_enabled():
+            known = self._straight  # for this layer by itself and inputs of one shape
+            if known is None or known[0] is not host or known[1] != x.shape:
+                self._straight = known = (host, x.shape, dispatch.straight(x, host, self.prepared))
+            if known[2] is not None:
+                return known[2](x)
         return dispatch.run(x, host, self.prepared, hear)
 
     def _heard(self, x: Tensor, host: HostLayer) -> Tensor:
