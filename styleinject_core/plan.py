@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .functional.host import HostLayer, statistics_dtype
 from .functional.update import Hear, LayerWeights, prepare
 from .layers import LayerShape
 from .site import Rows, Site
+
+_data_ptr, _version = Tensor.data_ptr, attrgetter("_version")
 
 
 class Plan:
@@ -43,19 +46,20 @@ class Plan:
         self.looks = {site.layer.tokens for site in self.active} - {"all"}
         self.reading = [site for site in self.active if site.layer.prompt_features]  # the prompt
         places = dict.fromkeys(site.rows for site in self.active)
-        self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
+        self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x, host) for rows in places}
         self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
         self.kept = keep and not torch.is_grad_enabled() and all(group.lasting for group in self.groups.values())
         if self.kept:
             self._strengths = [(site, site.dma, site.sta) for site in sites]
             self._tables = [site.layer._parameters for site in self.active]
             parameters = [p for table in self._tables for p in table.values()]
-            self._parameters = list(map(id, parameters))  # no other has these ids while `_tensors` keeps them
+            # no other has these ids while `_tensors` keeps them
+            self._parameters = [list(map(id, table.values())) for table in self._tables]
             self._tensors = [p for p in parameters if p is not None]
-            self._pointers = [p.data_ptr() for p in self._tensors]
+            self._pointers = list(map(_data_ptr, self._tensors))
             # those made in inference mode, as ComfyUI makes them, have no count of changes, and are changed by nobody
             self._counted = [p for p in self._tensors if not p.is_inference()]
-            self._versions = [p._version for p in self._counted]
+            self._versions = list(map(_version, self._counted))
 
     def holds(self, sites: Sequence[Site], x: Tensor, host: HostLayer) -> bool:
         """Whether it is what would be prepared now."""
@@ -64,11 +68,10 @@ class Plan:
         for site, dma, sta in self._strengths:
             if site.dma != dma or site.sta != sta:
                 return False
-        return (
-            self._parameters == [id(p) for table in self._tables for p in table.values()]
-            and self._pointers == [p.data_ptr() for p in self._tensors]
-            and self._versions == [p._version for p in self._counted]
-        )
+        for table, ids in zip(self._tables, self._parameters, strict=True):
+            if list(map(id, table.values())) != ids:
+                return False
+        return list(map(_data_ptr, self._tensors)) == self._pointers and list(map(_version, self._counted)) == self._versions
 
     def run(self, x: Tensor, host: HostLayer) -> Tensor:
         """h* of the layer. Slices of a fused layer are adapted on their own channels, after what adapts it whole.
@@ -182,14 +185,15 @@ def _first_channels(host: HostLayer, h: Tensor, inputs: int) -> HostLayer:
 class _Group:
     """The sites that adapt the same channels."""
 
-    def __init__(self, sites: Sequence[Site], x: Tensor):
-        self.sites, self.lasting = list(sites), True
+    def __init__(self, sites: Sequence[Site], x: Tensor, host: HostLayer):
+        self.sites, self.lasting, self._host = list(sites), True, host
         self.current = list({site.current: None for site in sites})
         # torch knows no autocast for meta tensors
         self._device = None if x.device.type == "meta" else x.device.type
         precise = statistics_dtype(x)
         self.weights = [self._weights(site, x, precise) for site in sites]
         self.prepared = prepare([weights for weights in self.weights if weights.active])
+        self._straight: tuple[torch.Size, Callable[[Tensor], Tensor] | None] | None = None
 
     def _weights(self, site: Site, x: Tensor, precise: torch.dtype) -> LayerWeights:
         def cast(parameter: Tensor) -> Tensor:
@@ -212,6 +216,13 @@ class _Group:
     def _forward(self, x: Tensor, host: HostLayer, hear: Hear | None = None) -> Tensor:
         if self._device is not None and torch.is_autocast_enabled(self._device):
             return dispatch.forward(x, host, self.weights, hear)
+        # the layer by itself: another host belongs to one call, and may hold its input
+        if hear is None and host is self._host and host.constants is not None and not torch.is_grad_enabled():
+            known = self._straight  # for inputs of one shape
+            if known is None or known[0] != x.shape:
+                self._straight = known = (x.shape, dispatch.straight(x, host, self.prepared))
+            if known[1] is not None:
+                return known[1](x)
         return dispatch.run(x, host, self.prepared, hear)
 
     def _heard(self, x: Tensor, host: HostLayer) -> Tensor:

@@ -229,6 +229,7 @@ class ComfyTrainingModel(TrainingModel):
         model = self.patcher.model
         call = ModelCall(tokens=tokens_of(model, noisy, named), prompt=prompt_of(named))
         with ExitStack() as stack:
+            stack.enter_context(_in_training())  # also where one forward pass is counted, before anything is loaded
             for attachment in self._attached:
                 stack.enter_context(attachment.in_call(call))
             return model.apply_model(noisy, times, transformer_options=self._options(times), **named)
@@ -300,27 +301,38 @@ class Loaded:
         former = [getattr(layer, _UNPACKED) for layer in layers]
         # Weights that come from RAM by a stream of their own share a buffer: the backward pass would find it overwritten.
         streams = management.NUM_STREAMS
-        in_training = getattr(management, "in_training", None)  # newer versions avoid operations without gradients then
         try:
-            if in_training is not None:
-                management.in_training = True
             management.NUM_STREAMS = 0
             for layer in layers:
                 setattr(layer, _UNPACKED, True)
             self.prepare()
             with ExitStack() as stack:
+                stack.enter_context(_in_training())
                 for model in self.models:
                     stack.enter_context(model.held())
                     stack.enter_context(lasting_norms(model.denoiser))
                 yield
         finally:
-            if in_training is not None:
-                management.in_training = in_training
             management.NUM_STREAMS = streams
             for layer, value in zip(layers, former, strict=True):
                 setattr(layer, _UNPACKED, value)
             for model in self.models:
                 model.patcher.cleanup()
+
+
+@contextmanager
+def _in_training() -> Iterator[None]:
+    """Newer versions of ComfyUI avoid operations without gradients where this is said."""
+    management = comfy.model_management
+    former = getattr(management, "in_training", None)
+    if former is None:
+        yield
+        return
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = former
 
 
 @contextmanager

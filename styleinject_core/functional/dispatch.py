@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,6 +52,13 @@ def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None
     if not prepared.prepared:
         return host(x)
     return (fold if prefers_fold(x, host, prepared) else stack).run(x, host, prepared, hear)
+
+
+def straight(x: Tensor, host: HostLayer, prepared: Together) -> Callable[[Tensor], Tensor] | None:
+    """`run` for inputs of x's shape, dtype and device as one function of x, for calls without gradients, autocast and
+    listeners; None where there is none."""
+    form = fold if prefers_fold(x, host, prepared) else stack
+    return form.straight(host, prepared, x.dtype)
 
 
 def _under_autocast(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None) -> Tensor:

@@ -10,7 +10,7 @@ per image, and every other gradient comes from that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +62,31 @@ def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None
         if update.shift is not None:
             bias, sign = update.shift if bias is None else sign * bias + update.shift, 1.0
     return _product(x, host, folded, bias, sign)
+
+
+def straight(host: HostLayer, prepared: Together, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """`run` for a Linear and x of that dtype, without its choices and without gradients; None where it has to choose."""
+    head, weight, bias = prepared.head, host.weight, host.bias
+    if head is None or weight is None or host.shape.is_conv:
+        return None
+    of, up, scale, precise = head.of, head.up, head.scale, torch.promote_types(dtype, torch.float32)
+    linear, baddbmm, same = F.linear, torch.baddbmm, dtype == precise
+
+    def line(x: Tensor) -> Tensor:
+        mean, batch = x.mean(1, dtype=precise), x.shape[0]
+        gain, down = of(mean, dtype)
+        center = linear(mean, weight if same else weight.to(precise))
+        if same:
+            shift = gain * center if bias is None else torch.addcmul(bias, gain, center, value=-1)
+            folded = torch.addcmul(weight, weight, gain.unsqueeze(2))
+        else:
+            operation, arguments = (torch.mul, (gain, center)) if bias is None else (torch.addcmul, (bias, gain, center))
+            shift = rounded(operation, gain, dtype, *arguments, **({} if bias is None else {"value": -1}))
+            folded = _rescaled(weight, gain.unsqueeze(2))
+        folded.baddbmm_(up.expand(batch, -1, -1), down, alpha=scale)
+        return baddbmm(shift.unsqueeze(1), x, folded.mT, beta=-1 if bias is None else 1)
+
+    return line
 
 
 def _rescaled(weight: Tensor, gain: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ Handles every case: training, statistics that need σ, routing by token, masks, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .host import HostLayer, rounded, statistics_dtype
-from .update import Hear, LayerWeights, Together, Update, gathered, prepare
+from .update import Hear, LayerWeights, LowRank, Together, Update, gathered, prepare
 
 
 def forward(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None = None) -> Tensor:
@@ -28,6 +28,32 @@ def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None
     for update in masked:
         out = out + update.mask * (add([update], x, h, host) - h)
     return out
+
+
+def straight(host: HostLayer, prepared: Together, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """`run` for x of that dtype, without its choices and without gradients; None where it has to choose."""
+    head, is_conv, positions = prepared.head, host.shape.is_conv, host.positions
+    if head is None or host.tokens is not None:
+        return None
+    of, up, scale, frozen = head.of, head.up, head.scale, host.forward
+    precise = torch.promote_types(dtype, torch.float32)
+    same = dtype == precise
+
+    def line(x: Tensor) -> Tensor:
+        h = frozen(x)
+        gain, down = of(x.mean(positions, dtype=precise), dtype)
+        gain = gain[:, :, None, None] if is_conv else gain.unsqueeze(1)
+        mean = h.mean(positions, keepdim=True, dtype=precise)
+        if same:
+            out = torch.addcmul(h, gain, h - mean)
+        else:  # as in `_rescaled_image`
+            factor = rounded(torch.add, gain, dtype, gain, 1)
+            out = torch.addcmul(rounded(torch.addcmul, gain, dtype, mean, factor, mean, value=-1), h, factor)
+        if is_conv:
+            return LowRank(down, up, scale).beside(out, x, host, owned=True)
+        return out.baddbmm_(torch.bmm(x, down.mT), up.mT.expand(x.shape[0], -1, -1), alpha=scale)
+
+    return line
 
 
 def add(updates: Sequence[Update], x: Tensor, h: Tensor, host: HostLayer) -> Tensor:

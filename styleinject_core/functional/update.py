@@ -51,6 +51,22 @@ class Update:
     mask: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Head:
+    """An update that is a gain G and one change of low rank for each image, both known from the mean of x alone.
+
+    Args:
+        of: mean of x (B, k), in at least float32, and a dtype -> G (B, d), in at least float32, and down (B, R, k[, kh, kw]) in
+            that dtype.
+        up: (d, R).
+        scale: of the change.
+    """
+
+    of: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
+    up: Tensor
+    scale: float
+
+
 Hear = Callable[[Any, Tensor], Tensor]  # (weights of a layer, s) -> the s to use: how a call listens to routers, and steers
 
 
@@ -111,6 +127,11 @@ class Together:
 
     def __iter__(self) -> Iterator[Prepared]:
         return iter(self.prepared)
+
+    @property
+    def head(self) -> Head | None:
+        """What there is where it is all of one kind, and that kind is simple enough for a straight line."""
+        return getattr(self.prepared[0], "head", None) if len(self.prepared) == 1 else None
 
     def updates(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> list[Update]:
         """The updates for one call; arguments as those of `Prepared.update`."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..functional.host import HostLayer, statistics_dtype
 from ..functional.stacked import stacked
-from ..functional.update import Change, Hear, LowRank, Prepared, Update, raised
+from ..functional.update import Change, Head, Hear, LowRank, Prepared, Update, raised
 
 if TYPE_CHECKING:
     from .styleinject import StyleInjectWeights
@@ -160,6 +160,32 @@ class _SideBySide:
         if self.up is not None:
             changes = (LowRank(self._mixed(s if s.dtype == x.dtype else s.to(x.dtype)), self.up, self.dma),)
         return _update(gain, changes, self.several[0])
+
+    @property
+    def head(self) -> Head | None:
+        """The update without its choices, where it has a router of the mean, a gain and a change."""
+        router, router_bias, hyper, hyper_bias, sta = self.router, self.router_bias, self.hyper, self.hyper_bias, self.sta
+        if router is None or self.prompt is not None or hyper is None or self.up is None or not self.folds:
+            return None
+        if self.several[0].router_pool != "mean":
+            return None
+        A, layers, mixed = self.down[0], len(self.down), self._mixed
+        linear, softmax, shape = F.linear, torch.softmax, A.shape[1:]
+
+        def of(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            s = linear(mean, router, router_bias)
+            if layers > 1:
+                s = softmax(s.view(s.shape[0], layers, -1), -1).flatten(1)
+            else:
+                s = softmax(s, -1)
+            if sta == 1:
+                gain = linear(s, hyper, hyper_bias)
+            else:
+                gain = torch.addmm(hyper_bias, s, hyper.mT, beta=sta, alpha=sta)
+            low = s if s.dtype == dtype else s.to(dtype)
+            return gain, mixed(low) if layers > 1 else (low @ A.flatten(1)).view(-1, *shape)
+
+        return Head(of, self.up, self.dma)
 
     def route(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Tensor:
         """s of every layer side by side, (B, J·n), in at least float32."""

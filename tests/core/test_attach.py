@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -312,6 +313,41 @@ def test_what_is_prepared_is_never_stale(change, tokens, count):
     plain = HostLayer(LayerShape.of(frozen), frozen.forward, frozen.weight, frozen.bias, frozen)
     with torch.no_grad():
         torch.testing.assert_close(found, reference.forward(x.double(), plain, weights), rtol=1e-4, atol=1e-5)
+
+
+STRAIGHT = {
+    "fold": (nn.Linear(6, 10), (3, 40, 6)),
+    "fold, no bias": (nn.Linear(6, 10, bias=False), (2, 40, 6)),
+    "stack": (nn.Linear(6, 10), (2, 3, 6)),
+    "one token": (nn.Linear(6, 10, bias=False), (3, 1, 6)),
+    "a convolution, stride 2": (nn.Conv2d(4, 8, 3, stride=2, padding=1), (3, 4, 5, 5)),
+    "one pixel": (nn.Conv2d(4, 8, 3, padding=1, bias=False), (2, 4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("case", STRAIGHT)
+def test_the_straight_line_is_the_reference(case, count, dtype):
+    """What repeated calls run, for inputs of one shape after those of another, with strengths that are not 1."""
+    module, shape = STRAIGHT[case]
+    host = nn.ModuleDict({"layer": copy.deepcopy(module).to(dtype)}).requires_grad_(False)
+    adapters = [trained(host, seed, target_modules=("layer",)).requires_grad_(False).to(dtype) for seed in range(count)]
+    frozen = copy.deepcopy(host["layer"]).double()
+    plain = HostLayer(LayerShape.of(frozen), frozen.forward, frozen.weight, frozen.bias, frozen)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}[dtype]
+    with torch.no_grad(), attach(host, adapters) as attachment:
+        attachment.set_strength(0.7, dma=0.9, sta=1.2)
+        weights = [
+            site.layer.weights(lambda p: p.double(), dma=site.dma, sta=site.sta) for sites in attachment.sites for site in sites
+        ]
+        for batch in (shape[0], shape[0] + 1, shape[0]):
+            x = torch.randn(batch, *shape[1:]).to(dtype)
+            for _ in range(2):
+                found = host["layer"](x).double()
+            expected = reference.forward(x.double(), plain, weights)
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+        assert host["layer"].forward._plan.whole._straight[2] is not None, "it took another way"
 
 
 def test_an_attachment_that_leaves_takes_its_part_with_it():

@@ -10,12 +10,11 @@ import tiny_model
 import torch
 from training import assert_clean, latents, same
 
-TRANSFORMERS = {name: build for name, build in dit_models.MODELS.items() if name != "Z-Image"}  # its prompts do not train yet
 MODELS = {
     "SD 1.5": tiny_model.build_tiny_model,
     "SDXL": tiny_model.sdxl_model,
     "fp8": lambda: tiny_model.fp8_model()[0],
-    **TRANSFORMERS,
+    **dit_models.MODELS,
 }
 GB = 2**30
 
@@ -33,6 +32,8 @@ def test_every_kind_of_model_can_be_counted(pack, kind) -> None:
     model = pack.submodule("integration.training.graph_model").GraphModel(MODELS[kind]())
     latent = model.encoder.framed(torch.randn(model.encoder.channels, 16, 16))
     prompt = (tiny_model.conditioning(0)[0][0], {"pooled_output": torch.ones(1, 64)})
+    if kind == "Z-Image":
+        prompt[1]["attention_mask"] = torch.ones(1, prompt[0].shape[1], dtype=torch.long)
     (row,), _ = model.conditionings([prompt], [latent], False)
     requests = pack.submodule("styleinject_core.train.request")
     asked = requests.TrainingRequest("ink", requests.AdapterRequest(rank=4, styles=2))
