@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -163,24 +164,41 @@ class Job:
             dtype=request.torch_dtype,
             node_id=self.node_id,
             note="" if self.memory is None else self.memory.report,
+            heading=self._heading(task, images),
             pictures=(lambda: self._pictures(loaded, images)) if self.options.vae is not None else None,
+        )
+
+    def _heading(self, task: FineTune, images: Images) -> str:
+        """What is trained on what, as the command line says it first."""
+        network, sampling = self.student.network, self.student.network.schedule.sampling
+        shapes = Counter(tuple(side * self.student.encoder.pixels_per_latent for side in x.shape[-2:]) for x in images.latents)
+        sizes = ", ".join(f"{count} of {width}x{height}" for (height, width), count in shapes.most_common(6))
+        kinds = [base.__name__ for base in type(sampling).__mro__[1:-1] if base is not torch.nn.Module]
+        vae = "connected" if self.options.vae is not None else "not connected, so no pictures are drawn"
+        return (
+            f"{task.objective} on {network.title}, predicting {network.schedule.prediction_type} ({', '.join(kinds)}); layers "
+            f"{', '.join(self.request.adapter.targets)}; {len(images.latents)} latents: {sizes}"
+            f"{', ...' if len(shapes) > 6 else ''}, of {self.student.encoder.channels} channels; VAE {vae}"
         )
 
     def _pictures(self, loaded: Loaded, images: Images) -> Tensor:
         """What the model draws with the adapter as it is, (N, H, W, 3) in [0, 1]."""
         options = self.options
+        seed, found = self.request.settings.seed, []
         try:
-            latents = draw(
-                self.student.patcher,
-                options.pictured or images.prompts[:1],
-                self.student.empty,
-                images.shape,
-                seed=self.request.settings.seed,
-                steps=options.sampling_steps,
-                guidance=options.guidance,
-            )
-            with torch.inference_mode():
-                decoded = [options.vae.decode(latent.unsqueeze(0)) for latent in latents]
+            for k, prompt in enumerate(options.pictured or images.prompts[:1]):  # one by one: memory is short
+                latent = draw(
+                    self.student.patcher,
+                    [prompt],
+                    self.student.empty,
+                    images.shape,
+                    seed=seed + k,
+                    steps=options.sampling_steps,
+                    guidance=options.guidance,
+                )
+                with torch.inference_mode():
+                    image = options.vae.decode(latent)
+                found.append(image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu())
         finally:  # it may have failed for want of memory, and training goes on
             loaded.prepare()
-        return torch.cat([image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu() for image in decoded])
+        return torch.cat(found)

@@ -230,12 +230,14 @@ def train_in_folder(
     node_id: str | None,
     pictures: Callable[[], Tensor] | None,
     note: str = "",
+    heading: str = "",
 ) -> Outcome:
     """Train an adapter under its name in output/styleinject; what was reached is on disk, however it ends.
 
     Args:
         adapter: untrained, on the device it trains on.
         pictures, note: see `Watch`.
+        heading: what is trained on what, said at the start and at the end.
 
     Returns:
         The adapter on the CPU, named after its run.
@@ -244,9 +246,9 @@ def train_in_folder(
     run.metadata, run.dtype = metadata, dtype
     name = run.path.name
     watch = Watch(run, f"{name}: {task.objective}", node_id, pictures, note)
-    if note:
-        logging.info("StyleInject training %s: %s", name, note)
-        watch.say(note)
+    if start := "\n".join(filter(None, (heading, note))):
+        logging.info("StyleInject training %s: %s", name, start)
+        watch.say(start)
     try:
         result = train(adapter, task, settings, run=run, observer=watch)
     except BaseException as error:
@@ -272,7 +274,7 @@ def train_in_folder(
         watch.problem(str(error))
         message += f". NOT saved: {error}"
     watch.say(message.split("\n", 1)[0])
-    message += f"\n{note}" if note else ""
+    message += "".join(f"\n{line}" for line in (note, heading) if line)
     losses = LossHistory(watch.title, tuple(result.losses), tuple(result.validation))
     return Outcome(finished, result, losses, message)
 

@@ -20,7 +20,7 @@ from ..train.data.drawn import draw_once, kept_latents
 from ..train.data.folder import ImageFolder
 from ..train.data.kept import Kept
 from ..train.data.labels import StyleLabels
-from ..train.data.source import FolderSource, LatentSource, Source, StreamSource
+from ..train.data.source import FolderSource, LatentSource, Source, StreamSource, too_long
 from ..train.data.webdataset import ImageStream
 from ..train.memory import Choice, Workload, choose, free_memory, is_out_of_memory
 from ..train.models.pipeline import PipelineModel
@@ -244,6 +244,7 @@ def _images(
         )
         reading["size_conditioning"] = model.size_conditioning
         reading.pop("kept", None)  # a stream has no end
+        reading |= {"length": model.length, "warn": lambda line: warnings.warn(line, stacklevel=2)}
         return StreamSource(stream, model.encode, lambda text: model.encode_text([text]), **reading), {}
     folder = _folder(data, here / data.folder, settings.seed, caption)
     trained_on, held_out = config.request().split(len(folder), "data.validation")
@@ -296,12 +297,7 @@ def _too_long(model: TextToImageModel, folder: ImageFolder) -> str:
     if not long:
         return ""
     longest = max(long, key=lambda caption: long[caption])
-    tokens, read = long[longest]
-    count = sum(caption in long for caption in folder.captions)
-    return (
-        f"{count} of {len(folder)} captions are longer than the {read} tokens that the text encoder reads, and their ends do "
-        f'not count (longest: {tokens}, "{longest[:40]}...")'
-    )
+    return too_long(sum(caption in long for caption in folder.captions), len(folder), long[longest], longest)
 
 
 def _prior(

@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files.atomic import save_tensors
+from ..files.header import is_known_version, parse_json, shortened
 from .config import STREAMS
-from .file import SUFFIX, DeadiffFileError, read_header
+from .file import SUFFIX, DeadiffFileError, read_header, refused_by_name
 from .tokens import Tokens, TokensError
 
 CARD_VERSION = 1
@@ -97,15 +98,16 @@ def load_card(path: str | Path) -> StyleCard:
         other = "a DEADiff itself: load it with Load DEADiff" if "deadiff_config" in metadata else "not a style card"
         raise DeadiffFileError(f"{path.name}: {other}")
     version = metadata["deadiff_card"]
-    if not version.isdigit() or int(version) > CARD_VERSION:
+    if not is_known_version(version, CARD_VERSION):
         raise DeadiffFileError(
-            f"{path.name}: deadiff_card is {version}, this version of the pack reads up to {CARD_VERSION}: update it"
+            f"{path.name}: deadiff_card is {shortened(version)}, this version of the pack reads up to {CARD_VERSION}: update it"
         )
     present = [stream for stream in STREAMS if f"{stream}.tokens" in shapes]
     if not present:
         raise DeadiffFileError(f"{path.name}: neither style.tokens nor content.tokens is in this style card")
     try:
-        labels = json.loads(metadata.get("deadiff_labels", "{}"))
+        with refused_by_name():
+            labels = parse_json(path, metadata.get("deadiff_labels", "{}"), "deadiff_labels")
         thumbnail = base64.b64decode(metadata.get("deadiff_thumbnail", ""))
         with safe_open(path, framework="pt") as file:
             tokens = {
@@ -115,10 +117,10 @@ def load_card(path: str | Path) -> StyleCard:
                 )
                 for stream in present
             }  # fmt: skip
-    except (TokensError, SafetensorError, ValueError, AttributeError, TypeError) as error:
-        if isinstance(error, DeadiffFileError):
-            raise
-        raise DeadiffFileError(f"{path.name}: {error}") from None
+    except DeadiffFileError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+        raise DeadiffFileError(f"{path.name}: {shortened(str(error))}") from None
     rest = {key: value for key, value in metadata.items() if key != "format" and not key.startswith("deadiff_")}
     return StyleCard(tokens, thumbnail, metadata.get("deadiff_reference", ""), rest)
 

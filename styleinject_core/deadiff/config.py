@@ -71,10 +71,14 @@ class DeadiffConfig:
                 raise ValueError(f"{field.name} is {value!r}, expected a whole number of at least 1")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        if not isinstance(self.base, str) or not isinstance(self.encoder, str):
+            raise ValueError(f"base and encoder are {self.base!r} and {self.encoder!r}, expected texts")
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder is {self.encoder!r}, expected one of {', '.join(ENCODERS)}: update the pack")
         if not self.layers or len(dict(self.layers)) != len(self.layers):
             raise ValueError(f"layers has {len(self.layers)} entries of {len(dict(self.layers))} different names")
+        if narrow := [name for name, width in self.layers if width < 1]:
+            raise ValueError(f"layers: {narrow[0]} has no width of at least 1")
         if outside := [k for k in self.content_layers if not 0 <= k < len(self.layers)]:
             raise ValueError(f"content_layers has {outside[0]}, expected 0 to {len(self.layers) - 1}")
 
@@ -104,7 +108,7 @@ class DeadiffConfig:
         try:
             layers = tuple((str(name), int(width)) for name, width in values["layers"])
             content = tuple(int(place) for place in values["content_layers"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError("layers and content_layers: expected pairs of name and width, and places among them") from None
         return cls(**{**values, "layers": layers, "content_layers": content})
 

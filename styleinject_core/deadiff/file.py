@@ -10,8 +10,9 @@ tensors     style.*, content.*                       vision_norm, qformer, proje
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files.atomic import save_tensors
+from ..files.errors import AdapterFileError
+from ..files.header import is_known_version, parse_json, shortened
+from ..files.header import read_header as safetensors_header
 from .config import CLIP_L, STREAMS, DeadiffConfig
 from .model import Deadiff
 from .ops import CASTING, LayerOps
@@ -28,6 +32,7 @@ FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 VISION = "vision."
 _CLASS_EMBEDDING = f"{VISION}class_embedding"
+_TENSORS_OF_A_BLOCK = 60  # at least, both streams together
 CONVERT = "styleinject deadiff convert FILE.ckpt OUT.safetensors"
 
 
@@ -141,17 +146,22 @@ def open_file(path: str | Path) -> OpenedFile:
     if "deadiff_config" not in metadata:
         raise DeadiffFileError(f"{path.name}: {_what_else(set(shapes), metadata)}")
     version = metadata.get("deadiff_version", "1")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if not is_known_version(version, FORMAT_VERSION):
         raise DeadiffFileError(
-            f"{path.name}: deadiff_version is {version}, this version of the pack reads up to {FORMAT_VERSION}: update it"
+            f"{path.name}: deadiff_version is {shortened(version)}, this version of the pack reads up to "
+            f"{FORMAT_VERSION}: update it"
         )
     try:
-        values = json.loads(metadata["deadiff_config"])
+        with refused_by_name():
+            values = parse_json(path, metadata["deadiff_config"], "deadiff_config")
         if not isinstance(values, dict):
             raise ValueError(f"expected an object, found {type(values).__name__}")
         config = DeadiffConfig.from_dict(values)
+    except DeadiffFileError:
+        raise
     except ValueError as error:
-        raise DeadiffFileError(f"{path.name}: deadiff_config: {error}") from None
+        raise DeadiffFileError(f"{path.name}: deadiff_config: {str(error)[:500]}") from None
+    _check_sizes(path, config, len(shapes))
     expected = expected_tensors(config)
     missing = [name for name in expected if name not in shapes]
     if missing:
@@ -183,27 +193,50 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]
     with path.open("rb") as file:
         if file.read(2) in (b"PK", b"\x80\x02"):
             raise DeadiffFileError(f"{path.name}: a pickled PyTorch file, whatever its name says; convert it once: {CONVERT}")
+    with refused_by_name():
+        found = safetensors_header(path)
+    return found.metadata, {key: entry.shape for key, entry in found.entries.items()}
+
+
+@contextmanager
+def refused_by_name() -> Iterator[None]:
+    """What the readers of adapters' headers raise, as the error of these files."""
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-            return dict(file.metadata() or {}), shapes
-    except SafetensorError as error:
-        raise DeadiffFileError(f"{path.name}: damaged or truncated, not a whole safetensors file ({error})") from None
+        yield
+    except AdapterFileError as error:
+        raise DeadiffFileError(str(error)) from None
+
+
+def _check_sizes(path: Path, config: DeadiffConfig, tensors: int) -> None:
+    """Refuse a config that no file of this size has, before a model is made of it."""
+    size = path.stat().st_size
+    numbers = {field.name: getattr(config, field.name) for field in fields(config) if field.type == "int"}
+    numbers |= {f"width of {shortened(name, 80)}": width for name, width in config.layers}
+    name = max(numbers, key=lambda key: numbers[key])
+    if numbers[name] > size:
+        raise DeadiffFileError(f"{path.name}: deadiff_config: {name} is larger than the file, which has {size} bytes")
+    if (needed := config.depth * _TENSORS_OF_A_BLOCK + 2 * len(config.layers)) > tensors:
+        raise DeadiffFileError(f"{path.name}: deadiff_config: at least {needed} tensors follow from it, {tensors} are there")
 
 
 def _read_tensors(opened: OpenedFile, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    state = {}
-    with safe_open(opened.path, framework="pt") as file:
-        present = set(file.keys())
-        for name, shape in expected.items():
-            if name not in present:
-                raise DeadiffFileError(f"{opened.path.name}: {name} is missing")
-            value = file.get_tensor(name).clone()  # a tensor that stays mapped to the file would change with it
-            if tuple(value.shape) != shape:
-                raise DeadiffFileError(f"{opened.path.name}: {name} has shape {tuple(value.shape)}, expected {shape}")
-            if not value.is_floating_point() or not torch.isfinite(value).all():
-                raise DeadiffFileError(f"{opened.path.name}: {name} ({value.dtype}) has NaN or Inf values, or is no number")
-            state[name] = value
+    state, name = {}, opened.path.name
+    try:
+        with safe_open(opened.path, framework="pt") as file:
+            present = set(file.keys())
+            for key, shape in expected.items():
+                if key not in present:
+                    raise DeadiffFileError(f"{name}: {key} is missing")
+                value = file.get_tensor(key).clone()  # a tensor that stays mapped to the file would change with it
+                if tuple(value.shape) != shape:
+                    raise DeadiffFileError(f"{name}: {key} has shape {tuple(value.shape)}, expected {shape}")
+                if not value.is_floating_point() or not torch.isfinite(value).all():
+                    raise DeadiffFileError(f"{name}: {key} ({value.dtype}) has NaN or Inf values, or is no number")
+                state[key] = value
+    except DeadiffFileError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise DeadiffFileError(f"{name}: a tensor cannot be read: {shortened(str(error))}") from None
     return state
 
 

@@ -7,6 +7,7 @@ file's name.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ def parse_json(path: Path, text: str | bytes, what: str) -> Any:
         if what == "header":
             raise _damaged(path, str(error)) from None
         raise AdapterFileError(f"{path.name}: {what}: {error}") from None
+
+
+def is_known_version(text: str, newest: int) -> bool:
+    """Whether a file's format version, as it stands in the header, is one up to `newest`."""
+    return re.fullmatch("[0-9]{1,9}", text) is not None and int(text) <= newest
 
 
 def shortened(text: str, longest: int = 200) -> str:

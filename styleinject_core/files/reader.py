@@ -23,14 +23,13 @@ from ..methods.fixed import alpha_of
 from ..methods.method import Problem
 from .alphas import Scales, scales_beside, stated_scales
 from .errors import AdapterFileError
-from .header import parse_json, read_header, shortened
+from .header import is_known_version, parse_json, read_header, shortened
 from .keys import DIFFERENCE, LOHA, LOKR, LORA, STYLEINJECT
 from .keys import parse as parse_key
 from .names import layer_name, layers_per_block
 from .sorting import Module, Sorted, sort
 
 FORMAT_VERSION = 2  # 2: router_pool "paper", tokens other than "image"
-_VERSION_DIGITS = 9
 Parts = dict[str, Tensor]
 
 
@@ -165,7 +164,8 @@ class _Reading:
         if not isinstance(stated, AdapterConfig) or stated.method != "lora":
             return None
         alpha = alpha_of(parts, self.problem)
-        return stated if alpha is None or alpha == stated.scale * stated.r else replace(stated, alpha=alpha)
+        known = stated.r if stated.alpha is None else stated.alpha  # Python compares any number with any other
+        return stated if alpha is None or alpha == known else replace(stated, alpha=alpha)
 
     def _with_up_bias(self, parts: Parts, rank: int) -> Parts:
         """PEFT's bias of the up matrix, as a change of the layer's bias: it is scaled with the product."""
@@ -344,8 +344,7 @@ def _is_of_diffusekrona(found: Sorted, tensors: Mapping[str, Tensor]) -> bool:
 def _read_config(path: Path, metadata: Mapping[str, str]) -> LayerConfig | None:
     """What a file of ours says of itself."""
     version = metadata.get("styleinject_version", str(FORMAT_VERSION))
-    known = version.isascii() and version.isdigit() and len(version) <= _VERSION_DIGITS
-    if not known or int(version) > FORMAT_VERSION:
+    if not is_known_version(version, FORMAT_VERSION):
         raise AdapterFileError(
             f"{path.name}: styleinject_version is {shortened(version)}, this version of the pack reads up to {FORMAT_VERSION}: "
             "update it"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files.atomic import save_tensors
+from ..files.header import is_known_version
 from ..layers import LayerShape
 from ..selector import select
 
@@ -178,7 +178,7 @@ def load_trace(path: str | Path) -> RouterTrace:
             version = header.get("styleinject_trace_version", "")
             if not version:
                 raise TraceError("this is no router trace (an adapter, or something else in safetensors)")
-            if not re.fullmatch("[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
+            if not is_known_version(version, FORMAT_VERSION):
                 raise TraceError(
                     f"trace version {version[:20]}, this version of the pack reads up to {FORMAT_VERSION}: update it"
                 )

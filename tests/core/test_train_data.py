@@ -814,19 +814,36 @@ def test_what_an_example_says_of_its_crop(tmp_path):
     assert len(crops) > 10
 
 
-@pytest.mark.parametrize("mode", ["P", "LA", "RGBA", "palette with alpha"])
+def in_srgb(color, matrix):
+    """A color of other primaries, as sRGB has it: through linear light and XYZ."""
+    srgb = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+    encoded = np.array(color) / 255
+    light = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    shown = np.clip(np.linalg.solve(srgb, matrix @ light), 0, 1)
+    return 255 * np.where(shown <= 0.0031308, 12.92 * shown, 1.055 * shown ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "LA", "RGBA", "palette with alpha"])
 def test_profiles_of_every_mode(tmp_path, mode):
-    """A profile that swaps nothing but the curve: what is shown is lighter than the numbers say, in every mode."""
+    """Display P3, whose primaries are wider: colors become stronger numbers in sRGB, gray stays."""
     from PIL import ImageCms
 
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    gray = Image.new("RGB", (40, 40), (90, 90, 90))
-    picture = {"P": gray.quantize(4), "LA": gray.convert("LA"), "RGBA": gray.convert("RGBA"),
-               "palette with alpha": gray.quantize(4)}[mode]  # fmt: skip
+    p3 = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for tag, values in zip((b"rXYZ", b"gXYZ", b"bXYZ"), p3.T, strict=True):
+        entry = profile.index(tag)
+        place = int.from_bytes(profile[entry + 4 : entry + 8], "big") + 8
+        profile[place : place + 12] = b"".join(round(65536 * v).to_bytes(4, "big", signed=True) for v in values)
+    color = (150, 150, 150) if mode == "LA" else (200, 100, 60)
+    plain = Image.new("RGB", (40, 40), color)
+    picture = {"RGB": plain, "P": plain.quantize(4), "LA": plain.convert("LA"), "RGBA": plain.convert("RGBA"),
+               "palette with alpha": plain.quantize(4)}[mode]  # fmt: skip
     options = {"transparency": 3} if mode == "palette with alpha" else {}
-    picture.save(tmp_path / "a.png", icc_profile=profile, **options)
-    found = ImageFolder(tmp_path, caption="a photo", **SMALL)
-    assert abs(float(found[0].pixels.mean()) - (90 / 127.5 - 1)) < 0.02
+    picture.save(tmp_path / "a.png", icc_profile=bytes(profile), **options)
+    found = (ImageFolder(tmp_path, caption="a photo", **SMALL)[0].pixels.mean(dim=(1, 2)).numpy() + 1) * 127.5
+    expected = in_srgb(color, p3)
+    assert mode == "LA" or expected[0] - color[0] > 8, "it moves"
+    assert np.abs(found - expected).max() < 2
 
 
 # --- shards that are not as they should be

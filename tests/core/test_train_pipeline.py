@@ -18,7 +18,8 @@ from styleinject_core import Adapter, AdapterConfig, attach, load_adapter, save_
 from styleinject_core.cli import main
 from styleinject_core.hosts.architectures import describe
 from styleinject_core.train.data.folder import ImageFolder
-from styleinject_core.train.data.source import FolderSource, LatentSource
+from styleinject_core.train.data.images import Example
+from styleinject_core.train.data.source import FolderSource, LatentSource, StreamSource
 from styleinject_core.train.models.pipeline import ModelError, PipelineModel
 from styleinject_core.train.objectives.tasks import FineTune
 from styleinject_core.train.random_numbers import RandomNumbers
@@ -428,3 +429,21 @@ def test_captions_beyond_what_is_read_are_counted(models, tmp_path, capsys):
     (tmp_path / "pictures" / "1.txt").write_text("a b c d e f g h i j k l m n o p q r s t")
     assert main(["train", path, "--dry-run"]) == 0
     assert "1 of 3 captions are longer than the 16 tokens" in capsys.readouterr().out
+
+
+def test_captions_of_a_stream_beyond_what_is_read_are_counted() -> None:
+    """As they are read: nobody knows before how many there are. Said of the first, the tenth, the hundredth..."""
+
+    class Stream:
+        def next_batch(self) -> list[Example]:
+            return [Example(torch.zeros(3, 8, 8), caption, "a") for caption in ("a b c", "short")]
+
+    said: list[str] = []
+    source = StreamSource(
+        Stream(), lambda pixels: pixels, lambda text: {"context": torch.zeros(1, 1, 2)},
+        length=lambda caption: (len(caption.split()), 2), warn=said.append,
+    )  # fmt: skip
+    for index in range(25):
+        source.batch(index)
+    assert [line[:36] for line in said] == ["1 of 1 captions read so far are long", "10 of 19 captions read so far are lo"]
+    assert "the 2 tokens" in said[0] and "this one: 3" in said[0]

@@ -531,3 +531,24 @@ def test_quantized_weights(model, train, sample) -> None:
     assert step == 3 and all(layer.B.abs().max() > 0 for layer in adapter.layers.values())
     assert not any(layer._full_precision_mm for layer in layers)
     assert torch.equal(sample(packed), before)
+
+
+def test_pictures_of_several_prompts_are_drawn_one_at_a_time(pack, run_node, trained_folder, monkeypatch, caplog) -> None:
+    """Beside a training there is little memory left; and the first lines say what is trained on what."""
+    model, vae, _ = run_node("StyleInjectDemoModel")
+    images, prompts, _ = run_node("StyleInjectDemoDataset", style="openmoji-line", count=3)
+    two = [entry for prompt in prompts[:2] for entry in prompt]
+    (options,) = run_node("StyleInjectTrainOptions", vae=vae, picture_every=1, sampling_steps=2, picture_prompt=two)
+    job, calls = pack.submodule("integration.training.job"), []
+
+    def counted(patcher, some, *args, **kwargs):
+        calls.append((len(some), kwargs["seed"]))
+        return drawn(patcher, some, *args, **kwargs)
+
+    drawn = job.draw
+    monkeypatch.setattr(job, "draw", counted)
+    widgets = {key: [value] for key, value in {**SMALL, "steps": 1, "batch_size": 1}.items()}
+    with caplog.at_level("INFO"):
+        run_node("StyleInjectTrain", model=[model], latents=images, conditioning=prompts, options=[options], **widgets)
+    assert calls == [(1, 0), (1, 1)] and (trained_folder / "rough" / "samples" / "step-000001.png").exists()
+    assert "predicting v_prediction" in caplog.text and "3 of 64x64" in caplog.text and "VAE connected" in caplog.text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,23 @@ def where(mask: Tensor, conditioning: Mapping[str, Any], other: Mapping[str, Any
 def conditioning_hash(conditioning: Mapping[str, Any]) -> str:
     """A fingerprint of prompts, for recognizing a run's data."""
     return tensors_hash(conditioning.values())
+
+
+def weights_hash(parameters: Iterable[Tensor]) -> str:
+    """A fingerprint of all of a model's weights: of their dtypes, shapes and, by checksums, every bit of them.
+
+    CRC-32 takes 0.6 s for the 2 GB of Stable Diffusion 1.5's U-Net on one core, a cryptographic hash 2.7: nobody forges these.
+    """
+    return tensors_hash([part for parameter in parameters for part in _weights_parts(parameter.detach())])
+
+
+def _weights_parts(parameter: Tensor) -> list[Any]:
+    flat = parameter.flatten()
+    try:
+        content = flat.cpu().contiguous().view(torch.uint8)
+    except (RuntimeError, NotImplementedError, TypeError):  # a quantized kind that has no bytes of its own
+        content = flat.float().cpu().contiguous().view(torch.uint8)
+    return [str(parameter.dtype), tuple(parameter.shape), zlib.crc32(content.numpy().data)]
 
 
 def tensors_hash(tensors: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -296,7 +297,12 @@ class _StandsIn(Exception):
 
 
 class StreamSource:
-    """A stream of images that is read once through; batches are asked for in order."""
+    """A stream of images that is read once through; batches are asked for in order.
+
+    Args:
+        length: a caption -> its tokens, and how many of them are read; None where that is not known.
+        warn: told of captions that are too long.
+    """
 
     advice = ""
 
@@ -309,14 +315,29 @@ class StreamSource:
         size_conditioning: SizeConditioning | None = None,
         *,
         labels: StyleLabels | None = None,
+        length: Callable[[str], tuple[int, int] | None] = lambda _: None,
+        warn: Callable[[str], None] = warnings.warn,
     ):
-        self.stream = stream
+        self.stream, self._length, self._warn = stream, length, warn
+        self._read = self._long = 0
         kept = Kept(memory=_OF_A_STREAM)
         self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, kept, labels)
 
     def batch(self, index: int) -> Batch:
         examples = self.stream.next_batch()
+        for example in examples:
+            self._count(example.caption)
         return self._encoding.batch([self._encoding.example(example) for example in examples])
+
+    def _count(self, caption: str) -> None:
+        """Say at the first, tenth, hundredth... caption that it is too long: how many there are, nobody knows before."""
+        self._read += 1
+        found = self._length(caption)
+        if found is None or found[0] <= found[1]:
+            return
+        self._long += 1
+        if str(self._long).rstrip("0") == "1":
+            self._warn(too_long(self._long, self._read, found, caption, " read so far"))
 
     def summary(self) -> dict[str, Any]:
         labels = self._encoding.labels
@@ -327,6 +348,20 @@ class StreamSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.stream.load_state_dict(state)
+
+
+def too_long(long: int, of: int, longest: tuple[int, int], caption: str, which: str = "") -> str:
+    """What is not read of captions, in words.
+
+    Args:
+        long, of: how many are longer than what is read, and of how many.
+        longest: tokens of `caption`, and how many are read.
+    """
+    tokens, read = longest
+    return (
+        f"{long} of {of} captions{which} are longer than the {read} tokens that the text encoder reads, and their ends do "
+        f'not count ({"longest" if not which else "this one"}: {tokens}, "{caption[:40]}...")'
+    )
 
 
 def _a_row_each(prompts: Prompts, count: int, what: str) -> list[Conditioning]:

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import tarfile
@@ -315,9 +316,21 @@ def _expand(pattern: str) -> list[Path]:
     return [path] if path.is_file() or not re.search(r"[*?\[]", pattern) else [Path(name) for name in sorted(glob(pattern))]
 
 
+class _Shard(io.BufferedReader):
+    """An open file that gives what it has, however much is asked for: Python would make room for all of that first."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _open(shard: Path) -> BinaryIO:
     try:
-        return shard.open("rb")
+        return _Shard(shard)
     except OSError as error:
         raise DataError(f"{shard.name}: cannot be opened: {error.strerror}") from error
 
@@ -369,6 +382,8 @@ def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     tar.members = []  # type: ignore[attr-defined]  # it would keep every header it has seen
     if info is not None and (info.size < 0 or tar.offset <= info.offset):
         raise tarfile.ReadError(f"{info.name[:100]} has a size of {info.size} bytes")
+    if info is not None and info.issparse():  # of a few bytes on disk tarfile would make as many zeros as it is told
+        raise tarfile.ReadError(f"{info.name[:100]} is a sparse file; expected one that is stored as it is")
     return info
 
 

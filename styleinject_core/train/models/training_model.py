@@ -15,7 +15,7 @@ from ...attach import Applied, Attachment
 from ...call import CurrentCall
 from ...layer_names import is_block
 from ...layers import LayerShape
-from ..data.batches import Conditioning, tensors_hash
+from ..data.batches import Conditioning, tensors_hash, weights_hash
 from ..data.buckets import Size
 from .noise import DiscreteSchedule, NoiseSchedule
 
@@ -53,8 +53,8 @@ class TrainingModel(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells frozen models apart, for recognizing a run's: a hash of a little of every parameter."""
-        return tensors_hash(parameter.flatten()[:64] for parameter in self.denoiser.parameters())
+        """Tells frozen models apart, for recognizing a run's."""
+        return weights_hash(self.denoiser.parameters())
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class TextToImageModel(TrainingModel):
 
     @cached_property
     def _encoders_fingerprint(self) -> str:
-        return tensors_hash(parameter.flatten()[:64] for encoder in self.encoders() for parameter in encoder.parameters())
+        return weights_hash(parameter for encoder in self.encoders() for parameter in encoder.parameters())
 
     def encoders(self) -> list[nn.Module]:
         """What makes latents of pictures and conditioning of captions."""

@@ -26,7 +26,7 @@ from ...adapter import Adapter
 from ...files import save_adapter
 from ...files.atomic import check_writable, replacing
 
-STATE_VERSION = 2  # 1 had no checksum, and knew less about the model and the data
+STATE_VERSION = 3  # 1 had no checksum, and knew less about the model and the data; 2 knew weights by other hashes
 _HEADER, _CHECKSUM = "styleinject_training", "checksum"
 _TENSOR = "tensor"
 
@@ -223,8 +223,10 @@ class RunFolder:
             problem(f"{errors[0]}; going on from {path.name}, at step {state.step}")
         with suppress(KeyError, AttributeError):  # version 0.1.0 did not say the method: other fields tell it
             state.plan["adapter"].setdefault("method", plan["adapter"]["method"])
-        if different := _differences(state.plan, plan, known_alone=state.version < STATE_VERSION):
-            lines = "\n".join(f"  {field}: was {str(was)[:200]}, is {str(now)[:200]}" for field, was, now in different[:8])
+        if state.version < 3:
+            _take_hashes(state.plan, plan)
+        if different := _differences(state.plan, plan, known_alone=state.version < 2):
+            lines = "\n".join(f"  {field[:99]}: was {str(was)[:200]}, is {str(now)[:200]}" for field, was, now in different[:8])
             raise CheckpointError(
                 f"{name} is at step {state.step} of another run; it differs in\n{lines}\n"
                 "Set these back to go on with it, or start anew under another name (in a config: another output.folder)."
@@ -249,9 +251,9 @@ class RunFolder:
             for text in there.splitlines():
                 try:
                     line = json.loads(text)
-                    float(line["loss"]), float(line.get("validation", 0))
-                    if type(line["step"]) is int:
-                        lines.append(line)
+                    values = [line["loss"], line.get("validation", 0.0)]
+                    if type(line["step"]) is int and all(type(v) in (int, float) for v in values):
+                        lines.append({**line, **{key: float(line[key]) for key in ("loss", "validation") if key in line}})
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
                     continue  # the last one of a killed process, or damaged
         if until is not None:
@@ -356,6 +358,16 @@ def _read_state(path: Path) -> TrainState:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise _DamagedError(f"{name}: damaged, or no training state ({str(error)[:300]})") from error
+
+
+def _take_hashes(was: dict[str, Any], now: Mapping[str, Any]) -> None:
+    """Let a plan of before version 3 have today's hashes of models' weights: its own were of their first values alone."""
+    for key in ("model", "teacher"):
+        if key in was and key in now:
+            was[key] = now[key]
+    for key in ("sampling", "teacher_sampling"):
+        if isinstance(was.get(key), dict) and "encoders" in was[key]:
+            was[key] = {**was[key], "encoders": now.get(key, {}).get("encoders")}
 
 
 def _differences(was: Any, now: Any, where: str = "", known_alone: bool = False) -> list[tuple[str, Any, Any]]:

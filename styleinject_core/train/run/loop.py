@@ -221,14 +221,15 @@ class _Loop:
         self.result.step = self.result.resumed_from = self.saved_at = state.step
 
     def _go_on_from(self, parts: Mapping[str, Any]) -> None:
+        if parts["best"] is not None:
+            self.result.best_step, value, tensors, *means = parts["best"]  # an older version kept no mean of s
+            self.best = (float(value), tensors, means[0] if means else {})
+            self.adapter.load_state_dict(tensors)  # it fits, or nothing is gone on with
         self.adapter.load_state_dict(parts["adapter"])
         self.optimizer.load_state_dict(parts["optimizer"])
         self.scaler.load_state_dict(parts["scaler"])
         self.task.load_state_dict(parts["task"])
         self.position = parts["task"]
-        if parts["best"] is not None:
-            self.result.best_step, value, tensors, *means = parts["best"]  # an older version kept no mean of s
-            self.best = (value, tensors, means[0] if means else {})
         if "router" in parts:
             self.meter.load_state_dict(parts["router"])
         self.waited = parts["waited"]
