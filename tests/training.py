@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-SMALL = {"name": "rough", "rank": 2, "styles": 2, "steps": 4, "learning_rate": 3e-3, "layers": "to_q, to_v", "batch_size": 2}
+# What a training needs is counted in tests/nodes/test_memory.py; elsewhere that is most of what a test of a few steps would take.
+SMALL = {"name": "rough", "rank": 2, "styles": 2, "steps": 4, "learning_rate": 3e-3, "layers": "to_q, to_v", "batch_size": 2,
+         "memory": "off"}  # fmt: skip
 LISTS = {"latents", "conditioning", "class_latents", "class_conditioning", "teacher_conditioning", "empty", "teacher_empty"}
 
 

@@ -20,6 +20,12 @@ GB = 2**30
 
 
 @pytest.fixture
+def train(train):
+    """Training with memory "auto", as the node has it."""
+    return lambda *node, **inputs: train(*node, **{"memory": "auto", **inputs})
+
+
+@pytest.fixture
 def free(pack, monkeypatch):
     """``free(gigabytes)``: what ComfyUI says is free."""
     module = pack.submodule("integration.training.job")
