@@ -57,23 +57,24 @@ def grid(
     _save(figure, path)
 
 
-def router_over_steps(path: Path, title: str, probabilities: Tensor, labels: Sequence[str]) -> None:
+def router_over_steps(path: Path, title: str, probabilities: Tensor, labels: Sequence[str], styles: Sequence[str]) -> None:
     """Style probabilities over the sampling steps, stacked, one panel per part of the model.
 
     Args:
         probabilities: (panels, steps, n), rows sum to 1.
         labels: a title per panel.
+        styles: a name per style.
     """
-    panels, steps, styles = probabilities.shape
+    panels, steps, _ = probabilities.shape
     figure = _figure(3.1 * panels, 3.2)
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for axis, panel, label in zip(axes, probabilities, labels, strict=True):
-        colors = [STYLE_COLORS[k % len(STYLE_COLORS)] for k in range(styles)]
-        axis.stackplot(range(1, steps + 1), panel.T.numpy(), colors=colors, labels=[f"style {k + 1}" for k in range(styles)])
+        colors = [STYLE_COLORS[k % len(STYLE_COLORS)] for k in range(len(styles))]
+        axis.stackplot(range(1, steps + 1), panel.T.numpy(), colors=colors, labels=list(styles))
         axis.set(xlabel="sampling step", xlim=(1, steps), ylim=(0, 1))
         axis.set_title(label, fontsize=8)
     axes[0].set_ylabel("probability s")
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=styles, frameon=False, bbox_to_anchor=(0.5, -0.16))
+    figure.legend(handles, names, loc="lower center", ncols=len(styles), frameon=False, bbox_to_anchor=(0.5, -0.16))
     figure.suptitle(title, fontsize=11, color=INK, y=1.04)
     _save(figure, path)

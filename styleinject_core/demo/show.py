@@ -104,7 +104,7 @@ def _draw(model: DemoModel, out: Path, adapter: Adapter, style: str, seed: int) 
     layers = [_liveliest(trace, by_step, part) for part in PARTS]
     panels = torch.stack([by_step[:, trace.layers.index(name)] for name in layers])  # (panels, steps, n)
     title = f"The style router of {style} while it samples: the liveliest layer of each part"
-    pictures.router_over_steps(out / "router.png", title, panels, [parse(name).label for name in layers])
+    pictures.router_over_steps(out / "router.png", title, panels, [parse(name).label for name in layers], adapter.style_names)
     print("  strengths.png, router.png")
 
 

@@ -95,5 +95,7 @@ def test_an_image_does_not_depend_on_the_others_in_its_batch(model):
 
 
 def test_router_picture(tmp_path):
-    pictures.router_over_steps(tmp_path / "r.png", "t", torch.softmax(torch.randn(3, 10, 4), -1), ["down", "mid", "up"])
+    pictures.router_over_steps(
+        tmp_path / "r.png", "t", torch.softmax(torch.randn(3, 10, 4), -1), ["down", "mid", "up"], list("abcd")
+    )
     assert (tmp_path / "r.png").stat().st_size > 5000
