@@ -172,7 +172,7 @@ class _Selection:
     def _nothing_matched(self, term: str) -> str:
         words = _listed(word for word, names in self.groups.items() if names)
         projections = set().union(*(self.groups.get(word, ()) for word in ("queries", "keys", "values")))
-        ends = sorted({parse(name).end for name in projections or self.layers})  # words reach the rest; all, where there are none
+        ends = sorted({parse(name).end for name in projections or self.layers})  # words reach the rest
         return f"layer selector term {term!r} matches none of the {len(self.layers)} layers; these have: " + ", ".join(
             _unique([*words, *ends[:12]])
         )
