@@ -7,9 +7,9 @@ model, so a model can be freed while a MODEL that once used it lives on.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -90,6 +90,10 @@ class ComfyProgram(HostProgram):
             weight = function(weight)
         return weight
 
+    def text(self, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
+        """`model_call` has it, of every call; some packs do not call the network as a whole."""
+        return None
+
     def samples(self, x: Tensor, layer: str, images: int) -> int:
         """Where HyperTile may have split images over rows, as many as the call has."""
         return images if images and layer in self._tiled else x.shape[0]
@@ -165,7 +169,20 @@ class Injection:
                 raise AdapterMismatchError(
                     f'adapter "{adapter.name}" was made for {describe(adapter)}, this model is {model_title(model)}. {error}'
                 ) from None
+            self._check_prompts(model)
         return self._attached[host]
+
+    def _check_prompts(self, model: nn.Module) -> None:
+        """Refuse a router that reads prompts of another text encoder, where the model's are known (AdapterMismatchError)."""
+        adapter, config = self.applied.adapter, cast(Any, model.model_config)
+        width = config.unet_config.get("context_dim")
+        made_for = {layer.prompt_features for layer in adapter.layers.values()} - {0}
+        if made_for and isinstance(width, int) and made_for != {width}:
+            numbers = " and ".join(map(str, sorted(made_for)))
+            raise AdapterMismatchError(
+                f'adapter "{adapter.name}": its router reads text conditioning of {numbers} features, this model '
+                f"({model_title(model)}) has {width}"
+            )
 
     def adapted_layers(self, model: nn.Module) -> set[str]:
         """The layers of this model that the adapter changes: matched, selected, and of a weight that is not 0."""

@@ -27,11 +27,12 @@ from .injection import KEY, Injection
 from .monitor import Monitor
 from .reference import AppliedReference, masked_options, unmasked_options
 from .sampling_run import UNKNOWN, Conditionings, Run
-from .tokens import tokens_of
+from .tokens import prompt_of, tokens_of
 
 _FUNCTION_WRAPPER = "model_function_wrapper"
 _APPLY = "apply_model"
 _OPTIONS = (5, "transformer_options")  # where apply_model has them among its arguments
+_CONTEXT = (3, "c_crossattn")
 
 
 class ApplyModelWrapper:
@@ -49,7 +50,8 @@ class ApplyModelWrapper:
             return executor(*args, **kwargs)
         arguments = _Arguments(args, kwargs)
         options = arguments[_OPTIONS] or {}
-        with _applied(self.injections, self.references, model, x, timestep, options, kwargs) as own:
+        given = {**kwargs, "c_crossattn": arguments[_CONTEXT]}
+        with _applied(self.injections, self.references, model, x, timestep, options, given) as own:
             if own is not options:
                 arguments[_OPTIONS] = own
             return executor(*arguments.args, **arguments.kwargs)
@@ -102,10 +104,11 @@ def _adapted(
     Args:
         given: what else the call is given, by name.
     """
-    call = model_call(x, timestep, options, tokens_of(model, x, given))
+    active = [(injection, injection.attachment(model)) for injection in injections if injection.active(model, timestep)]
+    prompt = prompt_of(given) if any(attachment.reads_prompt for _, attachment in active) else None
+    call = model_call(x, timestep, options, tokens_of(model, x, given), prompt)
     now = options.get(KEY)
     run = now.run if isinstance(now, Conditionings) else None
-    active = [(injection, injection.attachment(model)) for injection in injections if injection.active(model, timestep)]
     with ExitStack() as stack:
         for injection, attachment in active:
             stack.enter_context(attachment.in_call(call))
@@ -170,7 +173,9 @@ class FunctionWrapper:
         return self
 
 
-def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any], tokens: Tokens | None = None) -> ModelCall:
+def model_call(
+    x: Tensor, timestep: Tensor, options: Mapping[str, Any], tokens: Tokens | None = None, prompt: Tensor | None = None
+) -> ModelCall:
     """What one `apply_model` call knows; `options` are its transformer_options."""
     now = options.get(KEY)
 
@@ -179,7 +184,7 @@ def model_call(x: Tensor, timestep: Tensor, options: Mapping[str, Any], tokens: 
 
     # no count where gradients are wanted: a backward pass may run blocks of an earlier call again
     images = 0 if torch.is_grad_enabled() else x.shape[0]
-    return ModelCall(images, timestep.flatten()[0], options, roles, tokens=tokens)
+    return ModelCall(images, timestep.flatten()[0], options, roles, tokens=tokens, prompt=prompt)
 
 
 @contextmanager

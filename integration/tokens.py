@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..styleinject_core import Adapter
-from ..styleinject_core.call import Tokens
+from ..styleinject_core.call import Tokens, averaged
 from ..styleinject_core.layer_names import parse
 from .places import diffusion_model
 
@@ -74,6 +74,14 @@ def tokens_of(model: nn.Module, x: Tensor, given: Mapping[str, Any]) -> Tokens |
     after = sum(_count(latent, patch) for name in layout.after for latent in _latents(given.get(name)))
     multiple = getattr(host, layout.padded, None) if layout.padded else None
     return Tokens(count, after + (-count % multiple if multiple else 0), frames, leading=layout.leading)
+
+
+def prompt_of(given: Mapping[str, Any]) -> Tensor | None:
+    """What routers read of the prompt in one call, (B, c), see `ModelCall.prompt`; `given` as for `tokens_of`."""
+    text, mask = given.get("c_crossattn"), given.get("attention_mask")
+    if not isinstance(text, Tensor) or text.ndim != 3:
+        return None
+    return averaged(text, mask if isinstance(mask, Tensor) else None)
 
 
 def layers_with_unknown_tokens(model: nn.Module, adapter: Adapter) -> list[str]:

@@ -107,10 +107,14 @@ class Adapter(nn.Module):
 
         Raises:
             SelectorError: a target that matches nothing.
-            UnsupportedLayerError: a selected layer cannot be adapted; names it.
+            UnsupportedLayerError: a selected layer cannot be adapted; names it. Or its layers do not say what the config needs.
         """
         shapes = host_shapes(host, config.target_modules) if isinstance(host, nn.Module) else dict(host)
         chosen = select(shapes, ",".join(config.target_modules))
+        try:
+            config = config.on(shapes)
+        except ValueError as error:
+            raise UnsupportedLayerError(str(error)) from None
         layers = {}
         for layer_name, shape in shapes.items():
             if layer_name in chosen:

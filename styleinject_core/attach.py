@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 from weakref import ref
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .adapter import Adapter
 from .call import CurrentCall, ModelCall
@@ -196,6 +198,9 @@ class _Matching:
         return MatchReport(adapter.name, matched, tuple(self.unmatched), adapter.skipped, unused, tuple(self.biases), narrowed)
 
 
+Self = TypeVar("Self", bound="Attachment")
+
+
 class Attachment(Installation[Site]):
     """Adapters matched to a host's modules; a context manager that installs them for its length.
 
@@ -219,6 +224,7 @@ class Attachment(Installation[Site]):
     ):
         super().__init__()
         self.program = program or HostProgram()
+        self._hook: RemovableHandle | None = None  # where a router reads the prompt that the host is called with
         self._host = ref(host)  # weak: hosts may be freed while something remembers what was attached to them
         self.applied = list(applied)
         self.reports: list[MatchReport] = []
@@ -241,6 +247,13 @@ class Attachment(Installation[Site]):
             _check_share(self.reports[-1], found.selected)
         for index in range(len(self.applied)):
             self._refresh(index)
+        reading = (sites[0].current for sites in self.sites if any(site.layer.prompt_features for site in sites))
+        self._reading = list(reading)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the router of any adapter reads the prompt."""
+        return bool(self._reading)
 
     @property
     def host(self) -> nn.Module:
@@ -282,6 +295,19 @@ class Attachment(Installation[Site]):
         """Every layer's module and site."""
         return ((override.module, site) for override, site in self._places)
 
+    def install(self: Self) -> Self:
+        first = self._installed == 0
+        super().install()
+        if first and self._reading:
+            self._hook = self.host.register_forward_pre_hook(_Reading(self._reading, self.program), with_kwargs=True)
+        return self
+
+    def detach(self) -> None:
+        super().detach()
+        if self._installed == 0 and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
     @contextmanager
     def in_call(self, call: ModelCall) -> Iterator[None]:
         """Tell the layers of every adapter what the current call of the host knows, for the length of a with block."""
@@ -292,6 +318,19 @@ class Attachment(Installation[Site]):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.reports))
+
+
+class _Reading:
+    """Tells routers the prompt that their host is called with."""
+
+    def __init__(self, current: Sequence[CurrentCall], program: HostProgram):
+        self.current, self.program = current, program
+
+    def __call__(self, _host: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        prompt = self.program.text(args, named)
+        if prompt is not None:
+            for current in self.current:
+                current.call = replace(current.call, prompt=prompt)
 
 
 class _Attached(Attachment):

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .functional.host import HostLayer
+from .functional.host import HostLayer, statistics_dtype
 
 EVERYWHERE = "all"  # the role of rows that no host has told apart
 
@@ -75,6 +76,7 @@ class ModelCall:
         find_roles: tells the roles of the batch's equal parts ("positive", "negative", ...), in order, when asked.
         listeners: who steers and records; the first to steer is the first asked.
         tokens: where the image's tokens are; None where there are no others, or nobody knows.
+        prompt: the text conditioning of every row averaged over its tokens (`averaged`), (B, c); None where there is none.
     """
 
     images: int = 0
@@ -83,11 +85,25 @@ class ModelCall:
     find_roles: Callable[[], tuple[str, ...]] = lambda: (EVERYWHERE,)
     listeners: tuple[Listener, ...] = ()
     tokens: Tokens | None = None
+    prompt: Tensor | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The role of each equal part of the batch."""
         return self.find_roles()
+
+
+def averaged(text: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What routers read of a prompt: text conditioning (B, L, c) averaged over its tokens -> (B, c), in at least float32.
+
+    Args:
+        mask: (B, L), true or above 0 where a token counts; None where all do. One of no tokens at all counts all.
+    """
+    if mask is None or mask.shape != text.shape[:2]:
+        return text.mean(1, dtype=statistics_dtype(text))
+    counts = (mask > 0).to(statistics_dtype(text))
+    counts = torch.where(counts.sum(1, keepdim=True) > 0, counts, 1.0)
+    return torch.bmm(counts[:, None], text.to(counts.dtype))[:, 0] / counts.sum(1, keepdim=True)
 
 
 class CurrentCall:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .adapter import Adapter
 from .commands.convert import FORMS
 from .commands.plot import KINDS
-from .config import ROUTER_POOLS, STA_FORMS, TOKENS
+from .config import ROUTER_INPUTS, ROUTER_POOLS, STA_FORMS, TOKENS
 from .files import AdapterFileError, load_adapter, save_adapter
 from .hosts.architectures import ARCHITECTURES
 from .layers import UnsupportedLayerError
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "--targets", default="", help='layer selector, as in "to_q,to_v" or "attention,conv" (default: the method\'s paper\'s)'
     )
     init.add_argument("--router-pool", choices=ROUTER_POOLS, default="mean")
+    init.add_argument("--router-input", choices=ROUTER_INPUTS, default="layer", help="what the router reads (default layer)")
     init.add_argument("--sta", choices=STA_FORMS, default="multiplicative", help="the AdaIN step (default multiplicative)")
     init.add_argument("--tokens", choices=TOKENS, default="image", help="what a transformer's layers look at (default image)")
     init.add_argument("--seed", type=int, default=0, help="for the down-projections (default 0)")
@@ -154,6 +155,7 @@ def _init(options: argparse.Namespace) -> int:
         targets=tuple(term.strip() for term in options.targets.split(",") if term.strip()),
         factors=kronecker.parse_factors(options.factors),
         router_pool=options.router_pool,
+        router_input=options.router_input,
         sta=options.sta,
         tokens=options.tokens,
     )

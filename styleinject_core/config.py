@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from .layers import LayerShape
+
 ROUTER_POOLS = ("mean", "sum", "token", "paper")
+ROUTER_INPUTS = ("layer", "prompt", "both")
 TOKENS = ("image", "frame", "all")
 STA_FORMS = ("multiplicative", "additive", "none")
 _LARGEST = 3.4028234663852886e38  # of float32
@@ -61,6 +64,14 @@ class LayerConfig:
         """The config of one layer: this one with the layer's overrides applied."""
         return replace(self, layers={}, **self.layers.get(name, {}))  # type: ignore[type-var]
 
+    def on(self: Config, shapes: Mapping[str, LayerShape]) -> Config:
+        """The config of a new adapter for a model with these layers. Raises ValueError: they do not say what it needs."""
+        return self
+
+    def reading_prompts_of(self: Config, features: int) -> Config:
+        """This config for a model whose text conditioning has so many features."""
+        return self
+
     def override(self, layer: LayerConfig) -> dict[str, Any]:
         """The `layers` entry that makes `for_layer` equal `layer`; empty where nothing differs."""
         return {key: getattr(layer, key) for key in self.per_layer() if getattr(layer, key) != getattr(self, key)}
@@ -92,6 +103,9 @@ class AdapterConfig(LayerConfig):
         alpha: the low-rank increment is scaled by alpha / r; None means alpha = r.
         router_pool: how router logits become one vector per image: "mean" or "sum" over positions; or "token": every token has
             its own (Linear layers only); or "paper", as its text says: "token" on Linear layers, "sum" on convolutions.
+        router_input: what the router reads: "layer", the layer's input, as in the paper; "prompt", the text conditioning
+            averaged over its tokens, so that a style can be asked for by name; or "both", the sum of their logits.
+        prompt_features: the width of that text conditioning, of routers that read it; 0 takes the model's in `Adapter.create`.
         sta: "multiplicative" (f_s(σ) = σ·(1 + hyper(s))), "additive" (σ + hyper(s)), or "none" (no AdaIN step).
         eps: lower bound of σ where it is divided by.
         tokens: what router and statistics of a transformer's layer look at: "image", the image's tokens, or all of a clip's
@@ -115,6 +129,8 @@ class AdapterConfig(LayerConfig):
     target_modules: tuple[str, ...] = ("to_q", "to_v")
     layers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokens: str = "image"
+    router_input: str = "layer"
+    prompt_features: int = 0
 
     @classmethod
     def default_targets(cls) -> tuple[str, ...]:
@@ -132,6 +148,13 @@ class AdapterConfig(LayerConfig):
             raise ValueError(f"eps: expected a positive number, found {_shown(self.eps)}")
         if self.router_pool not in ROUTER_POOLS:
             raise ValueError(f"router_pool: expected one of {', '.join(ROUTER_POOLS)}, found {self.router_pool!r}")
+        if self.router_input not in ROUTER_INPUTS:
+            raise ValueError(f"router_input: expected one of {', '.join(ROUTER_INPUTS)}, found {self.router_input!r}")
+        features = self.prompt_features
+        if isinstance(features, bool) or not isinstance(features, int) or features < 0:
+            raise ValueError(f"prompt_features: expected an integer of at least 0, found {features!r}")
+        if features and self.router_input == "layer":
+            raise ValueError(f"prompt_features: is {features}, and router_input 'layer' reads no prompt; expected 0")
         if self.sta not in STA_FORMS:
             raise ValueError(f"sta: expected one of {', '.join(STA_FORMS)}, found {self.sta!r}")
         if self.tokens not in TOKENS:
@@ -142,7 +165,29 @@ class AdapterConfig(LayerConfig):
         values = super().to_dict()
         if self.tokens == "image":  # so that versions that do not know the field read what means the same to them
             del values["tokens"]
+        if self.router_input == "layer":
+            del values["router_input"], values["prompt_features"]
         return values
+
+    def on(self, shapes: Mapping[str, LayerShape]) -> AdapterConfig:
+        """With the width of the model's text conditioning: what its cross-attention reads, where that is one width."""
+        if self.prompt_features or not self.reads_prompt:
+            return self
+        widths = {shape.in_features for name, shape in shapes.items() if name.endswith("attn2.to_k")}
+        if len(widths) != 1:
+            raise ValueError(
+                f"prompt_features: router_input {self.router_input!r} needs the width of the model's text conditioning, which "
+                "cannot be told from its layers"
+            )
+        return self.reading_prompts_of(widths.pop())
+
+    def reading_prompts_of(self, features: int) -> AdapterConfig:
+        return replace(self, prompt_features=features) if self.reads_prompt else self
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether its router reads the text conditioning."""
+        return self.router_input != "layer" and self.has_router
 
     @property
     def method(self) -> str:

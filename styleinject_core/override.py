@@ -116,6 +116,8 @@ class Override:
         seen = None
         if plan.looks and first.current.call.tokens is not None:
             seen = first.tokens(tokens.shape[1])
+        for site in plan.reading:
+            host = replace(host, prompt=site.prompt())
         if tokens is x and seen is None and not args and not kwargs:
             return plan.run(x, host)
 

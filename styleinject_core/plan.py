@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,9 @@ class Plan:
             self._known = -1
         # what they look at, where the image's tokens share a sequence with others; "all" where it makes no difference
         self.looks = {site.layer.tokens for site in self.active} - {"all"}
+        self.reading = [site for site in self.active if site.layer.prompt_features]  # the prompt
         places = dict.fromkeys(site.rows for site in self.active)
-        self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
+        self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x, host) for rows in places}
         self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
         self.kept = keep and not torch.is_grad_enabled() and all(group.lasting for group in self.groups.values())
         if self.kept:
@@ -176,21 +178,22 @@ def _first_channels(host: HostLayer, h: Tensor, inputs: int) -> HostLayer:
     outputs = h.shape[1 if host.shape.is_conv else -1]
     shape = LayerShape(inputs, outputs, host.shape.kernel)
     read = lambda x: host.frozen_weight(x)[:outputs, :inputs]  # noqa: E731
-    return HostLayer(shape, lambda _: h, None, None, host.module, read=read, tokens=host.tokens, frames=host.frames)
+    kept: Any = {"tokens": host.tokens, "frames": host.frames, "prompt": host.prompt}
+    return HostLayer(shape, lambda _: h, None, None, host.module, read=read, **kept)
 
 
 class _Group:
     """The sites that adapt the same channels."""
 
-    def __init__(self, sites: Sequence[Site], x: Tensor):
-        self.sites, self.lasting = list(sites), True
+    def __init__(self, sites: Sequence[Site], x: Tensor, host: HostLayer):
+        self.sites, self.lasting, self._host = list(sites), True, host
         self.current = list({site.current: None for site in sites})
         # torch knows no autocast for meta tensors
         self._device = None if x.device.type == "meta" else x.device.type
         precise = statistics_dtype(x)
         self.weights = [self._weights(site, x, precise) for site in sites]
         self.prepared = prepare([weights for weights in self.weights if weights.active])
-        self._straight: tuple[HostLayer, torch.Size, Callable[[Tensor], Tensor] | None] | None = None
+        self._straight: tuple[torch.Size, Callable[[Tensor], Tensor] | None] | None = None
 
     def _weights(self, site: Site, x: Tensor, precise: torch.dtype) -> LayerWeights:
         def cast(parameter: Tensor) -> Tensor:
@@ -213,12 +216,13 @@ class _Group:
     def _forward(self, x: Tensor, host: HostLayer, hear: Hear | None = None) -> Tensor:
         if self._device is not None and torch.is_autocast_enabled(self._device):
             return dispatch.forward(x, host, self.weights, hear)
-        if hear is None and host.constants is not None and not torch.is_grad_enabled():
-            known = self._straight  # for this layer by itself and inputs of one shape
-            if known is None or known[0] is not host or known[1] != x.shape:
-                self._straight = known = (host, x.shape, dispatch.straight(x, host, self.prepared))
-            if known[2] is not None:
-                return known[2](x)
+        # the layer by itself: another host belongs to one call, and may hold its input
+        if hear is None and host is self._host and host.constants is not None and not torch.is_grad_enabled():
+            known = self._straight  # for inputs of one shape
+            if known is None or known[0] != x.shape:
+                self._straight = known = (x.shape, dispatch.straight(x, host, self.prepared))
+            if known[1] is not None:
+                return known[1](x)
         return dispatch.run(x, host, self.prepared, hear)
 
     def _heard(self, x: Tensor, host: HostLayer) -> Tensor:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .call import CurrentCall
+from .call import CurrentCall, averaged
 from .functional.host import REPLACED
 from .layer_names import parse
 from .methods.method import AdapterLayer
+
+
+class PromptError(ValueError):
+    """A router reads the prompt, and the model has none that it can read. The message names the adapter."""
 
 
 class HostProgram:
@@ -47,6 +52,15 @@ class HostProgram:
             images: `ModelCall.images`.
         """
         return x.shape[0]
+
+    def text(self, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
+        """What routers read of the prompt, (B, c), from what the host is called with: diffusers' `encoder_hidden_states`.
+        None where there is none, or where whoever calls says it (`ModelCall.prompt`)."""
+        text = named.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        if not isinstance(text, Tensor) or text.ndim != 3:
+            return None
+        mask = named.get("encoder_attention_mask")
+        return averaged(text, mask if isinstance(mask, Tensor) else None)
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,20 @@ class Site:
         if where is None or (where == slice(0, length) and tokens.frames == 1):
             return None
         return where, tokens.frames
+
+    def prompt(self) -> Tensor:
+        """What the router reads of the prompt of the current call. Raises PromptError: there is none, or of another width."""
+        prompt, features = self.current.call.prompt, self.layer.prompt_features
+        if prompt is None:
+            raise PromptError(
+                f"{self.adapter}: its router reads the prompt, and this model is called without text conditioning"
+            )
+        if prompt.shape[1] != features:
+            raise PromptError(
+                f"{self.adapter}: its router was made for text conditioning of {features} features, this model's has "
+                f"{prompt.shape[1]}"
+            )
+        return prompt
 
     @torch.compiler.disable
     def leave_out(self, inputs: int, outputs: int) -> None:

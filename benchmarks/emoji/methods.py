@@ -33,6 +33,7 @@ class Method:
         four: adapts all four attention projections, as DiffuseKronA's paper does; a LoRA then has half the rank.
         rate: the learning rate, one of RATES, from which the best is looked for; 0 trains nothing.
         pool: how its router sees an image.
+        reads: what its router reads.
         given: s is the style's own label; for tasks of several styles.
     """
 
@@ -45,6 +46,7 @@ class Method:
     four: bool = False
     pool: str = "mean"
     given: bool = False
+    reads: str = "layer"
 
     @property
     def adapts(self) -> bool:
@@ -62,6 +64,11 @@ METHODS = {
     "n4": Method("StyleInject, n = 4", 4, sta=True),
     "n16": Method("StyleInject, n = 16", 16, sta=True),
     "n16_paper": Method("StyleInject, n = 16, routed by token", 16, sta=True, pool="paper"),
+    "n4_prompt": Method("StyleInject, n = 4, the router reads the prompt", 4, sta=True, reads="prompt"),
+    "n16_prompt": Method("StyleInject, n = 16, the router reads the prompt", 16, sta=True, reads="prompt"),
+    "n16_both": Method(
+        "StyleInject, n = 16, routed by token, the router reads the prompt too", 16, sta=True, pool="paper", reads="both"
+    ),
     "n4_given": Method("StyleInject, n = 4, s given by the style", 4, sta=True, given=True),
     "n16_given": Method("StyleInject, n = 16, s given by the style", 16, sta=True, given=True),
     "krona": Method("DiffuseKronA, factors 4, 3", factors=(4, 3)),
@@ -105,7 +112,8 @@ def config(key: str, rank: int, targets: tuple[str, ...]) -> LayerConfig:
     if method.equal:
         rank = _equal_rank(rank, targets)
     sta = "multiplicative" if method.sta else "none"
-    return AdapterConfig(r=rank, n_styles=method.n, router_pool=method.pool, sta=sta, target_modules=targets)
+    fields = {"router_pool": method.pool, "router_input": method.reads, "sta": sta, "target_modules": targets}
+    return AdapterConfig(r=rank, n_styles=method.n, **fields)  # type: ignore[arg-type]
 
 
 @cache

@@ -29,8 +29,8 @@ from ...styleinject_core.train.models.training_model import TrainingModel
 from ..injection import ComfyProgram, model_title
 from ..patcher import ModelPatcher, compute_dtype, injections_of, references_of
 from ..places import find_places, layer_shapes
-from ..tokens import tokens_of
-from .graph_inputs import called_together
+from ..tokens import prompt_of, tokens_of
+from .graph_inputs import CONDS, called_together
 
 _SCALED, _PLAIN = comfy.model_sampling.EPS.calculate_input, comfy.model_sampling.CONST.calculate_input
 _PREDICTIONS = {  # how a model's input is scaled, and how its output is read -> what it predicts
@@ -180,6 +180,11 @@ class ComfyTrainingModel(TrainingModel):
         self._attached.add(attachment)
         return attachment
 
+    def text(self, conditioning: Conditioning) -> Tensor | None:
+        rows: Any = conditioning[CONDS]
+        given = rows[0].get("c_crossattn")
+        return None if given is None else given.value
+
     def current_calls(self) -> list[CurrentCall]:
         held = [i.attachment(self.patcher.model) for i in injections_of(self.patcher) if not i.patched]
         return [sites[0].current for attachment in (*self._attached, *held) for sites in attachment.sites]
@@ -222,7 +227,7 @@ class ComfyTrainingModel(TrainingModel):
 
     def _call(self, noisy: Tensor, times: Tensor, named: dict[str, Any]) -> Tensor:
         model = self.patcher.model
-        call = ModelCall(tokens=tokens_of(model, noisy, named))
+        call = ModelCall(tokens=tokens_of(model, noisy, named), prompt=prompt_of(named))
         with ExitStack() as stack:
             stack.enter_context(_in_training())  # also where one forward pass is counted, before anything is loaded
             for attachment in self._attached:

@@ -156,7 +156,7 @@ class Job:
         if self.trigger:
             metadata["modelspec.trigger_phrase"] = self.trigger
         return train_in_folder(
-            request.new_adapter(network.layer_shapes()).to(network.device),
+            request.new_adapter(network.layer_shapes(), images.prompts[0][0].shape[-1]).to(network.device),
             task,
             request.settings,
             existing=self.options.existing_run,

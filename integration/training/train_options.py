@@ -40,6 +40,7 @@ class TrainOptions:
     patience: int = TrainSettings.patience
     alpha: float = AdapterRequest.alpha
     router_pool: str = AdapterRequest.router_pool
+    router_input: str = AdapterRequest.router_input
     sta: str = AdapterRequest.sta
     sampling_steps: int = Drawing.steps
     guidance: float = Drawing.guidance
@@ -93,6 +94,7 @@ class TrainOptions:
             targets=tuple(term.strip() for term in layers.split(",") if term.strip()),
             factors=self.factors,
             router_pool=self.router_pool,
+            router_input=self.router_input,
             sta=self.sta,
             tokens=self.tokens,
         )

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ...integration.training.graph_inputs import flat_prompts
 from ...integration.training.named_runs import GO_ON, MUST_GO_ON, NEW
 from ...integration.training.train_options import TrainOptions
-from ...styleinject_core.config import ROUTER_POOLS, TOKENS
+from ...styleinject_core.config import ROUTER_INPUTS, ROUTER_POOLS, TOKENS
 from ...styleinject_core.methods.kronecker import parse_factors
 from ...styleinject_core.train.request import DTYPES
 from ...styleinject_core.train.settings import FLOW_TIMES, OPTIMIZERS, SCHEDULES
@@ -19,7 +19,7 @@ from ..schema import OptionsType, schema
 
 _ADVANCED = (
     *("seed", "accumulation", "schedule", "warmup", "weight_decay", "clip", "min_snr_gamma", "caption_dropout"),
-    *("checkpoint_every", "validation_images", "validate_every", "patience", "alpha", "router_pool", "sta"),
+    *("checkpoint_every", "validation_images", "validate_every", "patience", "alpha", "router_pool", "sta", "router_input"),
     *("sampling_steps", "guidance", "dtype", "tokens", "flow_times"),
 )
 
@@ -169,6 +169,14 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     optional=True,
                     tooltip="Of flow models (Flux, SD 3, Z-Image, Wan): which noise is trained. logit-normal: mostly the "
                     "middle; uniform: all alike; either with the model's own shift.",
+                ),
+                io.Combo.Input(
+                    "router_input",
+                    options=list(ROUTER_INPUTS),
+                    default=default.router_input,
+                    optional=True,
+                    tooltip="What the style router reads. layer: the layer's own input, as in the paper. prompt: the prompt, "
+                    'so that words like "in the style of X" choose the style. both: the two together.',
                 ),
             ],
             outputs=[OptionsType.Output("options", display_name="options", tooltip="For the StyleInject training nodes.")],

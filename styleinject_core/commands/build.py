@@ -22,7 +22,7 @@ from ..train.data.kept import Kept
 from ..train.data.labels import StyleLabels
 from ..train.data.source import FolderSource, LatentSource, Source, StreamSource, too_long
 from ..train.data.webdataset import ImageStream
-from ..train.memory import Choice, Workload, choose, free_memory, is_out_of_memory
+from ..train.memory import Choice, Workload, choose, free_memory, is_out_of_memory, prompt_features
 from ..train.models.pipeline import PipelineModel
 from ..train.models.training_model import TextToImageModel
 from ..train.objectives.tasks import Distil, DreamBooth, FineTune, check_teacher, check_weights_differ
@@ -103,7 +103,7 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     choice = _fitted(config, model, teacher, RunFolder(out).chosen_before() if out.is_dir() else {})
     config = replace(config, train=choice.request.settings, adapter=choice.request.adapter)
     task = _task(config, here, None if dry else out, model, teacher, processes)
-    adapter = choice.request.new_adapter(model.denoiser)
+    adapter = choice.request.new_adapter(model.denoiser, prompt_features(model, model.encode_text([""])))
     if config.data.styles:
         config.check_styles(config.adapter)  # what fits in memory may have fewer
         adapter = adapter.with_style_names(config.data.styles)

@@ -63,4 +63,8 @@ def save_adapter(
 def _version(adapter: Adapter) -> int:
     """The oldest version of the format that has what is in the file, so that older programs read what they can."""
     configs = [layer.config for layer in adapter.layers.values() if isinstance(layer.config, AdapterConfig)]
-    return FORMAT_VERSION if any(c.router_pool == "paper" or c.tokens != "image" for c in configs) else 1
+    return FORMAT_VERSION if any(_is_new(config) for config in configs) else 1
+
+
+def _is_new(config: AdapterConfig) -> bool:
+    return config.router_pool == "paper" or config.tokens != "image" or config.reads_prompt

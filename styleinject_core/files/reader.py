@@ -29,7 +29,7 @@ from .keys import parse as parse_key
 from .names import layer_name, layers_per_block
 from .sorting import Module, Sorted, sort
 
-FORMAT_VERSION = 2  # 2: router_pool "paper", tokens other than "image"
+FORMAT_VERSION = 2  # 2: router_pool "paper", tokens other than "image", router_input other than "layer"
 Parts = dict[str, Tensor]
 
 

@@ -30,6 +30,7 @@ class HostLayer:
         tokens: which of x's and h's tokens are the image's, where others share a sequence with them; None for all. Routers and
             statistics look at these alone, and these alone are rescaled.
         frames: how many of x's rows, one after the other, are frames of one image.
+        prompt: what routers read of the prompt, (B, c), where any does.
     """
 
     shape: LayerShape
@@ -41,6 +42,7 @@ class HostLayer:
     read: Callable[[Tensor], Tensor] | None = None
     tokens: slice | None = None
     frames: int = 1
+    prompt: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
@@ -50,7 +52,17 @@ class HostLayer:
         weight, bias = (None if t is None else t[rows] for t in (self.weight, self.bias))
         shape = LayerShape(self.shape.in_features, rows.stop - rows.start, self.shape.kernel)
         read = lambda x: self.frozen_weight(x)[rows]  # noqa: E731
-        return HostLayer(shape, lambda _: h, weight, bias, self.module, read=read, tokens=self.tokens, frames=self.frames)
+        kept: Any = {"tokens": self.tokens, "frames": self.frames, "prompt": self.prompt}
+        return HostLayer(shape, lambda _: h, weight, bias, self.module, read=read, **kept)
+
+    def prompt_of(self, x: Tensor) -> Tensor:
+        """`prompt` for each row of x, which may hold several of one image. Raises ValueError: there is none."""
+        if self.prompt is None:
+            raise ValueError("a router reads the prompt, and the layer's caller has none")
+        rows, prompts = x.shape[0], self.prompt.shape[0]
+        if rows % prompts:
+            raise ValueError(f"a router reads the prompt: {prompts} prompts for {rows} rows of its layer's input")
+        return self.prompt if rows == prompts else self.prompt.repeat_interleave(rows // prompts, 0)
 
     def frozen_weight(self, x: Tensor) -> Tensor:
         """W0, in W0's shape and x's dtype and device. Raises ValueError: nobody can say what it is."""

@@ -113,6 +113,11 @@ class AdapterLayer(nn.Module):
         return 0
 
     @property
+    def prompt_features(self) -> int:
+        """The width of the text conditioning that its router reads; 0 where it reads none."""
+        return 0
+
+    @property
     def note(self) -> str:
         """What a person should know of this layer when it is made; empty for nothing."""
         return ""
@@ -154,6 +159,8 @@ class AdapterSettings(Protocol):
     def factors(self) -> tuple[int, ...]: ...
     @property
     def router_pool(self) -> str: ...
+    @property
+    def router_input(self) -> str: ...
     @property
     def sta(self) -> str: ...
     @property

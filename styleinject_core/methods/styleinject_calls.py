@@ -24,7 +24,15 @@ def prepare(several: Sequence[StyleInjectWeights]) -> Sequence[Prepared]:
     groups: dict[Any, list[StyleInjectWeights]] = {}
     for w in several:
         if not w.by_token:
-            kind = (w.router_pool, w.A.shape, w.router_weight is None, w.eps if w.needs_sigma else None)
+            prompt = None if w.router_prompt is None else w.router_prompt.shape
+            kind = (
+                w.router_pool,
+                w.A.shape,
+                w.router_weight is None,
+                prompt,
+                w.router_bias is None,
+                w.eps if w.needs_sigma else None,
+            )
             groups.setdefault(kind, []).append(w)
     return [*map(_SideBySide.of, groups.values()), *(_TokenByToken(w) for w in several if w.by_token)]
 
@@ -40,13 +48,17 @@ def route(
     Returns:
         (B, n), or (B, L, n) with router_pool "token"; in x's dtype, computed in at least float32.
     """
-    if weights.router_weight is None:
+    if weights.router_bias is None:
         return x.new_ones(x.shape[0], 1)
     if not weights.by_token:
         side = _SideBySide.of([weights])
-        return side.route(x, host, host.mean(x) if mean is None else mean, hear).to(x.dtype)
+        if mean is None and side.needs_mean:
+            mean = host.mean(x)
+        return side.route(x, host, mean, hear).to(x.dtype)
     precise = statistics_dtype(x)
     logits = x.to(precise) @ weights.router_weight.to(precise).mT + weights.router_bias.to(precise)  # (B, L, n)
+    if weights.router_prompt is not None:
+        logits = logits + (host.prompt_of(x).to(precise) @ weights.router_prompt.to(precise).mT)[:, None]
     s = torch.softmax(logits, -1)
     return (s if hear is None else hear(weights, s)).to(x.dtype)
 
@@ -66,7 +78,9 @@ class _SideBySide:
     up-projections are copied (2 / r of what A takes), and A is stacked without a copy where it can be (`stacked`).
 
     Args:
-        router, router_bias: (J·n, k) and (J·n,), in at least float32; None for LoRAs, whose s is 1.
+        router, router_bias: (J·n, k) and (J·n,), in at least float32; no bias for LoRAs, whose s is 1, and no router where the
+            prompt alone decides.
+        prompt: (J·n, c), what reads the prompt; None where nothing does.
         hyper, hyper_bias: (d, J·n) and (d,), Σ_j sta_j of them, to be scaled by `sta`; None where none adapts statistics.
         down: the J matrices A (n, r, k[, kh, kw]).
         up: (d, J·r), with the strengths in it, to be scaled by `dma`; None where every dma is 0.
@@ -83,6 +97,7 @@ class _SideBySide:
     up: Tensor | None
     dma: float
     together: bool = False
+    prompt: Tensor | None = None
 
     @property
     def folds(self) -> bool:
@@ -95,16 +110,19 @@ class _SideBySide:
         statistics = any(w.adapts_statistics for w in several)
         changes = any(w.dma != 0 for w in several)
         if len(several) == 1:
-            parts = (first.router_weight, first.router_bias, first.hyper_weight, first.hyper_bias)
-            router, router_bias, hyper, hyper_bias = (None if p is None else p.to(precise) for p in parts)
+            parts = (first.router_weight, first.router_bias, first.hyper_weight, first.hyper_bias, first.router_prompt)
+            router, router_bias, hyper, hyper_bias, prompt = (None if p is None else p.to(precise) for p in parts)
             if not statistics:
                 hyper = hyper_bias = None
             return cls((first,), router, router_bias, hyper, hyper_bias, first.sta, (first.A,), first.B if changes else None,
-                       first.dma)  # fmt: skip
+                       first.dma, prompt=prompt)  # fmt: skip
         together = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and stacked([w.A for w in several])
-        router = router_bias = hyper = hyper_bias = up = None
+        router = router_bias = hyper = hyper_bias = up = prompt = None
         if first.router_weight is not None:
             router = torch.cat([w.router_weight.to(precise) for w in several])
+        if first.router_prompt is not None:
+            prompt = torch.cat([w.router_prompt.to(precise) for w in several])
+        if first.router_bias is not None:
             router_bias = torch.cat([w.router_bias.to(precise) for w in several])
         if statistics:
             own = [(w.hyper_weight, w.hyper_bias) if w.adapts_statistics else (None, None) for w in several]
@@ -115,7 +133,7 @@ class _SideBySide:
         if changes:
             up = torch.cat([w.B * w.dma for w in several], 1)
         down = tuple(w.A for w in several)
-        return cls(tuple(several), router, router_bias, hyper, hyper_bias, 1.0, down, up, 1.0, together)
+        return cls(tuple(several), router, router_bias, hyper, hyper_bias, 1.0, down, up, 1.0, together, prompt)
 
     @property
     def needs_mean(self) -> bool:
@@ -124,14 +142,16 @@ class _SideBySide:
     def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
         gain: Tensor | None = None
         changes: tuple[Change, ...] = ()
-        if self.router is None:
+        if self.router_bias is None:
             if self.hyper is not None:  # a hypernetwork without a router: one style, s = 1
                 gain = (self.sta * (self.hyper.sum(1) + self.hyper_bias)).expand(x.shape[0], -1)
             if self.up is not None:
                 ups = self.up.chunk(len(self.down), 1)
                 changes = tuple(LowRank(A[0], up, self.dma) for A, up in zip(self.down, ups, strict=True))
             return _update(gain, changes, self.several[0])
-        s = self.route(x, host, host.mean(x) if mean is None else mean, hear)  # (B, J·n)
+        if mean is None and self.router is not None:
+            mean = host.mean(x)
+        s = self.route(x, host, mean, hear)  # (B, J·n)
         if self.hyper is not None:
             if self.sta == 1:
                 gain = F.linear(s, self.hyper, self.hyper_bias)  # (B, d)
@@ -145,7 +165,9 @@ class _SideBySide:
     def head(self) -> Head | None:
         """The update without its choices, where it has a router of the mean, a gain and a change."""
         router, router_bias, hyper, hyper_bias, sta = self.router, self.router_bias, self.hyper, self.hyper_bias, self.sta
-        if router is None or hyper is None or self.up is None or not self.folds or self.several[0].router_pool != "mean":
+        if router is None or self.prompt is not None or hyper is None or self.up is None or not self.folds:
+            return None
+        if self.several[0].router_pool != "mean":
             return None
         A, layers, mixed = self.down[0], len(self.down), self._mixed
         linear, softmax, shape = F.linear, torch.softmax, A.shape[1:]
@@ -165,11 +187,17 @@ class _SideBySide:
 
         return Head(of, self.up, self.dma)
 
-    def route(self, x: Tensor, host: HostLayer, mean: Tensor, hear: Hear | None) -> Tensor:
+    def route(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Tensor:
         """s of every layer side by side, (B, J·n), in at least float32."""
-        logits, layers = F.linear(mean, self.router, self.router_bias), len(self.several)
-        if self.several[0].router_pool == "sum":
-            logits = logits * host.count(x)
+        layers = len(self.several)
+        if self.router is None:
+            logits = F.linear(host.prompt_of(x).to(self.router_bias.dtype), self.prompt, self.router_bias)
+        else:
+            logits = F.linear(mean, self.router, self.router_bias)
+            if self.several[0].router_pool == "sum":
+                logits = logits * host.count(x)
+            if self.prompt is not None:
+                logits = torch.addmm(logits, host.prompt_of(x).to(logits.dtype), self.prompt.mT)
         if layers > 1:
             logits = logits.view(logits.shape[0], layers, -1)
         s = torch.softmax(logits, -1)

@@ -63,6 +63,12 @@ class Need:
         return f"{_gb(self.total)} ({', '.join(f'{name} {_gb(size)}' for name, size in parts.items())})"
 
 
+def prompt_features(model: TrainingModel, conditioning: Conditioning) -> int:
+    """The width of a model's text conditioning, of what it is given for a prompt; 0 where it has none."""
+    text = model.text(conditioning)
+    return 0 if text is None else text.shape[-1]
+
+
 @dataclass
 class Workload:
     """A training, as far as its memory goes.
@@ -101,7 +107,9 @@ class Workload:
 
     def _adapter(self, adapter: AdapterRequest) -> Adapter:
         with torch.device("meta"):
-            return replace(self.request, adapter=adapter).new_adapter(self.model.layer_shapes())
+            return replace(self.request, adapter=adapter).new_adapter(
+                self.model.layer_shapes(), prompt_features(self.model, self.conditioning)
+            )
 
     def _count(self, batch: int, dtype: torch.dtype | None) -> Kept:
         adapter = self._adapter(self.request.adapter)  # a smaller one keeps a little less

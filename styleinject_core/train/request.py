@@ -70,6 +70,13 @@ class AdapterRequest:
         ),
     )
     router_pool: str = field(default="mean", metadata=about('"mean", "sum", "token" or "paper".'))
+    router_input: str = field(
+        default=AdapterConfig.router_input,
+        metadata=about(
+            'what the router reads: "layer", the layer\'s input, as in the paper; "prompt", the prompt, so that "in the\n'
+            'style of X" can choose style X; "both".'
+        ),
+    )
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
     tokens: str = field(
         default=AdapterConfig.tokens,
@@ -133,15 +140,18 @@ class TrainingRequest:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    def new_adapter(self, host: nn.Module | Mapping[str, LayerShape]) -> Adapter:
+    def new_adapter(self, host: nn.Module | Mapping[str, LayerShape], prompt_features: int = 0) -> Adapter:
         """An untrained adapter, the same for the same seed; the program's own random numbers go on as if there had been none.
+
+        Args:
+            prompt_features: the width of the model's text conditioning, for routers that read it; 0: what its layers say.
 
         Raises:
             SelectorError, UnsupportedLayerError: targets that match nothing, or no layer that can be adapted.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            return Adapter.create(host, self.adapter.config(), self.name)
+            return Adapter.create(host, self.adapter.config().reading_prompts_of(prompt_features), self.name)
 
     def split(self, count: int, field: str = "held_out") -> tuple[list[int], list[int]]:
         """Which of `count` images are trained on and which are held out, each in order; the same for the same seed.

@@ -15,7 +15,7 @@ CORE = ROOT / "styleinject_core"
 FLOORS = ["styleinject_core", "integration", "nodes"]
 # Within a package, its parts likewise: modules, or sub-packages.
 ORDER = {
-    "styleinject_core": ["config", "layers", "functional", "methods", "layer_vocabulary", "layer_names", "selector", "adapter",
+    "styleinject_core": ["layers", "config", "functional", "methods", "layer_vocabulary", "layer_names", "selector", "adapter",
                          "call", "site", "plan", "override", "attach", "files", "hosts", "colors", "router", "summary", "deadiff", "train", "demo",
                          "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "random_numbers", "data", "models", "activations", "memory", "objectives", "run"],

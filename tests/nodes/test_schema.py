@@ -54,7 +54,7 @@ INPUTS = {
                                 "clip", "min_snr_gamma", "caption_dropout", "gradient_checkpointing", "checkpoint_every",
                                 "picture_every", "validation_images", "validate_every", "patience", "alpha", "router_pool",
                                 "sta", "sampling_steps", "guidance", "dtype", "vae", "picture_prompt", "factors",
-                                "tokens", "flow_times"],
+                                "tokens", "flow_times", "router_input"],
     "StyleInjectSave": ["adapter", "filename_prefix", "dtype", "title", "author", "trigger_phrase", "description", "license"],
     "StyleInjectLossPlot": ["losses"],
     "StyleInjectDemoModel": ["style"],

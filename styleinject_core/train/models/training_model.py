@@ -72,6 +72,11 @@ class TrainingModel(ABC):
         """Every layer that can be adapted, by the name that adapters call it by."""
         return host_shapes(self.denoiser)
 
+    def text(self, conditioning: Conditioning) -> Tensor | None:
+        """The text conditioning that routers may read, (B, L, c), of what `predict` is given; None where there is none."""
+        text = conditioning.get("context")
+        return text if isinstance(text, Tensor) else None
+
     def current_calls(self) -> list[CurrentCall]:
         """The calls that layers of adapters are in. In a block that runs again in the backward pass they are as they were."""
         return []

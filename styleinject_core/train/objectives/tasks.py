@@ -80,7 +80,8 @@ class FineTune:
             attachment = stack.enter_context(self.model.attachment(adapter))
             if self.settings.gradient_checkpointing:
                 blocks, in_place = self.model.blocks(), self.model.in_place_blocks()
-                stack.enter_context(checkpointed(blocks, in_place, self.model.current_calls()))
+                calls = dict.fromkeys([*self.model.current_calls(), *(sites[0].current for sites in attachment.sites)])
+                stack.enter_context(checkpointed(blocks, in_place, list(calls)))
             self._attachment = attachment
             yield attachment
 
