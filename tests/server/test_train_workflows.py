@@ -82,6 +82,10 @@ def test_the_template_for_ones_own_pictures_runs(client: Client, server: ComfyPr
 
 def test_the_template_for_z_image_runs(client: Client, server: ComfyProcess, short) -> None:
     """All of its nodes, but for the three loaders: a small Z-Image with random weights is in their place."""
+    comfy = server.root / "comfy"
+    rotated_by_kernel = "ck.apply_rope" in (comfy / "ldm" / "flux" / "math.py").read_text(encoding="utf-8")
+    if rotated_by_kernel and "in_training" not in (comfy / "model_management.py").read_text(encoding="utf-8"):
+        pytest.skip("this ComfyUI rotates queries and keys by a kernel without a gradient, in training too")
     graph = short(ON_Z_IMAGE, learning_rate=0.05)
     loaders = {key: output for output, kind in enumerate(("UNETLoader", "CLIPLoader", "VAELoader"))
                for key, node in graph.items() if node["class_type"] == kind}  # fmt: skip

@@ -39,7 +39,7 @@ class SmallZImage:
         tiny_model.fill(clip.cond_stage_model, 3)
         autoencoder = comfy.taesd.taesd.TAESD(latent_channels=16)
         tiny_model.fill(autoencoder, 5)
-        return dit_models.z_image(padded=True), clip, comfy.sd.VAE(sd=autoencoder.state_dict())
+        return dit_models.z_image(), clip, comfy.sd.VAE(sd=autoencoder.state_dict())
 
 
 def small_clip(**options: Any) -> Any:
