@@ -100,7 +100,7 @@ def test_the_template_for_z_image_runs(client: Client, server: ComfyProcess, sho
     text = " ".join(run.shown("text"))
     assert "40 pictures: 40 of 64x64" in text
     assert "choose output/my_zimage_style/my_zimage_style.safetensors" in text and 'Prompts call it by "inkline7"' in text
-    assert "fine-tune on Lumina2" in text
+    assert "fine-tune on Lumina 2" in text
     before, after = (client.fetch_image(image) for image in run.images)
     assert before.shape == after.shape and (before != after).any() and before.std() > 5
 
