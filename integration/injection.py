@@ -46,6 +46,13 @@ _TITLES = {
     "SDXLRefiner": "Stable Diffusion XL refiner",
     "SSD1B": "SSD-1B",
     "SD3": "Stable Diffusion 3",
+    "Flux2": "Flux 2",
+    "Lumina2": "Lumina 2",
+    "ZImage": "Z-Image",
+    "QwenImage": "Qwen-Image",
+    "WAN21_T2V": "Wan 2.x text to video",  # ComfyUI loads 2.2's large ones as these
+    "WAN21_I2V": "Wan 2.x image to video",
+    "WAN22_T2V": "Wan 2.2 text and image to video",
 }
 
 

@@ -76,14 +76,13 @@ def parse_weights(layers: dict[str, LayerShape], text: str) -> dict[str, float]:
 
 
 def unmatched_weights(layers: dict[str, LayerShape], text: str) -> list[str]:
-    """The lines of layer weights that may match nothing, and match none of these layers; without their "?"."""
+    """The selectors of layer weights that may match nothing, and match none of these layers."""
     selection = _Selection(layers)
-    return [line.text for line in _weight_lines(text) if not selection.of(line)]
+    return _unique(line.selector for line in _weight_lines(text) if not selection.of(line))
 
 
 @dataclass(frozen=True)
 class _WeightLine:
-    text: str  # as written, without "?"
     selector: str
     weight: float
     multiplies: bool
@@ -100,7 +99,7 @@ def _weight_lines(text: str) -> Iterator[_WeightLine]:
             weight = math.nan
         if not equals or not math.isfinite(weight):
             raise SelectorError(f'layer weight {line!r}: expected "selector = number", as in "up & cross = 0.5"')
-        yield _WeightLine(line.removeprefix("?").lstrip(), selector.removeprefix("?"), weight, multiplies, line.startswith("?"))
+        yield _WeightLine(selector.removeprefix("?").strip(), weight, multiplies, line.startswith("?"))
 
 
 class _Selection:
@@ -171,9 +170,11 @@ class _Selection:
         return chosen
 
     def _nothing_matched(self, term: str) -> str:
-        ends = sorted({parse(name).end for name in self.layers})
+        words = _listed(word for word, names in self.groups.items() if names)
+        projections = set().union(*(self.groups.get(word, ()) for word in ("queries", "keys", "values")))
+        ends = sorted({parse(name).end for name in projections or self.layers})  # words reach the rest
         return f"layer selector term {term!r} matches none of the {len(self.layers)} layers; these have: " + ", ".join(
-            _unique([*_listed(word for word, names in self.groups.items() if names), *ends[:12]])
+            _unique([*words, *ends[:12]])
         )
 
 

@@ -73,7 +73,7 @@ class Job:
         student = self.student.network
         models = [student] if self.teacher is None else [student, self.teacher.network]
         largest = self.student.encoder.framed(torch.zeros(*max(shapes, key=math.prod)))
-        longest = max(prompts, key=lambda prompt: prompt[0].shape[1])
+        longest = max(prompts, key=_length)
         (row,), _ = self.student.conditionings([longest], [largest], False)
         work = Workload(
             student,
@@ -202,3 +202,9 @@ class Job:
         finally:  # it may have failed for want of memory, and training goes on
             loaded.prepare()
         return torch.cat(found)
+
+
+def _length(prompt: Prompt) -> tuple[int, int]:
+    """By which prompts are compared: their reference images, which make a sequence far longer than words do, and then words."""
+    tensor, extras = prompt
+    return sum(latent.numel() for latent in extras.get("reference_latents") or ()), tensor.shape[1]

@@ -267,7 +267,7 @@ def report(model: ModelPatcher, injection: Injection, line: str = "") -> str:
             f"router and statistics look at all of them ({', '.join(mixed[:2])}{' ...' if len(mixed) > 2 else ''})"
         )
     if idle := unmatched_weights(applied.adapter.shapes, applied.layer_weights):
-        lines.append(f"  layer weights for groups that it has no layers of: {'; '.join(idle)}")
+        lines.append(f"  layer weights of {', '.join(idle)} change nothing: the adapter has no such layers")
     if injection.control:
         lines.append(f"  router steered by {len(injection.control)} control(s)")
     if line:

@@ -139,4 +139,5 @@ def describe(adapter: Adapter) -> str:
     architecture = architecture_of(adapter)
     if architecture is not None:
         return architecture.title
-    return adapter.metadata.get("modelspec.architecture") or f"an unknown architecture (first layer: {adapter.names[0]})"
+    stated = adapter.metadata.get("styleinject.base") or adapter.metadata.get("modelspec.architecture", "").partition("/")[0]
+    return stated or f"an unknown architecture (first layer: {adapter.names[0]})"

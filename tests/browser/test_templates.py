@@ -36,6 +36,12 @@ MISSING = """() => (window.app.rootGraph ?? window.app.graph).nodes.flatMap((nod
   .filter((widget) => !node.properties.models?.some((model) => model.name === widget.value && model.url))
   .map((widget) => `${node.title}: ${widget.value}`))"""
 
+# Texts that a node of Nodes 2.0 shows only a part of: longer than their box, or a text area that would have to be scrolled.
+CUT = """() => [...document.querySelectorAll('[data-node-id]')].flatMap((node) => [...node.querySelectorAll('span, textarea')]
+  .filter((box) => box.clientWidth > 0 && box.children.length === 0 && (box.value || box.textContent))
+  .filter((box) => box.scrollWidth > box.clientWidth + 1 || (box.tagName === 'TEXTAREA' && box.scrollHeight > box.clientHeight + 2))
+  .map((box) => `${node.dataset.nodeId}: ${box.value || box.textContent}`))"""
+
 
 def overlapping(nodes: list[dict[str, Any]]) -> list[tuple[str, str]]:
     def between(a: float, width: float, b: float, other: float) -> bool:
@@ -58,6 +64,8 @@ def test_templates_open_without_overlaps_and_errors(open_editor: Callable[..., E
         nodes = editor.page.evaluate(BOXES)
         assert len(nodes) > 5 and all(node["box"][2] > 50 for node in nodes)
         assert overlapping(nodes) == [], path.stem
+        if vue_nodes and VERSION >= (0, 33):
+            assert editor.page.evaluate(CUT) == [], path.stem
         if REFERENCE_MODEL.is_file() or not path.stem.startswith("11 "):
             assert editor.page.evaluate(MISSING) == [], path.stem
 

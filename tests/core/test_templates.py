@@ -56,6 +56,7 @@ def test_nodes_say_where_they_come_from(path: Path) -> None:
 def test_each_says_what_to_do_and_has_a_picture(path: Path) -> None:
     (note,) = [node for node in nodes(path) if node["type"] in NOTES]
     assert note["title"] in ("Read me first", "What this shows") and len(note["widgets_values"][0]) > 200
+    assert "`" not in note["widgets_values"][0], "code is blue on blue in the notes of Nodes 2.0"
     with Image.open(path.with_suffix(".jpg")) as picture:
         assert picture.size == (640, 480)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 500, "a picture of results"

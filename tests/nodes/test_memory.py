@@ -148,6 +148,27 @@ def test_dreambooth_and_distillation_count_what_they_keep(
     assert needs[2].weights == 2 * needs[0].weights and needs[2].passes > needs[0].passes
 
 
+def test_reference_images_count(train, pack, monkeypatch) -> None:
+    """A step's memory is that of the prompt with the most of them, however short it is."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(work, *_others):
+        needs.append(work.need(work.request.adapter.sized(2, 2), work.request.settings).passes)
+        raise Enough
+
+    needs: list[int] = []
+    monkeypatch.setattr(pack.submodule("integration.training.job"), "choose", stop)
+    model, pooled = dit_models.flux(), {"pooled_output": torch.ones(1, dit_models.WIDTH)}
+    alone = [[tiny_model.conditioning(0, tokens=9)[0][0], pooled]]
+    edited = [[tiny_model.conditioning(1, tokens=7)[0][0], {**pooled, "reference_latents": [torch.zeros(1, 16, 16, 16)]}]]
+    for prompts in ([alone], [edited], [alone, edited]):
+        with pytest.raises(Enough):
+            train(model=model, latents={"samples": torch.zeros(len(prompts), 16, 8, 8)}, conditioning=prompts, layers="default")
+    assert needs[0] * 1.5 < needs[1] == needs[2]
+
+
 def sdxl() -> Any:
     """Stable Diffusion XL in its full size, without its weights."""
     import comfy.model_patcher

@@ -79,11 +79,12 @@ def prompt(seed: int = 0, tokens: int = PROMPT, masked: bool = False) -> list:
     return [[tiny_model.conditioning(seed, tokens=tokens)[0][0], extras]]
 
 
-def draw(model, host, cfg: float = 1.0, steps: int = 2, batch: int = 1) -> torch.Tensor:
+def draw(model, host, cfg: float = 1.0, steps: int = 2, batch: int = 1, positive: list | None = None) -> torch.Tensor:
     import nodes
 
     with torch.inference_mode():
         latent, prompts = {"samples": torch.zeros(batch, *host.latent)}, [prompt(seed, masked=host.masked) for seed in (0, 1)]
+        prompts[0] = positive or prompts[0]
         settings = (model, 5, steps, cfg, "euler", "simple", *prompts, latent)
         return nodes.KSampler().sample(*settings)[0]["samples"]
 
@@ -102,12 +103,15 @@ def made(pack, model, *targets: str, seed: int = 1, **config: Any):
 
 
 @contextmanager
-def plainly(model, adapter, host: Host, strength: float, tokens: str = "image", frames: int = 1) -> Iterator[None]:
-    """The method written out on the places that the adapter names, as forwards of the model's own modules."""
+def plainly(
+    model, adapter, host: Host, strength: float, tokens: str = "image", frames: int = 1
+) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """The method written out on the places that the adapter names, as forwards of the model's own modules; the s of each."""
     import comfy.lora
     import comfy.utils
 
     table, by_module = comfy.lora.model_lora_keys_unet(model.model, {}), {}
+    used: dict[str, list[torch.Tensor]] = {}
     for name, layer in adapter.layers.items():
         target = table.get(f"transformer.{name}", table.get(f"diffusion_model.{name}"))
         key, offset = (target, None) if isinstance(target, str) else target[:2]
@@ -140,6 +144,7 @@ def plainly(model, adapter, host: Host, strength: float, tokens: str = "image", 
         change = torch.zeros_like(h)
         for group in groups:
             s = (x[:, group] @ layer.router_weight.T + layer.router_bias).mean(1).softmax(-1)
+            used.setdefault(name, []).append(s)
             delta = sum(s[:, i, None, None] * (x @ layer.A[i].T) for i in range(STYLES)) @ layer.B.T
             seen = h[:, group]
             gain = (s @ layer.hyper_weight.T + layer.hyper_bias)[:, None]
@@ -153,7 +158,7 @@ def plainly(model, adapter, host: Host, strength: float, tokens: str = "image", 
     try:
         for module, places in by_module.items():
             module.forward = of(module, places)
-        yield
+        yield used
     finally:
         for module in by_module:
             del module.__dict__["forward"]
@@ -247,6 +252,11 @@ def test_it_trains_and_the_file_samples_what_training_saw(pack, host, model, tra
     )  # fmt: skip
     assert all(layer.B.abs().sum() > 0 for name, layer in adapter.layers.items() if reaches(host, name))
     assert checkpointing or mean(losses.losses[-8:]) < 0.95 * mean(losses.losses[:8])
+    assert_samples_what_training_saw(pack, model, host, adapter, latents, prompts[:2], run_node, tmp_path)
+
+
+def assert_samples_what_training_saw(pack, model, host, adapter, latents, prompts, run_node, tmp_path) -> None:
+    """Saved, loaded and applied, it predicts for a prompt alone what training predicts for it in a batch of prompts."""
     assert_clean(model)
     core = pack.submodule("styleinject_core")
     core.save_adapter(adapter, tmp_path / "ink.safetensors")
@@ -257,12 +267,13 @@ def test_it_trains_and_the_file_samples_what_training_saw(pack, host, model, tra
     wrapped = training.ComfyTrainingModel(model)
     encoder = pack.submodule("integration.training.graph_inputs").Encoder(model)
     rows = pack.submodule("styleinject_core.train.data.batches").joined(
-        encoder.prompts([tuple(one[0]) for one in prompts[:2]], [host.latent] * 2)
+        encoder.prompts([tuple(one[0]) for one in prompts], [host.latent] * 2)
     )
     x, sigma = latents["samples"][:1], wrapped.schedule.times(torch.tensor([0.6]))
     with torch.no_grad(), wrapped.attachment(adapter):
         twice = wrapped.predict(torch.cat([x, x]), sigma.repeat(2), rows)
-    patched, *_ = run_node("StyleInjectApply", model=model, adapter=loaded)
+    patched, report, *_ = run_node("StyleInjectApply", model=model, adapter=loaded)
+    assert f"made for {wrapped.title}; this model is {wrapped.title}" in report
     given = pack.submodule("integration.training.graph_inputs").called_together(
         encoder.prompts([tuple(prompts[0][0])], [host.latent])[0], torch.device("cpu")
     )[0][1]
@@ -275,6 +286,71 @@ def test_it_trains_and_the_file_samples_what_training_saw(pack, host, model, tra
     noise = pack.submodule("styleinject_core.train.models.noise")
     expected = noise.prediction_of(alone.schedule, denoised, x, sigma)
     torch.testing.assert_close(twice[:1], expected, rtol=1e-3, atol=1e-4)
+
+
+def edited(*sizes: tuple[int, int], method: str = "", seed: int = 0, host: Host) -> list:
+    """A prompt with reference images of these sizes, as ComfyUI's own nodes for edit models make it."""
+    from comfy_extras.nodes_edit_model import ReferenceLatent
+    from comfy_extras.nodes_flux import FluxKontextMultiReferenceLatentMethod
+
+    found = prompt(seed, masked=host.masked)
+    for k, size in enumerate(sizes):
+        latent = torch.randn(1, *host.latent[:-2], *size, generator=torch.Generator().manual_seed(k)) * 3
+        (found,) = ReferenceLatent.execute(found, {"samples": latent}).result
+    if method:
+        (found,) = FluxKontextMultiReferenceLatentMethod.execute(found, method).result
+    return found
+
+
+EDITORS = ["Flux", "Flux 2", "Qwen-Image"]  # Kontext, and Qwen-Image-Edit, are these with reference images
+
+
+@pytest.mark.parametrize("name", EDITORS)
+@pytest.mark.parametrize(
+    ("sizes", "method"),
+    [([(8, 8)], ""), ([(6, 10), (5, 3)], ""), ([(6, 10)], "uxo/uno"), ([(6, 10), (8, 8)], "index_timestep_zero")],
+)  # fmt: skip
+def test_it_does_not_look_at_reference_images(pack, run_node, name, sizes, method) -> None:
+    """Neither router mean nor statistics run over their tokens, which get Δh alone."""
+    if name == "Flux" and method == "index_timestep_zero":
+        pytest.skip("ComfyUI's Flux 1 fails with it, without any adapter")
+    host = HOSTS[name]
+    model, seen = host.make(), edited(*sizes, method=method, host=host)
+    adapter = made(pack, model, "attention")
+    bare = draw(model, host, positive=seen)
+    assert not close(bare, draw(model, host), 1e-2), "the model sees them"
+    patched, *_ = run_node("StyleInjectApply", model=model, adapter=adapter)
+    monitored, monitor = run_node("StyleInjectRouterMonitor", model=patched)
+    with plainly(model, adapter, host, 1.0) as used:
+        expected = draw(model, host, positive=seen)
+    found = draw(monitored, host, positive=seen)
+    assert close(found, expected, 1e-3) and not close(expected, bare, 1e-2)
+    (trace,) = pack.submodule("integration.monitor").traces_of(monitor, {"samples": found})
+    for k, layer in enumerate(trace.layers):
+        torch.testing.assert_close(trace.probabilities[:, k], torch.stack(used[layer]), rtol=1e-3, atol=1e-4)
+    with plainly(model, adapter, host, 1.0, "all"):
+        assert not close(found, draw(model, host, positive=seen), 1e-3), "it would have mattered"
+    one_sided = draw(patched, host, cfg=3.0, batch=2, positive=seen)  # the negative prompt has none
+    with plainly(model, adapter, host, 1.0):
+        assert close(one_sided, draw(model, host, cfg=3.0, batch=2, positive=seen), 1e-3)
+
+
+@pytest.mark.skipif(NO_GRADIENT, reason="0.8's rotary embedding has no gradient")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", EDITORS)
+def test_it_trains_with_reference_images(pack, train, run_node, name, checkpointing, tmp_path) -> None:
+    """One or several, of sizes that differ in a batch."""
+    host = HOSTS[name]
+    model, latents = host.make(), {"samples": torch.randn(4, *host.latent, generator=torch.Generator().manual_seed(0))}
+    prompts = [edited(*sizes, seed=k, host=host) for k, sizes in enumerate([[(8, 8)], [(6, 10)], [(8, 8), (4, 4)], []])]
+    adapter, losses, _ = train(
+        model=model, latents=latents, conditioning=prompts, layers="attention", batch_size=4, learning_rate=2e-2,
+        steps=4 if checkpointing else 30, rank=RANK, styles=STYLES, memory="off",
+        options={"gradient_checkpointing": checkpointing, "dtype": "float32"},
+    )  # fmt: skip
+    assert all(layer.B.abs().sum() > 0 for name, layer in adapter.layers.items() if reaches(host, name))
+    assert checkpointing or mean(losses.losses[-8:]) < 0.95 * mean(losses.losses[:8])
+    assert_samples_what_training_saw(pack, model, host, adapter, latents, prompts[1:3], run_node, tmp_path)
 
 
 def reaches(host: Host, name: str) -> bool:
@@ -373,8 +449,16 @@ def test_what_nobody_can_tell_is_said(pack, run_node, monkeypatch) -> None:
 def test_an_adapter_of_another_architecture(pack, run_node) -> None:
     core = pack.submodule("styleinject_core")
     flux, wan = dit_models.flux(), dit_models.wan()
-    with pytest.raises(core.AdapterMismatchError, match="this model is WAN21_T2V. ink: none of its 8 layers is in the model"):
-        run_node("StyleInjectApply", model=wan, adapter=made(pack, flux))
+    for metadata, said in (
+        ({"styleinject.base": "Flux", "modelspec.architecture": "FluxSchnell/styleinject"}, "Flux"),  # as training writes it
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "flux-1-dev"),
+        ({}, r"an unknown architecture \(first layer: transformer_blocks.0.attn.to_q\)"),
+    ):
+        adapter = made(pack, flux)
+        adapter.metadata.update(metadata)
+        both = f"made for {said}, this model is Wan 2.x text to video. ink: none of its 8 layers is in the model"
+        with pytest.raises(core.AdapterMismatchError, match=both):
+            run_node("StyleInjectApply", model=wan, adapter=adapter)
     with pytest.raises(core.SelectorError, match="'down' matches none of the .* these have: all, attention, .*block.0-2"):
         made(pack, wan, "down")
     with pytest.raises(core.UnsupportedLayerError, match="see one row per image"):

@@ -20,6 +20,7 @@ from comfy_process import ComfyProcess
 from ui_workflow import to_prompt
 
 PACK_NAME = "ComfyUI-StyleInject"
+SMALL_MODELS = comfyui.REPO / "tests" / "server" / "small_models"
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,7 @@ def start_server(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> C
             root=comfyui.find_comfyui(),
             python=comfyui.server_python(),
             base=tmp_path_factory.mktemp("comfyui"),
-            packs={PACK_NAME: comfyui.REPO} if has_pack else {},
+            packs={PACK_NAME: comfyui.REPO, "SmallModels": SMALL_MODELS} if has_pack else {},
             checkpoints=[checkpoints.small_checkpoint()],
             cpu=comfyui.on_cpu(),
             args=args,
