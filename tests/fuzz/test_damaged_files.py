@@ -50,7 +50,7 @@ from styleinject_core.train.run.checkpoints import CheckpointError, RunFolder
 from styleinject_core.train.run.loop import train
 from styleinject_core.train.settings import TrainSettings
 
-CASES = int(os.environ.get("FUZZ_CASES", "600"))
+CASES = int(os.environ.get("FUZZ_CASES", "300"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 SECONDS_PER_MB, SECONDS = 1.0, 1.0  # the more of the two: a pause of the machine is no fault of a small file's
 BYTES_PER_BYTE, BYTES = 64, 32 * 2**20  # the sum of the two: a Python list of a JSON file's "[]" takes 56 bytes
