@@ -101,7 +101,7 @@ class Bench:
         @cache
         def badness(k: int) -> tuple[float, float]:
             metrics = self.line(Run(task, row, TUNING_SEED, RATES[k], self.steps(task), True))["metrics"]
-            return -metrics.get("seen_both", 0.0), metrics.get("seen_kid", math.inf)
+            return -round(metrics.get("seen_both", 0.0), 4), metrics.get("seen_kid", math.inf)  # as many up to rounding
 
         best, steps = RATES.index(METHODS[row].rate), (0, 1, -1) if self.size.search else (0,)
         while (better := min((best + step for step in steps if 0 <= best + step < len(RATES)), key=badness)) != best:
