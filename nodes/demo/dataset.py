@@ -35,10 +35,10 @@ class StyleInjectDemoDataset(io.ComfyNode):
                     "things",
                     default="",
                     tooltip='Which things, separated by commas: "turtle, owl". Empty for the 186 that the demo trains '
-                    "on; the other 37 are kept to see whether a style reaches what it was never shown on.",
+                    "on; the other 37 are kept to see whether a style carries over to things it was never trained on.",
                 ),
                 io.Int.Input(
-                    "count", default=0, min=0, max=1000, tooltip="How many drawings at most, spread evenly; 0 for all."
+                    "count", default=0, min=0, max=1000, tooltip="At most this many drawings, spread evenly; 0 for all."
                 ),
                 io.String.Input(
                     "prompt", default="", tooltip="The prompt of every drawing; empty for the name of what it shows."

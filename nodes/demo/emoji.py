@@ -37,7 +37,7 @@ class StyleInjectDemoModel(io.ComfyNode):
             outputs=[
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="For the KSampler; its adapters are marked demo."),
                 io.Vae.Output("VAE", display_name="VAE", tooltip="For VAE Encode, VAE Decode and StyleInject Train Options."),
-                io.Clip.Output("CLIP", display_name="CLIP", tooltip="For CLIP Text Encode. It knows some hundred words."),
+                io.Clip.Output("CLIP", display_name="CLIP", tooltip="For CLIP Text Encode. It knows a few hundred words."),
             ],
         )
 
@@ -70,7 +70,7 @@ class StyleInjectDemoPrompt(io.ComfyNode):
                 io.String.Output(
                     "unknown",
                     display_name="unknown",
-                    tooltip="Words of the prompt that the demo model has never seen, and left out.",
+                    tooltip="Words of the prompt that the demo model has never seen; they were left out.",
                 ),
             ],
         )

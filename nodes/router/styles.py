@@ -26,7 +26,7 @@ class StyleInjectStyleGrid(io.ComfyNode):
             "StyleInjectStyleGrid",
             section="router",
             display_name="StyleInject Style Grid",
-            description="Applies an adapter once for each of its styles, that style alone; the sampler runs for each.",
+            description="Applies an adapter once for each of its styles, with that style alone; the sampler runs for each.",
             search_aliases=["style router", "XY plot", "grid"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to restyle. It is not changed itself."),

@@ -50,7 +50,7 @@ class StyleInjectSave(io.ComfyNode):
                     "trigger_phrase", default="", tooltip="The words that call the style or the subject in a prompt."
                 ),
                 io.String.Input("description", default="", multiline=True, tooltip="What it does, in a sentence or two."),
-                io.String.Input("license", default="", tooltip="Its license, by SPDX name, as in CC-BY-4.0."),
+                io.String.Input("license", default="", tooltip="Its license, by SPDX name, such as CC-BY-4.0."),
             ],
             outputs=[
                 io.String.Output(

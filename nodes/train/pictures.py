@@ -46,7 +46,7 @@ class StyleInjectPictures(io.ComfyNode):
                 io.String.Input(
                     "trigger",
                     default="",
-                    tooltip="A word that no other prompt has, as in inkbrush7. It is put before each caption, and calls the "
+                    tooltip="A word that no other prompt has, such as inkbrush7. It is put before each caption, and calls the "
                     "style in prompts later. Empty: the style is there whenever the adapter is.",
                 ),
                 io.Int.Input(
@@ -120,7 +120,7 @@ class StyleInjectPrompts(io.ComfyNode):
                     "labels",
                     display_name="labels",
                     is_output_list=True,
-                    tooltip="The lines without what is before them, for Style Sheet.",
+                    tooltip="The lines without the prefix, for Style Sheet.",
                 ),
             ],
         )

@@ -88,10 +88,10 @@ class StyleInjectDreamBooth(io.ComfyNode):
                 io.Latent.Input("latents", tooltip=f"Images of the subject, encoded by the model's VAE. {_SEVERAL}"),
                 io.Conditioning.Input(
                     "conditioning",
-                    tooltip='The subject with a word of its own, as in "a sks dog"; one for all, or one for each image.',
+                    tooltip='The subject with a word of its own, such as "a sks dog"; one for all, or one for each image.',
                 ),
                 io.Conditioning.Input(
-                    "class_conditioning", tooltip='Its class, as in "a dog"; one for all class images, or one for each.'
+                    "class_conditioning", tooltip='Its class, such as "a dog"; one for all class images, or one for each.'
                 ),
                 *_settings("my_subject", "default", steps=400),
                 io.Int.Input(
@@ -155,7 +155,7 @@ class StyleInjectDistill(io.ComfyNode):
             "StyleInjectDistill",
             section="train",
             display_name="Distill StyleInject",
-            description="Trains an adapter with which one model draws as another one does: a tuned checkpoint becomes a small "
+            description="Trains an adapter that makes one model draw like another: a tuned checkpoint becomes a small "
             "file for the model it was tuned from.",
             search_aliases=["distill", "extract lora", "checkpoint to adapter", "teacher student"],
             advanced=(*_ADVANCED, "output_weight", "feature_weight"),
@@ -275,7 +275,7 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             "method",
             options=list(choices()),
             default=AdapterRequest.method,
-            tooltip="styleinject is the method whole. lora is plain LoRA. kronecker is DiffuseKronA, a small adapter for one "
+            tooltip="styleinject is the whole method. lora is plain LoRA. kronecker is DiffuseKronA, a small adapter for one "
             "subject or style, which takes factors (in the options) instead of a rank. dma-only leaves out the statistics, "
             "sta-only the several styles.",
         ),
@@ -295,7 +295,7 @@ def _settings(name: str, layers: str, steps: int) -> list[io.Input]:
             default=TrainSettings.batch_size,
             min=1,
             max=1024,
-            tooltip="Images per step. Where memory does not hold them together, they go through the model one after the other.",
+            tooltip="Images per step. If they do not fit into memory together, they go through the model one after the other.",
         ),
         io.Int.Input(
             "rank",
@@ -353,8 +353,9 @@ def _memory_input() -> Any:
         optional=True,
         tooltip="The graphics card's memory, or auto: what is free. Where a training needs more, its batches are divided, "
         "gradient checkpointing is turned on, rank and styles that are 0 get smaller, an 8-bit optimizer is used where "
-        "bitsandbytes is installed, and last a part of the model stays in RAM. The node says what was chosen. off: all as it "
-        "is set. The need is counted from the model's shapes; no card has been measured.",
+        "bitsandbytes is installed, and finally part of the model stays in RAM. The node says what was "
+        "chosen. off: the settings are used as they are. The need is counted from the model's shapes; no card "
+        "has been measured.",
     )
 
 
@@ -364,7 +365,9 @@ def _outputs() -> list[Any]:
             "adapter", display_name="adapter", tooltip="The trained adapter, for Apply StyleInject or StyleInject Save."
         ),
         LossType.Output("losses", display_name="losses", tooltip="The loss of every step, for StyleInject Loss Plot."),
-        io.Int.Output("step", display_name="step", tooltip="The step the adapter is of: the last, or the best validated."),
+        io.Int.Output(
+            "step", display_name="step", tooltip="The step the adapter is from: the last, or the one that validated best."
+        ),
     ]
 
 

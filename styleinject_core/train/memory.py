@@ -187,7 +187,7 @@ def choose(work: Workload, free: int, previous: Mapping[str, Any] | None = None)
         found = _best(work, room, previous or {})
     except Exception as error:  # a model that looks at values while it runs, or a kind of tensor that has no fake
         settings = replace(request.settings, gradient_checkpointing=work.may_checkpoint)
-        how = f"gradient checkpointing is {'on' if work.may_checkpoint else 'off'}, the rest as it is set"
+        how = f"gradient checkpointing is {'on' if work.may_checkpoint else 'off'}, the rest as configured"
         report = f"Memory: this model cannot be counted ({type(error).__name__}: {str(error)[:80]}); {how}."
         return Choice(replace(request, adapter=asked, settings=settings), report=report)
     if found is None:
@@ -264,7 +264,7 @@ def _advice(work: Workload, room: int, limit: str) -> str:
     what = f"; what would fit: {', or '.join(fits)}" if fits else "; a smaller model, or one with weights in fp8, may fit"
     return (
         f'memory "{work.request.settings.memory}": {limit}, of which a training can have {_gb(room)}, and this one needs '
-        f'{least} at least, with everything on that saves memory{what}. "{MEMORY_OFF}" tries it as it is set'
+        f'{least} at least, with everything on that saves memory{what}. "{MEMORY_OFF}" tries it as configured'
     )
 
 

@@ -1,4 +1,4 @@
-"""Images that a model draws before it is trained on: drawn once, kept in a file, and gone on with after an interrupt."""
+"""Images that a model draws before it is trained on: drawn once, kept in a file, and continued after an interrupt."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ class _Loop:
         if parts["best"] is not None:
             self.result.best_step, value, tensors, *means = parts["best"]  # an older version kept no mean of s
             self.best = (float(value), tensors, means[0] if means else {})
-            self.adapter.load_state_dict(tensors)  # it fits, or nothing is gone on with
+            self.adapter.load_state_dict(tensors)  # it fits, or nothing is continued
         self.adapter.load_state_dict(parts["adapter"])
         self.optimizer.load_state_dict(parts["optimizer"])
         self.scaler.load_state_dict(parts["scaler"])
