@@ -117,7 +117,7 @@ def test_widgets_that_came_later_are_the_last_and_may_be_absent(pack, run_node):
     node = pack["StyleInjectTrainOptions"]
     inputs = node.define_schema().inputs
     later = inputs[[i.id for i in inputs].index("factors") :]
-    assert [i.id for i in later] == ["factors", "tokens", "flow_times"] and all(i.optional for i in later)
+    assert [i.id for i in later] == ["factors", "tokens", "flow_times", "router_input"] and all(i.optional for i in later)
     assert later[0].default == "64, 4"
     given = {i.id: i.default for i in inputs if getattr(i, "default", None) is not None and i not in later}
     assert node.execute(**given).result[0] == pack.submodule("integration.training.train_options").TrainOptions()
