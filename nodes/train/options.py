@@ -39,8 +39,10 @@ class StyleInjectTrainOptions(io.ComfyNode):
                 name, default=getattr(default, name), min=0.0, max=most, step=step, round=step / 100, tooltip=tooltip
             )
 
-        def choice(name: str, options: Sequence[str], tooltip: str) -> io.Combo.Input:
-            return io.Combo.Input(name, options=list(options), default=getattr(default, name), tooltip=tooltip)
+        def choice(name: str, options: Sequence[str], tooltip: str, optional: bool = False) -> io.Combo.Input:
+            return io.Combo.Input(
+                name, options=list(options), default=getattr(default, name), tooltip=tooltip, optional=optional
+            )
 
         return schema(
             "StyleInjectTrainOptions",
@@ -153,30 +155,27 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     tooltip="Of the method kronecker (DiffuseKronA), in place of a rank: the sizes of its first factor. The "
                     "larger their product, the fewer numbers are trained, until it is about a layer's width.",
                 ),
-                io.Combo.Input(
+                choice(
                     "tokens",
-                    options=list(TOKENS),
-                    default=default.tokens,
-                    optional=True,
-                    tooltip="What router and statistics look at in a transformer, where prompt and image are one sequence. "
+                    TOKENS,
+                    "What router and statistics look at in a transformer, where prompt and image are one sequence. "
                     "image: the image's tokens, of a clip those of all its frames. frame: each frame of a clip by itself. all: "
                     "the prompt's tokens too.",
+                    optional=True,
                 ),
-                io.Combo.Input(
+                choice(
                     "flow_times",
-                    options=list(FLOW_TIMES),
-                    default=default.flow_times,
-                    optional=True,
-                    tooltip="Of flow models (Flux, SD 3, Z-Image, Wan): which noise is trained. logit-normal: mostly the "
+                    FLOW_TIMES,
+                    "Of flow models (Flux, SD 3, Z-Image, Wan): which noise is trained. logit-normal: mostly the "
                     "middle; uniform: all alike; either with the model's own shift.",
-                ),
-                io.Combo.Input(
-                    "router_input",
-                    options=list(ROUTER_INPUTS),
-                    default=default.router_input,
                     optional=True,
-                    tooltip="What the style router reads. layer: the layer's own input, as in the paper. prompt: the prompt, "
+                ),
+                choice(
+                    "router_input",
+                    ROUTER_INPUTS,
+                    "What the style router reads. layer: the layer's own input, as in the paper. prompt: the prompt, "
                     'so that words like "in the style of X" choose the style. both: the two together.',
+                    optional=True,
                 ),
             ],
             outputs=[OptionsType.Output("options", display_name="options", tooltip="For the StyleInject training nodes.")],
