@@ -25,6 +25,7 @@ from ..styleinject_core.router.control import Steered
 from ..styleinject_core.router.recorder import Call, Recorder
 from .injection import KEY, Injection
 from .monitor import Monitor
+from .places import forget_prompts
 from .reference import AppliedReference, masked_options, unmasked_options
 from .sampling_run import UNKNOWN, Conditionings, Run
 from .tokens import prompt_of, tokens_of
@@ -115,6 +116,9 @@ def _adapted(
             stack.enter_context(_listened(injection, attachment, model, timestep, call))
             stack.enter_context(attachment)
             attachment.sites[0][0].current.ran = False
+        if active:
+            forget_prompts(model)
+            stack.callback(forget_prompts, model)
         yield call
     if run is not None:
         for injection, attachment in active:

@@ -28,7 +28,7 @@ from ...styleinject_core.train.models.noise import prediction_of
 from ...styleinject_core.train.models.training_model import TrainingModel
 from ..injection import ComfyProgram, model_title
 from ..patcher import ModelPatcher, compute_dtype, injections_of, references_of
-from ..places import find_places, layer_shapes
+from ..places import find_places, forget_prompts, layer_shapes
 from ..tokens import prompt_of, tokens_of
 from .graph_inputs import CONDS, called_together
 
@@ -232,6 +232,8 @@ class ComfyTrainingModel(TrainingModel):
             stack.enter_context(_in_training())  # also where one forward pass is counted, before anything is loaded
             for attachment in self._attached:
                 stack.enter_context(attachment.in_call(call))
+            forget_prompts(model)
+            stack.callback(forget_prompts, model)
             return model.apply_model(noisy, times, transformer_options=self._options(times), **named)
 
     def _options(self, sigmas: Tensor) -> dict[str, Any]:
