@@ -209,9 +209,9 @@ class _Loop:
             return
         try:
             self._go_on_from(state.parts)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-            if isinstance(error, DataError):
-                raise
+        except (DataError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # anything: it has no checksum where a version wrote it that had none
             where = f"{run.path.name}/{run.state_file.name}"
             reason = str(error)[:300]
             raise CheckpointError(f"{where}: not the state of such a run ({reason}): delete it to start anew") from error
