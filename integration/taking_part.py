@@ -37,7 +37,8 @@ class TakingPart:
     """The parts that the adapters and references of a MODEL have in one run."""
 
     def __init__(self, injections: Sequence[Injection], references: Sequence[AppliedReference] = ()):
-        self._parts = {id(applied): Part(applied) for applied in (*injections, *references)}
+        everything: list[Injection | AppliedReference] = [*injections, *references]
+        self._parts = {id(applied): Part(applied) for applied in everything}
 
     def took_part(self, applied: Injection | AppliedReference, ran: bool) -> None:
         """An adapter or reference was on the model for the length of a call; `ran`: a layer of it was called."""
@@ -67,6 +68,7 @@ class TakingPart:
             name = applied.applied.adapter.name if isinstance(applied, Injection) else f"reference {applied.name}"
             if part.ran:
                 for rule in _idle_rules(part):
+                    assert isinstance(applied, Injection)
                     reason = _of_percents(rule, partial(_within, applied, rule), model, levels) or _NO_ROWS.format(rule.role)
                     what = f'a router control of "{name}" ({_described(rule)})'
                     say(f"{what} had no effect in this run: {reason}", applied.node_id)

@@ -294,8 +294,10 @@ class _Loop:
         )
 
     def _note_deleted(self, run: RunFolder) -> None:
-        if not run.path.is_dir():
-            self.observer.problem(f"the run's folder {run.path} was deleted, and what was in it; it is made again")
+        if not run.path.exists():
+            self.observer.problem(
+                f"the run's folder {run.path} is gone, deleted or renamed, with all that was in it; it is made again"
+            )
 
     def _surviving(self, what: str) -> AbstractContextManager[None]:
         return _Surviving(self.observer, f"{what} of step {self.result.step}")
