@@ -87,7 +87,7 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     """
     out = here / config.output.folder
     if not out.parent.is_dir():
-        raise ConfigError(f"output.folder: {out.parent.name!r} is no folder, create it first")
+        raise ConfigError(f"output.folder: {out.parent.name!r} is not a folder, create it first")
     class_folder = config.dreambooth.class_folder if isinstance(config, DreamBoothConfig) else ""
     for name, folder in (("data.folder", config.data.folder), ("dreambooth.class_folder", class_folder)):
         if folder and out.resolve().is_relative_to((here / folder).resolve()):

@@ -40,7 +40,7 @@ class PairsTable:
     shards: str = field(default="", metadata=about('or such folders as WebDataset shards, as in "pairs-{000..009}.tar".'))
     resolution: int = field(default=512, metadata=about("pixels of the targets' sides; they are cropped to squares."))
     validation: int = field(
-        default=0, metadata=about("so many subjects are held out, in every style, for the validation loss; at least 2.")
+        default=0, metadata=about("how many subjects are held out, in every style, for the validation loss; at least 2.")
     )
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ def run(path: Path, dry: bool = False) -> Result | None:
     config, here, processes = load_config(ReferenceConfig, path), path.parent, launched_processes()
     out = here / config.output.folder
     if not out.parent.is_dir():
-        raise ConfigError(f"output.folder: {out.parent.name!r} is no folder, create it first")
+        raise ConfigError(f"output.folder: {out.parent.name!r} is not a folder, create it first")
     model = _model(config.model, here)
     data = config.data
     pictures = pictures_in_folder(here / data.folder) if data.folder else pictures_in_shards(here / data.shards)

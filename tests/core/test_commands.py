@@ -169,7 +169,7 @@ def test_texts_of_other_systems(here):
     assert load_config(TrainConfig, path).output.name == "noto style"
     path.write_text(path.read_text(encoding="utf-8-sig"), encoding="utf-16")
     with pytest.raises(
-        ConfigError, match=r"config.toml: no UTF-8 text; it is UTF-16, as some shells write it: save it as UTF-8"
+        ConfigError, match=r"config.toml: not UTF-8 text; it is UTF-16, as some shells write it: save it as UTF-8"
     ):
         load_config(TrainConfig, path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
