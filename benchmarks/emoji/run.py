@@ -62,15 +62,20 @@ class Run:
 
 
 class Bar(Observer):
-    """A progress bar that goes away."""
+    """A progress bar that goes away; of a long training, what is measured on the way."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, measure: Callable[[], dict[str, Any]]):
+        self.curve: list[dict[str, Any]] = []  # of what is measured on the way
+        self.measure = measure
         what = f"{run.task} {run.row} seed {run.seed} rate {run.rate:g}"
         self.bar = tqdm(total=run.steps, desc=what, leave=False, mininterval=5)
 
     def progress(self, progress: Progress) -> None:
         self.bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
         self.bar.update()
+
+    def sample(self, step: int) -> None:
+        self.curve.append({"step": step, **self.measure()})
 
 
 class Bench:
@@ -85,11 +90,12 @@ class Bench:
         self.problem = cache(lambda task: PROBLEMS[task](size))
 
     def steps(self, task: str) -> int:
+        """Of a usual training."""
         return self.size.steps or self.problem(task).steps
 
     def table_row(self, task: str, row: str, seed: int) -> None:
         rate = self.rate(TUNED_ON.get(task, task), row) if METHODS[row].rate else 0.0
-        self.line(Run(task, row, seed, rate, self.steps(task)))
+        self.line(Run(task, row, seed, rate, self.size.long * self.steps(task)))
 
     def rate(self, task: str, row: str) -> float:
         """The best learning rate, better than the next lower and higher one.
@@ -123,18 +129,25 @@ class Bench:
         problem = self.problem(run.task)
         model, trained = trainee(run.row, problem.base, problem.rank, problem.targets, run.seed)
         result: dict[str, Any] = {"parameters": trained_parameters(trained), "metrics": {}}
-        given = METHODS[run.row].given
+        given, taught = METHODS[run.row].given, METHODS[run.row].taught
+        measured = problem.task(model, problem.settings(1.0, 0), given)  # the same noise for the validation of all seeds
+
+        def on_the_way() -> dict[str, Any]:  # while the adapter is on the model
+            columns = problem.columns(model, problem.new, run.seed, None, given)
+            return columns if measured.validation is None else {**columns, "val": measured.validation_loss()}
+
         if run.rate:
-            settings, bar = problem.settings(run.rate, run.seed), Bar(run)
+            settings, bar = problem.settings(run.rate, run.seed), Bar(run, on_the_way)
             try:
-                losses = train(trained, problem.task(model, settings, given), settings, observer=bar).losses
+                losses = train(trained, problem.task(model, settings, given or taught), settings, observer=bar).losses
             except TrainingError as error:  # diverged: that is a result too
                 return {**result, "error": str(error)}
             finally:
                 bar.bar.close()
             last = losses[-max(1, len(losses) // 5) :]
             result["loss"] = sum(last) / len(last)
-        measured = problem.task(model, problem.settings(1.0, 0), given)  # the same noise for the validation of all seeds
+            if bar.curve:
+                result["curve"] = bar.curve
         with torch.no_grad(), measured.installed(trained) as attachment:
             result["metrics"] = problem.measure(model, run.seed, run.tuning, attachment, given)
             if measured.validation is not None:
@@ -169,16 +182,19 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="training steps of every run (default: the task's own)")
+    parser.add_argument("--long", action="store_true", help="10 times the steps at a constant rate, measured on the way")
     parser.add_argument("--out", type=Path, required=True, help="the results, one JSON object per line")
     parser.add_argument("--quick", action="store_true", help="few steps, few concepts: only shows that it runs")
     arguments = parser.parse_args(options)
     size = QUICK if arguments.quick else Size()
-    bench = Bench(arguments.out, dataclasses.replace(size, steps=arguments.steps or size.steps))
+    size = dataclasses.replace(size, steps=arguments.steps or size.steps, long=10 if arguments.long else 1)
+    bench = Bench(arguments.out, size)
     for task in PROBLEMS if arguments.task == "all" else [arguments.task]:
         bench.ideal(task)
         for seed in arguments.seeds:
             for row in arguments.rows:
-                if task in SEVERAL_STYLES or not METHODS[row].given:
+                labeled = METHODS[row].given or METHODS[row].taught
+                if (task in SEVERAL_STYLES or not labeled) and not (arguments.long and METHODS[row].given):
                     bench.table_row(task, row, seed)
 
 

@@ -198,13 +198,23 @@ class GivenStyles(Listener):
     def __init__(self, styles: Tensor):
         self.styles = styles
         self._most = int(styles.max()) if len(styles) else 0
+        self._unlike: list[Tensor] = []
 
     def steer(self, layer: str, s: Tensor) -> Tensor:
         if s.shape[0] != len(self.styles) or s.shape[-1] <= self._most:
             return s
         given = one_hot(self.styles.clamp(min=0), s.shape[-1]).to(s.dtype)
         shape = (len(s), *([1] * (s.ndim - 1)))  # by token: the same for every token
-        return torch.where(self.styles.view(shape) < 0, s, given.view(*shape[:-1], -1))
+        left, given = self.styles.view(shape) < 0, given.view(*shape[:-1], -1)
+        if s.requires_grad:
+            share = (s * given).sum(-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
+            self._unlike.append(-share.log().masked_fill(left, 0.0).mean())
+        return torch.where(left, s, given)
+
+    def unlike(self) -> Tensor | float:
+        """How far the routers' own choices are from the given styles: the mean of -log s of the given style over images,
+        tokens and the layers called so far, where a router is trained; images left to theirs count 0."""
+        return torch.stack(self._unlike).mean() if self._unlike else 0.0
 
 
 @dataclass(frozen=True)
