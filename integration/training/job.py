@@ -181,10 +181,9 @@ class Job:
             f"{', ...' if len(shapes) > 6 else ''}, of {self.student.encoder.channels} channels; VAE {vae}"
         )
 
-    def _pictures(self, loaded: Loaded, images: Images) -> Tensor:
-        """What the model draws with the adapter as it is, (N, H, W, 3) in [0, 1]."""
-        options = self.options
-        seed, found = self.request.settings.seed, []
+    def _pictures(self, loaded: Loaded, images: Images) -> Iterator[Tensor]:
+        """What the model draws with the adapter as it is, (H, W, 3) each, in [0, 1]; of a clip its frames."""
+        options, seed = self.options, self.request.settings.seed
         try:
             for k, prompt in enumerate(options.pictured or images.prompts[:1]):  # one by one: memory is short
                 latent = draw(
@@ -198,10 +197,9 @@ class Job:
                 )
                 with torch.inference_mode():
                     image = options.vae.decode(latent)
-                found.append(image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu())
+                yield from image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu()
         finally:  # it may have failed for want of memory, and training goes on
             loaded.prepare()
-        return torch.cat(found)
 
 
 def _length(prompt: Prompt) -> tuple[int, int]:

@@ -75,7 +75,7 @@ class DataTable:
     """What it learns from. Give a folder or shards."""
 
     folder: str = field(
-        default="", metadata=about('images with NAME.txt beside them, or with a metadata.jsonl of "file_name" and "text".')
+        default="", metadata=about('images with NAME.txt beside them, or a metadata.jsonl (or .csv) of "file_name" and "text".')
     )
     shards: str = field(default="", metadata=about('WebDataset shards, as in "data/{000..009}.tar"; read as a stream.'))
     resolution: int = field(
@@ -145,7 +145,7 @@ class OutputTable:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
-        check_name(self.name)
+        object.__setattr__(self, "name", check_name(self.name))
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,24 @@ SIZES = ((32, 16), (16, 8), (16, 4), (8, 4))  # (rank, styles) to choose from by
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-# The run's own files, and what Windows lets nobody call a file.
-_TAKEN = re.compile(r"best|step-\d+|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
+# The run's own files, ComfyUI's folder of drawn images, and what Windows lets nobody call a file, whatever its suffix.
+_TAKEN = re.compile(r"best|step-\d+|drawn", re.IGNORECASE)
+_DEVICES = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]", re.IGNORECASE)
+_SUFFIX = ".safetensors"
 
 
 def check_name(name: str) -> str:
-    """A run's name, which becomes a file and, in ComfyUI, a folder; without blanks around it. Raises ValueError: it cannot."""
+    """A run's name, which becomes a file and, in ComfyUI, a folder; without blanks around it, and without the file's suffix.
+
+    Raises:
+        ValueError: no such file or folder can be.
+    """
     name = name.strip()
-    if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', name) or name.startswith(".") or name.endswith("."):
+    if name.lower().endswith(_SUFFIX):
+        name = name[: -len(_SUFFIX)].strip()
+    if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f\x7f-\x9f\ud800-\udfff]+', name) or name.startswith(".") or name.endswith("."):
         raise ValueError(f"name: expected the name of a file, without folders, found {name!r}")
-    if _TAKEN.fullmatch(name):
+    if _TAKEN.fullmatch(name) or _DEVICES.fullmatch(name.partition(".")[0].strip()):
         raise ValueError(f"name: {name!r} is what other files of a run, or of the system, are called: choose another")
     return name
 

@@ -251,7 +251,7 @@ def test_what_cannot_be_written_ends_no_run(here, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_module, "loss_plot", full)
-    monkeypatch.setattr(run_module, "_save_pictures", full)
+    monkeypatch.setattr(run_module, "save_picture", full)
     monkeypatch.setattr(run_module, "PLOT_EVERY", 0.0)
     changes = {"train": {"sample_every": 2}, "output": {"prompts": ["red apple"]}}
     assert main(["train", str(write(here, **changes))]) == 0

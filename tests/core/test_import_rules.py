@@ -29,7 +29,7 @@ OPTIONAL = {  # packages that need not be there, and the files of the core that 
     "diffusers": {"demo/model.py", "train/models/pipeline.py"},
     "matplotlib": {"demo/pictures.py", "train/run/watch.py", "router/canvas.py"},
     "tqdm": {"demo/show.py", "train/run/watch.py", "commands/build.py"},
-    "PIL": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "commands/training.py", "train/data/images.py"},
+    "PIL": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "train/data/images.py", "train/run/watch.py"},
     "numpy": {"deadiff/cards.py", "demo/data.py", "demo/references.py", "train/data/images.py"},
     "peft": set(),
     "accelerate": {"train/parallel.py"},

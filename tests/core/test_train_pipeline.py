@@ -394,19 +394,43 @@ def test_a_vae_that_makes_nan_is_named(models, tmp_path, capsys, monkeypatch):
 
 def test_pictures_that_cannot_be_drawn_end_no_run(models, tmp_path, capsys, monkeypatch):
     """One at a time, beside a training; without memory for even one it goes on."""
-    asked = []
+    asked, draw = [], PipelineModel.sample
 
     def sample(self, prompts, *args, **named):
         asked.append(list(prompts))
+        if len(asked) == 2:  # the second prompt of the first step: what was drawn before is kept
+            return draw(self, prompts, *args, **named)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
     monkeypatch.setattr(PipelineModel, "sample", sample)
     path = config(tmp_path, models["sd"], train={"sample_every": 1}, output={"prompts": ["a cat", "a dog"]})
+    asked.append("none")
     assert main(["train", path]) == 0
-    assert asked == [["a cat"]] * 2
+    assert asked == ["none", ["a cat"], ["a dog"], ["a cat"]]
     assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["step-000001.png"]
+    with Image.open(tmp_path / "run" / "samples" / "step-000001.png") as row:
+        assert row.width == row.height, "the first prompt's alone"
     said = capsys.readouterr()
     assert "pictures of step 1: CUDA out of memory" in said.out + said.err
+
+
+def test_pictures_of_nan_are_called_so(models, tmp_path, capsys, monkeypatch):
+    """They would be black, and nobody would know why."""
+    decode, calls = PipelineModel.decode, iter(range(9))
+
+    def broken(self, latents):
+        return decode(self, latents) * (float("nan") if next(calls) % 2 else 1)
+
+    monkeypatch.setattr(PipelineModel, "decode", broken)
+    path = config(tmp_path, models["sd"], train={"sample_every": 2}, output={"prompts": ["a cat", "a dog"]})
+    assert main(["train", path]) == 0
+    said = capsys.readouterr()
+    assert "pictures of step 2: 1 of 2 (number 2) came out as NaN or infinite" in said.out + said.err
+    with Image.open(tmp_path / "run" / "samples" / "step-000002.png") as row:
+        half = row.width // 2
+        assert row.crop((half, 0, row.width, row.height)).getextrema() == ((0, 0),) * 3
+        assert row.crop((0, 0, half, row.height)).getextrema() != ((0, 0),) * 3
 
 
 def test_class_images_that_do_not_fit_together_are_drawn_one_by_one(models, tmp_path, monkeypatch):
@@ -447,3 +471,15 @@ def test_captions_of_a_stream_beyond_what_is_read_are_counted() -> None:
         source.batch(index)
     assert [line[:36] for line in said] == ["1 of 1 captions read so far are long", "10 of 19 captions read so far are lo"]
     assert "the 2 tokens" in said[0] and "this one: 3" in said[0]
+
+
+def test_empty_captions_of_a_stream_are_counted() -> None:
+    class Stream:
+        def next_batch(self) -> list[Example]:
+            return [Example(torch.zeros(3, 8, 8), caption, "a") for caption in ("a b c", "")]
+
+    said: list[str] = []
+    source = StreamSource(Stream(), lambda x: x, lambda text: {"context": torch.zeros(1, 1, 2)}, warn=said.append)
+    for index in range(12):
+        source.batch(index)
+    assert said == ["1 of 2 captions read so far are empty", "10 of 20 captions read so far are empty"]

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 # What is looked for by name. Files of other names are looked into: see `is_picture`.
 SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"),
-    *(".jfif", ".jif", ".jpe", ".apng", ".dib", ".tga", ".jp2", ".j2k", ".ppm", ".pgm", ".pcx", ".qoi", ".ico"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heics", ".heif", ".hif"),
+    *(".jfif", ".jif", ".jpe", ".mpo", ".apng", ".dib", ".tga", ".icb", ".vda", ".vst", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c"),
+    *(".jpc", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".qoi", ".ico"),
 )
 # Pictures, drawings and films that Pillow cannot read as they are; some hold a small preview that it would read instead.
 OTHER_SUFFIXES = (

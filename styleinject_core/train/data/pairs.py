@@ -93,7 +93,7 @@ def pictures_in_shards(shards: str | Path | Sequence[str | Path]) -> list[Pictur
         for group in groups(path):
             key = PurePosixPath(group.key)
             if key.name == _STYLE and "txt" in group.members:
-                style_prompts[key.parent.name] = one_line(_decoded(path, group, "txt"))
+                style_prompts[key.parent.name] = _line(path, group)
             if suffix := next((suffix for suffix in group.members if f".{suffix}" in SUFFIXES), ""):
                 found.append(_picture(path, group, suffix))
     if not found:
@@ -113,7 +113,7 @@ def _picture(shard: Path, group: Group, suffix: str) -> Picture:
             f"{name}: nothing says its style: expected it in a folder named after its style, or {key.name}.json with "
             '"style" and "subject"'
         )
-    text = one_line(_decoded(shard, group, "txt")) if "txt" in group.members else ""
+    text = _line(shard, group) if "txt" in group.members else ""
     info = group.members[suffix]
     return Picture(
         shard,
@@ -139,7 +139,17 @@ def _labels(shard: Path, group: Group) -> Mapping[str, str]:
     known = {key: said[key] for key in ("style", "subject", "style_prompt", "subject_prompt") if key in said}
     if wrong := [key for key, value in known.items() if not isinstance(value, str) or not value.strip()]:
         raise DataError(f"{name}: {wrong[0]}: expected a string, found {known[wrong[0]]!r}")
-    return {key: one_line(value) for key, value in known.items()}
+    try:
+        return {key: one_line(value) for key, value in known.items()}
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+def _line(shard: Path, group: Group) -> str:
+    try:
+        return one_line(_decoded(shard, group, "txt"))
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(f"{shard.name}/{group.key}.txt: {error}") from error
 
 
 def _decoded(shard: Path, group: Group, suffix: str) -> str:

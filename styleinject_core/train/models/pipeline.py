@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..data.batches import Conditioning, rows
@@ -87,17 +87,18 @@ class PipelineModel(TextToImageModel):
                     raise ModelError(f"model.config {config}: not a diffusers folder, there is no model_index.json in it")
                 kind = StableDiffusionXLPipeline if (config / "text_encoder_2").is_dir() else StableDiffusionPipeline
                 unused = {"safety_checker": None, "feature_extractor": None}
+                stated = sampling_of_file(path)
                 pipeline = kind.from_single_file(str(path), config=str(config), **unused, **options)
-                if stated := _sampling_of_file(path):
+                if stated:
                     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stated)
                     stated_by = "the file itself"
             if sampling:
                 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **sampling)
                 stated_by = "the config"
-        except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-            if isinstance(error, ModelError):
-                raise
-            raise ModelError(f"model {path.name}: cannot be loaded: {error}") from error
+        except (ModelError, MemoryError):
+            raise
+        except Exception as error:  # of damaged files diffusers and transformers raise anything
+            raise ModelError(f"model {path.name}: cannot be loaded: {str(error)[:1000] or type(error).__name__}") from error
         if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
             raise ModelError(
                 f"model {path.name}: expected Stable Diffusion 1.x, 2.x or XL, found a {type(pipeline).__name__}; "
@@ -222,10 +223,17 @@ class PipelineModel(TextToImageModel):
             self.pipeline.scheduler = former
 
 
-def _sampling_of_file(path: Path) -> dict[str, Any]:
-    """What a checkpoint file says about its own schedule, in diffusers' words: some v-prediction models are marked so."""
-    with safe_open(path, framework="pt") as file:
-        keys, stated = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
+def sampling_of_file(path: Path) -> dict[str, Any]:
+    """What a checkpoint file says about its own schedule, in diffusers' words: some v-prediction models are marked so.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys, stated = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"model {path.name}: damaged, or not a whole safetensors file ({error})") from error
     if "v_pred" not in keys and stated not in ("v", "v_prediction"):
         return {}
     zero_terminal = {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}

@@ -213,7 +213,8 @@ class _Loop:
             if isinstance(error, DataError):
                 raise
             where = f"{run.path.name}/{run.state_file.name}"
-            raise CheckpointError(f"{where}: not the state of such a run ({error}): delete it to start anew") from error
+            reason = str(error)[:300]
+            raise CheckpointError(f"{where}: not the state of such a run ({reason}): delete it to start anew") from error
         self.result.stopped_early = self._patience_is_over()
         lines = run.history(until=state.step if self.run is not None else None)
         self.result.losses = [line["loss"] for line in lines if line["step"] <= state.step]
