@@ -105,7 +105,6 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     task = _task(config, here, None if dry else out, model, teacher, processes)
     adapter = choice.request.new_adapter(model.denoiser, prompt_features(model, model.encode_text([""])))
     if config.data.styles:
-        config.check_styles(config.adapter)  # what fits in memory may have fewer
         adapter = adapter.with_style_names(config.data.styles)
     return Job(config, choice.request, out, processes, model, adapter.to(model.device), task, choice.report)
 

@@ -232,17 +232,9 @@ class TrainConfig:
         if self.train.sample_every and not self.output.prompts:
             raise ValueError("train.sample_every: set output.prompts to what is to be drawn")
         if self.data.styles:
-            self.check_styles(self.adapter)
+            object.__setattr__(self, "adapter", self.adapter.labeled(self.data.styles, "data.styles"))
             if not (self.data.folder or self.data.shards):
                 raise ValueError("data.styles: are named by images, give data.folder or data.shards")
-
-    def check_styles(self, adapter: AdapterRequest) -> None:
-        """Refuse named styles that an adapter has no place for (ValueError)."""
-        names, places = len(self.data.styles), getattr(adapter.config(), "n_styles", 1)
-        if places == 1:
-            raise ValueError(f"data.styles: an adapter of the method {adapter.method!r} has no styles to choose from")
-        if names > places:
-            raise ValueError(f"data.styles: {names} names, but adapter.styles is {places}")
 
     @property
     def needs_no_images(self) -> bool:
