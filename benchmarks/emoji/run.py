@@ -30,6 +30,7 @@ from methods import METHODS, RATES, trained_parameters, trainee
 from problems import QUICK, Distillation, Problem, Size, Styles, Subject
 from tqdm import tqdm
 
+from styleinject_core import save_adapter
 from styleinject_core.train.run.loop import Observer, Progress, TrainingError, train
 
 PROBLEMS: dict[str, Callable[[Size], Problem]] = {
@@ -81,8 +82,8 @@ class Bar(Observer):
 class Bench:
     """The runs of one results file."""
 
-    def __init__(self, out: Path, size: Size):
-        self.out, self.size = out, size
+    def __init__(self, out: Path, size: Size, keep: Path | None = None):
+        self.out, self.size, self.keep = out, size, keep
         self.lines = read(out)
         if out.exists() and not out.read_bytes().endswith(b"\n"):  # stopped while it wrote: the next line is one of its own
             with out.open("a") as file:
@@ -152,6 +153,9 @@ class Bench:
             result["metrics"] = problem.measure(model, run.seed, run.tuning, attachment, given)
             if measured.validation is not None:
                 result["metrics"]["val"] = measured.validation_loss()
+        if self.keep is not None and METHODS[run.row].adapts and not run.tuning:
+            self.keep.mkdir(parents=True, exist_ok=True)
+            save_adapter(trained, self.keep / f"{run.task}-{run.row}-{run.steps}-{run.seed}.safetensors")
         return result
 
     def ideal(self, task: str) -> None:
@@ -184,11 +188,12 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="training steps of every run (default: the task's own)")
     parser.add_argument("--long", action="store_true", help="10 times the steps at a constant rate, measured on the way")
     parser.add_argument("--out", type=Path, required=True, help="the results, one JSON object per line")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="save the adapters of the tables' rows there")
     parser.add_argument("--quick", action="store_true", help="few steps, few concepts: only shows that it runs")
     arguments = parser.parse_args(options)
     size = QUICK if arguments.quick else Size()
     size = dataclasses.replace(size, steps=arguments.steps or size.steps, long=10 if arguments.long else 1)
-    bench = Bench(arguments.out, size)
+    bench = Bench(arguments.out, size, arguments.keep)
     for task in PROBLEMS if arguments.task == "all" else [arguments.task]:
         bench.ideal(task)
         for seed in arguments.seeds:
