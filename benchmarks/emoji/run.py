@@ -123,7 +123,8 @@ class Bench:
         began = time.perf_counter()
         line = {**dataclasses.asdict(run), **self.execute(run), "seconds": round(time.perf_counter() - began, 1)}
         self.append(line)
-        tqdm.write(f"{run}: {line['metrics'] or line['error']}")
+        numbers = {name: round(value, 4) for name, value in line["metrics"].items() if isinstance(value, float)}
+        tqdm.write(f"{run}: {numbers or line['error']}")
         return line
 
     def execute(self, run: Run) -> dict[str, Any]:
