@@ -214,7 +214,7 @@ class MaskedAttention:
             counts = [attachment.added(self.site, length) for attachment in self.attachments]
             if length + sum(counts) == total:
                 return length, counts
-        raise ValueError(f"{self.site.name}: {total} keys are not a text's and its references'")
+        raise ValueError(f"{self.site.name}: {total} keys, expected the prompt's and its references'")
 
 
 def latent_size(tokens: int, height: int, width: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...styleinject_core import Adapter
 from ...styleinject_core.selector import select
 from ...styleinject_core.train.data.source import LatentSource
 from ...styleinject_core.train.memory import Choice, Workload, choose
@@ -57,6 +58,13 @@ class Job:
                 "again do not see; train without one of the two"
             )
         select(self.student.network.layer_shapes(), ",".join(self.request.adapter.targets))
+
+    def labeled(self, images: Images) -> Job:
+        """The same job, with an adapter for the styles that images have. Raises ValueError: it has no place for them."""
+        if not images.style_names:
+            return self
+        adapter = self.request.adapter.labeled(images.style_names, "image_styles")
+        return replace(self, request=replace(self.request, adapter=adapter))
 
     def fitted(
         self, shapes: Sequence[Sequence[int]], prompts: Sequence[Prompt], images: int, passes: int = 1, features: bool = False
@@ -129,6 +137,7 @@ class Job:
         with_empty = self.request.settings.caption_dropout > 0
         encoded: dict[str, Sequence[Any] | None] = {"latents": latents}
         encoded["conditioning"], encoded["empty"] = self.student.conditionings(images.prompts, latents, with_empty)
+        encoded["styles"] = images.style_numbers()
         if self.teacher is not None and images.teacher_prompts is not None:
             taught = self.teacher.conditionings(images.teacher_prompts, latents, with_empty)
             encoded["teacher"], encoded["teacher_empty"] = taught
@@ -156,7 +165,7 @@ class Job:
         if self.trigger:
             metadata["modelspec.trigger_phrase"] = self.trigger
         return train_in_folder(
-            request.new_adapter(network.layer_shapes(), images.prompts[0][0].shape[-1]).to(network.device),
+            self._new_adapter(images),
             task,
             request.settings,
             existing=self.options.existing_run,
@@ -168,17 +177,25 @@ class Job:
             pictures=(lambda: self._pictures(loaded, images)) if self.options.vae is not None else None,
         )
 
+    def _new_adapter(self, images: Images) -> Adapter:
+        """An untrained one, whose styles have the images' names."""
+        network = self.student.network
+        adapter = self.request.new_adapter(network.layer_shapes(), images.prompts[0][0].shape[-1]).to(network.device)
+        return adapter.with_style_names(images.style_names) if images.style_names else adapter
+
     def _heading(self, task: FineTune, images: Images) -> str:
         """What is trained on what, as the command line says it first."""
         network, sampling = self.student.network, self.student.network.schedule.sampling
         shapes = Counter(tuple(side * self.student.encoder.pixels_per_latent for side in x.shape[-2:]) for x in images.latents)
         sizes = ", ".join(f"{count} of {width}x{height}" for (height, width), count in shapes.most_common(6))
         kinds = [base.__name__ for base in type(sampling).__mro__[1:-1] if base is not torch.nn.Module]
+        counted = Counter(name or "none" for name in images.styles)
+        styles = f"; styles {', '.join(f'{name} ({count})' for name, count in counted.items())}" if counted else ""
         vae = "connected" if self.options.vae is not None else "not connected, so no pictures are drawn"
         return (
             f"{task.objective} on {network.title}, predicting {network.schedule.prediction_type} ({', '.join(kinds)}); layers "
             f"{', '.join(self.request.adapter.targets)}; {len(images.latents)} latents: {sizes}"
-            f"{', ...' if len(shapes) > 6 else ''}, of {self.student.encoder.channels} channels; VAE {vae}"
+            f"{', ...' if len(shapes) > 6 else ''}, of {self.student.encoder.channels} channels{styles}; VAE {vae}"
         )
 
     def _pictures(self, loaded: Loaded, images: Images) -> Iterator[Tensor]:

@@ -263,7 +263,7 @@ def train_in_folder(
             watch.say(text)
         raise
     step = result.best_step or result.step
-    finished = Adapter(adapter.layers, adapter.config, {**metadata, "styleinject.steps": str(step)}, name)
+    finished = Adapter(adapter.layers, adapter.config, {**adapter.metadata, **metadata, "styleinject.steps": str(step)}, name)
     finished.cpu().requires_grad_(False).eval()
     message = f"{name}: {result.step} steps" + (f", the best at step {step}" if result.best_step else "")
     if result.resumed_from:
@@ -273,7 +273,7 @@ def train_in_folder(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_adapter(finished, path, None, dtype)
         _saved.setdefault(adapter.name, set()).add(path)
-        message += f". Saved as {_shown(path)}\n{how_to_use(path, metadata.get('modelspec.trigger_phrase', ''))}"
+        message += f". Saved as {_shown(path)}\n{how_to_use(path, finished)}"
     except (AdapterFileError, OSError) as error:  # trained, and still in the graph: StyleInject Save can write it elsewhere
         watch.problem(str(error))
         message += f". NOT saved: {error}"
@@ -283,14 +283,21 @@ def train_in_folder(
     return Outcome(finished, result, losses, message)
 
 
-def how_to_use(path: Path, trigger: str = "") -> str:
+def how_to_use(path: Path, adapter: Adapter) -> str:
     """What to do with an adapter that has been saved in output/styleinject, in words."""
     listed = f"output/{path.relative_to(paths.trained_folder()).as_posix()}"
     return (
         f"To use it, place the node StyleInject between the model and the sampler, press R, and choose {listed}. Begin at "
         "strength 1; go down to 0.7 where pictures copy those it was trained on, up where too little of the style shows."
-        + (f' Prompts call it by "{trigger}".' if trigger else "")
+        + (f' Prompts call it by "{trigger}".' if (trigger := adapter.metadata.get("modelspec.trigger_phrase")) else "")
+        + (f" Its styles are {', '.join(styles)}: the name in a prompt chooses one." if (styles := _called(adapter)) else "")
     )
+
+
+def _called(adapter: Adapter) -> list[str]:
+    """The names of the styles that prompts choose."""
+    reads = getattr(adapter.config, "reads_prompt", False)
+    return [name for k, name in enumerate(adapter.style_names, 1) if name != f"style {k}"] if reads else []
 
 
 def _image(pixels: Tensor) -> Image.Image:

@@ -100,7 +100,6 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     task = _task(config, here, None if dry else out, model, teacher, processes)
     adapter = choice.request.new_adapter(model.denoiser, prompt_features(model, model.encode_text([""])))
     if config.data.styles:
-        config.check_styles(config.adapter)  # what fits in memory may have fewer
         adapter = adapter.with_style_names(config.data.styles)
     return Job(config, choice.request, out, processes, model, adapter.to(model.device), task, choice.report)
 
@@ -116,7 +115,7 @@ def output_folder(here: Path, output: OutputTable, data: Mapping[str, str]) -> P
     """
     out = here / output.folder
     if not out.parent.is_dir():
-        raise ConfigError(f"output.folder: {out.parent.name!r} is no folder, create it first")
+        raise ConfigError(f"output.folder: {out.parent.name!r} is not a folder, create it first")
     for name, folder in data.items():
         if folder and out.resolve().is_relative_to((here / folder).resolve()):
             raise ConfigError(f"output.folder: it is inside {name}, where the run's pictures would be taken for data")

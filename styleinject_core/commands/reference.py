@@ -42,7 +42,7 @@ class PairsTable:
     shards: str = field(default="", metadata=about('or such folders as WebDataset shards, as in "pairs-{000..009}.tar".'))
     resolution: int = field(default=512, metadata=about("pixels of the targets' sides; they are cropped to squares."))
     validation: int = field(
-        default=0, metadata=about("so many subjects are held out, in every style, for the validation loss; at least 2.")
+        default=0, metadata=about("how many subjects are held out, in every style, for the validation loss; at least 2.")
     )
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ def start_from_blip_diffusion(deadiff: Deadiff, path: str | Path) -> None:
                       for t in ("word", "position")]  # fmt: skip
             missing = [key for key in keys.values() if key not in present]
             if len(missing) == len(keys):
-                raise DeadiffFileError(f"{path.name}: no Q-Former of BLIP-Diffusion, none of its {len(keys)} tensors is there")
+                raise DeadiffFileError(f"{path.name}: not a Q-Former of BLIP-Diffusion, it has none of the {len(keys)} tensors")
             if missing or not all(tables):
                 first = missing[0] if missing else "the table of words or of positions"
                 raise DeadiffFileError(f"{path.name}: {len(missing) or 1} of {len(keys) + 2} tensors are missing: {first}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +17,7 @@ from .settings import TrainSettings, about, check_choice
 
 SIZES = ((32, 16), (16, 8), (16, 4), (8, 4))  # (rank, styles) to choose from by memory; the first are the paper's
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
 
 
 # The run's own files, ComfyUI's folder of drawn images, and what Windows lets nobody call a file, whatever its suffix.
@@ -79,10 +80,10 @@ class AdapterRequest:
     )
     router_pool: str = field(default="mean", metadata=about('"mean", "sum", "token" or "paper".'))
     router_input: str = field(
-        default=AdapterConfig.router_input,
+        default=AUTO,
         metadata=about(
             'what the router reads: "layer", the layer\'s input, as in the paper; "prompt", the prompt, so that "in the\n'
-            'style of X" can choose style X; "both".'
+            'style of X" can choose style X; "both"; "auto": "prompt" where images have styles of their own, else "layer".'
         ),
     )
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
@@ -101,7 +102,27 @@ class AdapterRequest:
 
     def config(self) -> LayerConfig:
         """The adapter's config."""
+        if self.router_input == AUTO:
+            return replace(self, router_input=AdapterConfig.router_input).config()
         return configure(self if self.rank and self.styles else self.sized(*SIZES[0]))
+
+    def labeled(self, names: Sequence[str], field: str = "styles") -> AdapterRequest:
+        """The same for images that have these styles of their own: a place for each, and a router that reads the prompt.
+
+        Args:
+            field: what the user calls the names, for the error.
+
+        Raises:
+            ValueError: a method without styles to choose from, or with fewer.
+        """
+        reads = "prompt" if self.router_input == AUTO else self.router_input
+        request = replace(self, styles=self.styles or max(2, len(names)), router_input=reads)
+        places = getattr(request.config(), "n_styles", 1)
+        if places == 1:
+            raise ValueError(f"{field}: an adapter of the method {self.method!r} has no styles to choose from")
+        if len(names) > places:
+            raise ValueError(f"{field}: {len(names)} names, but the adapter has {places} styles")
+        return request
 
     def sized(self, rank: int, styles: int) -> AdapterRequest:
         """The same, with these in the place of a rank or styles of 0."""

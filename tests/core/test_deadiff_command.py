@@ -74,7 +74,7 @@ def test_labels_and_prompts_come_from_the_folder(folder):
     assert own.subject_prompt == "something else"
     with pytest.raises(DataError, match="has no folders of pictures"):
         pictures_in_folder(folder / "drawings" / "noto")
-    with pytest.raises(DataError, match="'nowhere' is no folder"):
+    with pytest.raises(DataError, match="'nowhere' is not a folder"):
         pictures_in_folder(folder / "nowhere")
 
 
@@ -151,7 +151,7 @@ def test_labels_of_a_shard_may_be_in_json(folder):
         ({"000.png": b"x"}, "a.tar/000: nothing says its style"),
         ({"000.png": b"x", "000.json": b"[1]"}, 'a.tar/000.json: expected {"style".*found list'),
         ({"000.png": b"x", "000.json": b"{"}, "a.tar/000.json: "),
-        ({"000.png": b"x", "000.json": b'{"style": 3}'}, "a.tar/000.json: style: expected a text, found 3"),
+        ({"000.png": b"x", "000.json": b'{"style": 3}'}, "a.tar/000.json: style: expected a string, found 3"),
         ({"s/000.png": b"x", "s/000.txt": b"\xff"}, "a.tar/s/000.txt: not UTF-8"),
         ({"notes.txt": b"x"}, "data.shards: no pictures .* in 1 shards, the first is a.tar"),
     ],

@@ -225,7 +225,7 @@ def test_a_single_file_is_the_same_model(models, tmp_path):
     latents = one.encode(torch.rand(1, 3, 32, 32))
     torch.testing.assert_close(other.decode(latents), one.decode(latents))
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ModelError, match="no diffusers folder, there is no model_index.json in it"):
+        with pytest.raises(ModelError, match="not a diffusers folder, there is no model_index.json in it"):
             PipelineModel.load(tmp_path / "mine.safetensors", CPU, torch.float32, path)
 
 

@@ -212,9 +212,41 @@ def _with(extra: dict[str, Any], conditioning: list) -> list:
     return [[tensor, {**extras, **extra}] for tensor, extras in conditioning]
 
 
+def test_images_of_several_styles_teach_a_router_that_reads_the_prompt(
+    model, train, run_node, conditioning, sample, pack
+) -> None:
+    """Each style has a place and its name; after training, the words that were beside its images choose it by themselves."""
+    prompts = [conditioning(k)[0] for k in range(3)] + [conditioning(0)[0]]
+    names = ["ink", "water color", "", "ink"]
+    adapter, losses, _ = train(
+        model=model, conditioning=prompts, image_styles=names, styles=0, batch_size=4, steps=40, learning_rate=3e-2
+    )
+    assert adapter.style_names == ("ink", "water color") and adapter.config.router_input == "prompt"
+    assert adapter.config.n_styles == 2
+    patched, *_ = run_node("StyleInjectApply", model=model, adapter=adapter)
+    for k, style in enumerate(adapter.style_names):
+        watched, monitor = run_node("StyleInjectRouterMonitor", model=patched)
+        result = sample(watched, positive=conditioning(k))
+        (trace,) = pack.submodule("integration.monitor").traces_of(monitor, {"samples": result})
+        shares = pack.submodule("styleinject_core.router.analysis").by_layer(trace, "positive")
+        assert (shares[:, k] > 0.8).all(), style
+    again, others, _ = train(
+        model=model, conditioning=prompts, image_styles=names, styles=0, batch_size=4, steps=40, learning_rate=3e-2
+    )
+    assert same(adapter, again) and others.losses == losses.losses, "the same run"
+    plain, *_ = train(model=model, conditioning=prompts, image_styles=["", None, "", ""], steps=1, name="plain")
+    assert plain.config.router_input == "layer" and plain.style_names == ("style 1", "style 2")
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
+        ({"image_styles": ["ink", "wash"]}, "image_styles: 2 styles for 4 images; expected one for each"),
+        ({"image_styles": ["a", "b", "c", "a"], "styles": 2}, "image_styles: 3 names, but the adapter has 2 styles"),
+        (
+            {"image_styles": ["a", "b", "c", "a"], "method": "lora"},
+            "image_styles: an adapter of the method 'lora' has no styles",
+        ),
         ({"prompts": 3}, "conditioning: 3 prompts for 4 images; expected as many, or one for all"),
         ({"extra": {"control": object()}}, "conditioning: prompt 1 has a ControlNet"),
         ({"extra": {"mask": torch.ones(1, 8, 8)}}, "conditioning: prompt 1 has a mask"),

@@ -69,7 +69,7 @@ def pictures_in_folder(root: Path, warn: Callable[[str], None] = warnings.warn) 
         DataError: no such folder, none in it, or a text that cannot be read.
     """
     if not root.is_dir():
-        raise DataError(f"data.folder: {root.name!r} is no folder")
+        raise DataError(f"data.folder: {root.name!r} is not a folder")
     found = []
     for folder in _shown(root):
         if not folder.is_dir():
@@ -151,7 +151,7 @@ def _labels(shard: Path, group: Group) -> Mapping[str, str]:
         raise DataError(f'{name}: expected {{"style": ..., "subject": ...}}, found {type(said).__name__}')
     known = {key: said[key] for key in ("style", "subject", "style_prompt", "subject_prompt") if key in said}
     if wrong := [key for key, value in known.items() if not isinstance(value, str) or not value.strip()]:
-        raise DataError(f"{name}: {wrong[0]}: expected a text, found {known[wrong[0]]!r}")
+        raise DataError(f"{name}: {wrong[0]}: expected a string, found {known[wrong[0]]!r}")
     try:
         return {key: one_line(value) for key, value in known.items()}
     except ValueError as error:

@@ -88,7 +88,7 @@ class PipelineModel(TextToImageModel):
                         "of its kind (docs/training.md says where to get one)"
                     )
                 if not (config / "model_index.json").is_file():  # diffusers would look for it in the network
-                    raise ModelError(f"model.config {config}: no diffusers folder, there is no model_index.json in it")
+                    raise ModelError(f"model.config {config}: not a diffusers folder, there is no model_index.json in it")
                 kind = StableDiffusionXLPipeline if (config / "text_encoder_2").is_dir() else StableDiffusionPipeline
                 unused = {"safety_checker": None, "feature_extractor": None}
                 stated = sampling_of_file(path)

@@ -335,7 +335,7 @@ def _read_state(path: Path) -> TrainState:
         if type(version) is int and version > STATE_VERSION:
             raise CheckpointError(f"{name}: version {version}, this version reads up to {STATE_VERSION}")
         if version != 1 and metadata.get(CHECKSUM) != checksum(tensors, metadata[_HEADER]):
-            raise ValueError("its checksum is another one")
+            raise ValueError("its checksum does not match")
         if type(step) is not int or step < 0 or not isinstance(header["plan"], dict):
             raise ValueError("no step, or no plan")
         parts = _unpack(header["parts"], tensors)
@@ -345,7 +345,7 @@ def _read_state(path: Path) -> TrainState:
     except CheckpointError:
         raise
     except (*DAMAGE, RecursionError) as error:
-        raise _DamagedError(f"{name}: damaged, or no training state ({str(error)[:300]})") from error
+        raise _DamagedError(f"{name}: damaged, or not a training state ({str(error)[:300]})") from error
 
 
 def _take_hashes(was: dict[str, Any], now: Mapping[str, Any], version: int) -> None:
