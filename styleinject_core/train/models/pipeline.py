@@ -259,7 +259,7 @@ def sampling_of_file(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             keys, stated = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"model {path.name}: damaged, or not a whole safetensors file ({error})") from error
+        raise ModelError(f"model {path.name}: damaged, or not a whole safetensors file ({str(error)[:300]})") from error
     if "v_pred" not in keys and stated not in ("v", "v_prediction"):
         return {}
     zero_terminal = {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}
