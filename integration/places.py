@@ -182,6 +182,14 @@ def diffusion_model(model: nn.Module) -> nn.Module:
     return getattr(network, COMPILED, network)
 
 
+def forget_prompts(model: nn.Module) -> None:
+    """Drop the keys and values of prompts that a network keeps from one call to the next: HiDream-O1 does, under the prompt
+    alone, and what they were computed with may have changed."""
+    forget = getattr(diffusion_model(model), "clear_kv_cache", None)
+    if forget is not None:
+        forget()
+
+
 def _unet_names(model: nn.Module) -> dict[str, str]:
     """Diffusers name -> module name, of a U-Net's layers; none for other models."""
     config: Any = model.model_config

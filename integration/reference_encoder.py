@@ -103,7 +103,7 @@ def _clip_features(model: Deadiff, clip_vision: Any, pixels: Tensor) -> Tensor:
         embedding = clip_vision.model.vision_model.embeddings.class_embedding
     except AttributeError:
         raise ValueError(
-            f"this vision encoder is no CLIP model; {model.name} was trained with {ENCODERS[CLIP_L]} "
+            f"this vision encoder is not a CLIP model; {model.name} was trained with {ENCODERS[CLIP_L]} "
             "(openai/clip-vit-large-patch14)"
         ) from None
     check_vision(model, embedding)

@@ -25,7 +25,8 @@ class Layout:
     """What a network puts into one sequence with the image's tokens.
 
     Args:
-        after: arguments of the call that hold latents whose tokens follow the image's. What else there is comes before them.
+        after: arguments of the call that hold latents, or tokens, (B, L, c), which follow the image's. What else there is
+            comes before them.
         padded: the network's attribute that says of what number the count of the image's tokens is made a multiple.
         leading: whether the image's tokens come first.
     """
@@ -35,7 +36,7 @@ class Layout:
     leading: bool = False
 
 
-# The class of the network -> its layout. Compared with ComfyUI's own `img_slice` in tests/nodes/test_tokens.py.
+# The class of the network -> its layout. Where ComfyUI says `img_slice`, tests/nodes/test_transformers.py compares it.
 LAYOUTS = {
     "Flux": Layout(after=("ref_latents",)),  # prompt, image, reference images
     "Chroma": Layout(),  # prompt, image
@@ -49,6 +50,7 @@ LAYOUTS = {
     "MMDiT": Layout(),  # AuraFlow: registers, prompt, image
     "ErnieImageModel": Layout(leading=True),  # image, prompt
     "CogVideoXTransformer3DModel": Layout(),  # prompt, clip
+    "HiDreamO1Transformer": Layout(after=("ref_patches",)),  # prompt, which may be kept from an earlier call, image, references
 }
 
 
@@ -109,6 +111,8 @@ def _patch(host: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _count(latents: Tensor, patch: tuple[int, int, int]) -> int:
+    if latents.ndim == 3:
+        return latents.shape[1]
     sizes = (1, *latents.shape[2:])[-3:]
     return math.prod(-(-size // part) for size, part in zip(sizes, patch, strict=True))
 

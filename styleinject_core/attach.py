@@ -309,11 +309,15 @@ class Attachment(Installation[Site]):
             self._hook = None
 
     @contextmanager
-    def in_call(self, call: ModelCall) -> Iterator[None]:
-        """Tell the layers of every adapter what the current call of the host knows, for the length of a with block."""
+    def in_call(self, call: ModelCall, rows: Sequence[int] | None = None) -> Iterator[None]:
+        """Tell the layers of every adapter what the current call of the host knows, for the length of a with block.
+
+        Args:
+            rows: see `CurrentCall.during`.
+        """
         with ExitStack() as stack:
             for sites in self.sites:
-                stack.enter_context(sites[0].current.during(call))
+                stack.enter_context(sites[0].current.during(call, rows))
             yield
 
     def __str__(self) -> str:

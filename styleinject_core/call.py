@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,6 +48,10 @@ class Listener:
 
     Nothing here may wait for the device.
     """
+
+    def of(self, rows: Sequence[int]) -> Listener:
+        """Who listens to a call of these rows of a batch alone, where the host divides one."""
+        return self
 
     def steer(self, layer: str, s: Tensor) -> Tensor:
         """The s to use in that layer instead of s, (B, n) or (B, L, n)."""
@@ -117,10 +121,15 @@ class CurrentCall:
         self.ran = False
 
     @contextmanager
-    def during(self, call: ModelCall) -> Iterator[ModelCall]:
-        """Make `call` the current one for the length of a with block; blocks nest, and listeners outside hear on."""
+    def during(self, call: ModelCall, rows: Sequence[int] | None = None) -> Iterator[ModelCall]:
+        """Make `call` the current one for the length of a with block; blocks nest, and listeners outside hear on.
+
+        Args:
+            rows: of the batch that listeners outside know, which the call is of; None for all.
+        """
         former = self.call
-        self.call = replace(call, listeners=(*former.listeners, *call.listeners))
+        outside = former.listeners if rows is None else tuple(listener.of(rows) for listener in former.listeners)
+        self.call = replace(call, listeners=(*outside, *call.listeners))
         try:
             yield self.call
         finally:

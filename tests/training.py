@@ -9,7 +9,16 @@ import torch
 # What a training needs is counted in tests/nodes/test_memory.py; elsewhere that is most of what a test of a few steps would take.
 SMALL = {"name": "rough", "rank": 2, "styles": 2, "steps": 4, "learning_rate": 3e-3, "layers": "to_q, to_v", "batch_size": 2,
          "memory": "off"}  # fmt: skip
-LISTS = {"latents", "conditioning", "class_latents", "class_conditioning", "teacher_conditioning", "empty", "teacher_empty"}
+LISTS = {
+    "latents",
+    "conditioning",
+    "image_styles",
+    "class_latents",
+    "class_conditioning",
+    "teacher_conditioning",
+    "empty",
+    "teacher_empty",
+}
 
 
 def latents(count: int = 4, seed: int = 0, height: int = 8, width: int = 8) -> dict[str, Any]:
@@ -25,8 +34,8 @@ def as_lists(inputs: dict[str, Any]) -> dict[str, list]:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether it is a list of LATENTs or CONDITIONINGs, and not a single one."""
-    return isinstance(value, list) and (isinstance(value[0], dict) or isinstance(value[0][0], list))
+    """Whether it is a list of LATENTs, CONDITIONINGs or names, and not a single one."""
+    return isinstance(value, list) and (isinstance(value[0], (dict, str)) or isinstance(value[0][0], list))
 
 
 def mean(values: Any) -> float:

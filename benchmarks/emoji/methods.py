@@ -35,6 +35,7 @@ class Method:
         pool: how its router sees an image.
         reads: what its router reads.
         given: s is the style's own label; for tasks of several styles.
+        taught: it is in training alone, and the router, which learns from it, chooses in drawing.
     """
 
     label: str
@@ -46,6 +47,7 @@ class Method:
     four: bool = False
     pool: str = "mean"
     given: bool = False
+    taught: bool = False
     reads: str = "layer"
 
     @property
@@ -65,12 +67,14 @@ METHODS = {
     "n16": Method("StyleInject, n = 16", 16, sta=True),
     "n16_paper": Method("StyleInject, n = 16, routed by token", 16, sta=True, pool="paper"),
     "n4_prompt": Method("StyleInject, n = 4, the router reads the prompt", 4, sta=True, reads="prompt"),
-    "n16_prompt": Method("StyleInject, n = 16, the router reads the prompt", 16, sta=True, reads="prompt"),
-    "n16_both": Method(
-        "StyleInject, n = 16, routed by token, the router reads the prompt too", 16, sta=True, pool="paper", reads="both"
-    ),
     "n4_given": Method("StyleInject, n = 4, s given by the style", 4, sta=True, given=True),
-    "n16_given": Method("StyleInject, n = 16, s given by the style", 16, sta=True, given=True),
+    "n4_taught": Method("StyleInject, n = 4, taught the styles by label", 4, sta=True, taught=True),
+    "n4_prompt_taught": Method(
+        "StyleInject, n = 4, the router reads the prompt, taught by label", 4, sta=True, reads="prompt", taught=True
+    ),
+    "n16_paper_taught": Method(
+        "StyleInject, n = 16, routed by token, taught by label", 16, sta=True, pool="paper", taught=True
+    ),
     "krona": Method("DiffuseKronA, factors 4, 3", factors=(4, 3)),
     "krona_small": Method("DiffuseKronA, factors 8, 2", factors=(8, 2)),
     "lora_four": Method("LoRA, rank r / 2, four projections", 1, four=True),

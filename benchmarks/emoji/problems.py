@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from styleinject_core.attach import Attachment
-from styleinject_core.call import ModelCall
+from styleinject_core.call import Listener, ModelCall
 from styleinject_core.demo import data
 from styleinject_core.demo.classifier import Classifier, load_classifier
 from styleinject_core.demo.text import TextEncoder
@@ -28,6 +29,7 @@ PIXELS = 64
 # Of 32 random embeddings, those beside which the base still draws the thing (97 to 100 % of those it was trained on), as it
 # should beside a rare word; beside others it draws as few as 30 %.
 IGNORED = (9, 13, 27, 8)
+DETAILS = ("confusion", "information", "layers")  # of one drawing of the new concepts alone
 QUERY_VALUE, WITH_CONVOLUTIONS = ("to_q", "to_v"), ("to_q", "to_v", "conv")
 
 
@@ -41,6 +43,7 @@ class Size:
         concepts: how many are trained on and measured at most.
         alignment: training steps of the Chinese encoder.
         search: whether the best learning rate is looked for, or the method's own is taken.
+        long: how many times the usual steps, at a constant rate and measured on the way; 1 is the usual training.
     """
 
     steps: int | None = None
@@ -49,6 +52,7 @@ class Size:
     concepts: int = 10_000
     alignment: int = 300
     search: bool = True
+    long: int = 1
 
 
 QUICK = Size(steps=2, batch=2, sampling_steps=2, concepts=3, alignment=2, search=False)
@@ -65,6 +69,7 @@ class Problem:
     """
 
     targets, rank, steps = QUERY_VALUE, 8, 200
+    strengths = (0.6, 0.8, 1.25, 1.5)
 
     def __init__(self, style: str, size: Size):
         self.style, self.size = style, size
@@ -82,18 +87,37 @@ class Problem:
 
     def task(self, model: DemoTrainingModel, settings: TrainSettings, given: bool = False) -> FineTune:
         """What is trained for; with `given`, s is the style of each example."""
-        latents = model.encode(data.images(self.style)[self.shown])
-        prompts = model.encode_text(self.names(self.shown))
-        return FineTune(model, self.source(latents, prompts, settings), settings, model.encode_text([""]))
+        return FineTune(
+            model,
+            self.examples(model, self.shown, settings, given),
+            settings,
+            model.encode_text([""]),
+            validation=self.examples(model, self.new, settings, given),
+            validation_batches=self.validation_batches(settings),
+        )
+
+    def examples(self, model: DemoTrainingModel, concepts: list[int], settings: TrainSettings, given: bool) -> LatentSource:
+        """The drawings of some concepts."""
+        latents = model.encode(data.images(self.style)[concepts])
+        return self.source(latents, model.encode_text(self.names(concepts)), settings)
+
+    def validation_batches(self, settings: TrainSettings) -> int:
+        return max(1, len(self.new) // settings.batch_size)
 
     def source(self, latents: Tensor, prompts: dict[str, Tensor], settings: TrainSettings, **more: Any) -> LatentSource:
         batch = min(settings.batch_size, len(latents))
         return LatentSource(list(latents), prompts, batch_size=batch, seed=settings.seed, **more)
 
     def settings(self, rate: float, seed: int) -> TrainSettings:
-        steps = self.size.steps or self.steps
+        steps, long = self.size.long * (self.size.steps or self.steps), self.size.long > 1
         return TrainSettings(
-            steps, self.size.batch, learning_rate=rate, schedule="cosine", warmup=min(10, steps - 1), seed=seed
+            steps,
+            self.size.batch,
+            learning_rate=rate,
+            schedule="constant" if long else "cosine",
+            warmup=min(10, steps - 1),
+            sample_every=steps // 10 if long else 0,
+            seed=seed,
         )
 
     def draw(self, model: DemoTrainingModel, prompts: list[str], seed: int) -> Tensor:
@@ -111,19 +135,33 @@ class Problem:
         tuning: bool = False,
         attachment: Attachment | None = None,
         given: bool = False,
-    ) -> dict[str, float]:
-        """The columns of one row; of concepts trained on alone, to choose a learning rate by.
+    ) -> dict[str, Any]:
+        """The columns of one row; of concepts trained on alone, and fewer, to choose a learning rate by.
 
         Args:
             attachment: of the row's adapter, if it has one.
             given: s is the style's label, as in training.
         """
         groups = {"seen_": self.seen} if tuning else {"": self.new, "seen_": self.seen}
-        result = {}
+        result: dict[str, Any] = {}
         for prefix, concepts in groups.items():
-            images = self.draw(model, self.names(concepts), 1000 + seed)
-            result |= {prefix + name: value for name, value in self.compare(images, concepts).items()}
-        return result
+            columns = self.columns(model, concepts, seed, attachment, given)
+            result |= {prefix + name: value for name, value in columns.items() if not prefix or name not in DETAILS}
+        if attachment is None or tuning:
+            return result
+        for strength in self.strengths:
+            attachment.set_strength(strength)
+            columns = self.columns(model, self.new, seed, attachment, given)
+            result |= {f"{name}@{strength:g}": columns[name] for name in ("concept", "style", "both")}
+        attachment.set_strength(1.0)
+        boths = [result["both"], *(result[f"both@{strength:g}"] for strength in self.strengths)]
+        return {**result, "both_area": sum(boths) / len(boths)}
+
+    def columns(
+        self, model: DemoTrainingModel, concepts: list[int], seed: int, attachment: Attachment | None, given: bool
+    ) -> dict[str, Any]:
+        """What is measured on one sample of each concept."""
+        return self.compare(self.draw(model, self.names(concepts), 1000 + seed), concepts)
 
     def compare(self, images: Tensor, concepts: list[int]) -> dict[str, float]:
         return self.compared(images, concepts, self.style, self.reference(concepts))
@@ -164,17 +202,22 @@ class Distillation(Problem):
         return [chinese_names()[k] for k in concepts] if self.chinese else super().names(concepts)
 
     def task(self, model: DemoTrainingModel, settings: TrainSettings, given: bool = False) -> Distil:
-        latents = torch.stack([self.drawn[k] for k in self.shown])
-        theirs = self.teacher.encode_text(super().names(self.shown)) if self.chinese else None
         return Distil(
             model,
             self.teacher,
-            self.source(latents, model.encode_text(self.names(self.shown)), settings, teacher=theirs),
+            self.examples(model, self.shown, settings, given),
             settings,
             model.encode_text([""]),
             self.teacher.encode_text([""]) if self.chinese else None,
             feature_weight=0.0 if self.chinese else self.feature_weight,
+            validation=self.examples(model, self.new, settings, given),
+            validation_batches=self.validation_batches(settings),
         )
+
+    def examples(self, model: DemoTrainingModel, concepts: list[int], settings: TrainSettings, given: bool) -> LatentSource:
+        latents = torch.stack([self.drawn[k] for k in concepts])
+        theirs = self.teacher.encode_text(super().names(concepts)) if self.chinese else None
+        return self.source(latents, model.encode_text(self.names(concepts)), settings, teacher=theirs)
 
     def reference(self, concepts: list[int]) -> Tensor:
         return self.teacher.decode(torch.stack([self.drawn[k] for k in concepts]))
@@ -187,7 +230,6 @@ class Styles(Problem):
     """
 
     steps = 300
-    strengths = (0.6, 0.8, 1.25, 1.5)
 
     def __init__(self, size: Size):
         super().__init__(data.BASE_STYLE, size)
@@ -198,15 +240,8 @@ class Styles(Problem):
     def prompts(self, style: int, concepts: list[int]) -> list[str]:
         return [f"{self.words[style]} {name}" for name in self.names(concepts)]
 
-    def task(self, model: DemoTrainingModel, settings: TrainSettings, given: bool = False) -> FineTune:
-        return FineTune(
-            model,
-            self.examples(model, self.shown, settings, given),
-            settings,
-            model.encode_text([""]),
-            validation=self.examples(model, self.new, settings, given),
-            validation_batches=max(1, len(self.styles) * len(self.new) // settings.batch_size),
-        )
+    def validation_batches(self, settings: TrainSettings) -> int:
+        return max(1, len(self.styles) * len(self.new) // settings.batch_size)
 
     def examples(self, model: DemoTrainingModel, concepts: list[int], settings: TrainSettings, given: bool) -> LatentSource:
         """The drawings of some concepts in every style."""
@@ -222,35 +257,34 @@ class Styles(Problem):
         tuning: bool = False,
         attachment: Attachment | None = None,
         given: bool = False,
-    ) -> dict[str, float]:
-        groups = {"seen_": self.seen[:: 2 if tuning else 1]} if tuning else {"": self.new, "seen_": self.seen}
-        result = {}
-        for prefix, concepts in groups.items():
-            columns = self.drawn(model, concepts, seed, attachment, given)
-            result |= {prefix + name: value for name, value in columns.items()}
+    ) -> dict[str, Any]:
         if tuning:
-            return result
-        if attachment is not None:
-            for strength in self.strengths:
-                attachment.set_strength(strength)
-                columns = self.drawn(model, self.new, seed, attachment, given)
-                result |= {f"{name}@{strength:g}": columns[name] for name in ("concept", "style", "both")}
-            attachment.set_strength(1.0)
-            result["both_area"] = sum([result["both"], *(result[f"both@{s:g}"] for s in self.strengths)]) / (
-                len(self.strengths) + 1
-            )
-        return result
+            fewer = self.columns(model, self.seen[::2], seed, attachment, given)
+            return {f"seen_{name}": value for name, value in fewer.items() if name not in DETAILS}
+        return super().measure(model, seed, tuning, attachment, given)
 
-    def drawn(
+    def columns(
         self, model: DemoTrainingModel, concepts: list[int], seed: int, attachment: Attachment | None, given: bool
-    ) -> dict[str, float]:
-        """The columns, averaged over the styles."""
-        columns = []
+    ) -> dict[str, Any]:
+        """The columns, averaged over the styles; which styles are recognized where each is asked for, `confusion`; and how
+        much the choice of the layers' routers says about the style that is asked for, in nats, `information` and `layers`."""
+        columns, confusion, heard = [], [], Choices()
         for k, style in enumerate(self.styles):
-            with self.given_style(attachment, k) if given and attachment is not None else nullcontext():
+            with nullcontext() if attachment is None else self.heard(attachment, heard, k, given):
                 images = self.draw(model, self.prompts(k, concepts), 1000 + seed)
             columns.append(self.compared(images, concepts, style, data.images(style)[concepts]))
-        return {name: sum(each[name] for each in columns) / len(columns) for name in columns[0]}
+            found = self.classifier(images)[1].argmax(1)
+            confusion.append([float((found == other).float().mean()) for other in range(len(data.styles()))])
+        result: dict[str, Any] = {name: sum(each[name] for each in columns) / len(columns) for name in columns[0]}
+        result["confusion"] = confusion
+        if layers := {} if given else heard.information():
+            result |= {"information": sum(layers.values()) / len(layers), "layers": layers}
+        return result
+
+    def heard(self, attachment: Attachment, choices: Choices, style: int, given: bool) -> AbstractContextManager[None]:
+        """While one style is drawn: listen to the routers, or give them the style."""
+        choices.style = style
+        return self.given_style(attachment, style) if given else attachment.in_call(ModelCall(listeners=(choices,)))
 
     def given_style(self, attachment: Attachment, style: int) -> AbstractContextManager[None]:
         """s of every layer is one style."""
@@ -268,6 +302,25 @@ class Styles(Problem):
             ]
             columns.append({name: sum(each[name] for each in shares) / len(shares) for name in shares[0]})
         return {**columns[0], **{f"seen_{name}": value for name, value in columns[1].items()}}
+
+
+class Choices(Listener):
+    """How often each layer's router chooses each of its styles where `style` is asked for: positive rows, the first half."""
+
+    def __init__(self) -> None:
+        self.style, self.sums = 0, defaultdict[str, dict[int, list[Tensor]]](lambda: defaultdict(list))
+
+    def record(self, layer: str, s: Tensor) -> None:
+        self.sums[layer][self.style].append(s[: len(s) // 2].flatten(0, -2).mean(0))
+
+    def information(self) -> dict[str, float]:
+        """I(asked style; chosen style) by layer, in nats, where all are asked for as often: at most log of their number."""
+        found = {}
+        for layer, calls in self.sums.items():
+            chosen = torch.stack([torch.stack(calls[style]).mean(0) for style in sorted(calls)]).double()  # (asked, n)
+            ratio = torch.special.xlogy(chosen, chosen) - torch.special.xlogy(chosen, chosen.mean(0, keepdim=True))
+            found[layer] = float(ratio.sum(1).mean())
+        return found
 
 
 def with_words(encoder: TextEncoder, words: list[str]) -> TextEncoder:

@@ -30,6 +30,7 @@ from methods import METHODS, RATES, trained_parameters, trainee
 from problems import QUICK, Distillation, Problem, Size, Styles, Subject
 from tqdm import tqdm
 
+from styleinject_core import save_adapter
 from styleinject_core.train.run.loop import Observer, Progress, TrainingError, train
 
 PROBLEMS: dict[str, Callable[[Size], Problem]] = {
@@ -62,9 +63,11 @@ class Run:
 
 
 class Bar(Observer):
-    """A progress bar that goes away."""
+    """A progress bar that goes away; of a long training, what is measured on the way."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, measure: Callable[[], dict[str, Any]]):
+        self.curve: list[dict[str, Any]] = []  # of what is measured on the way
+        self.measure = measure
         what = f"{run.task} {run.row} seed {run.seed} rate {run.rate:g}"
         self.bar = tqdm(total=run.steps, desc=what, leave=False, mininterval=5)
 
@@ -72,12 +75,15 @@ class Bar(Observer):
         self.bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
         self.bar.update()
 
+    def sample(self, step: int) -> None:
+        self.curve.append({"step": step, **self.measure()})
+
 
 class Bench:
     """The runs of one results file."""
 
-    def __init__(self, out: Path, size: Size):
-        self.out, self.size = out, size
+    def __init__(self, out: Path, size: Size, keep: Path | None = None):
+        self.out, self.size, self.keep = out, size, keep
         self.lines = read(out)
         if out.exists() and not out.read_bytes().endswith(b"\n"):  # stopped while it wrote: the next line is one of its own
             with out.open("a") as file:
@@ -85,11 +91,12 @@ class Bench:
         self.problem = cache(lambda task: PROBLEMS[task](size))
 
     def steps(self, task: str) -> int:
+        """Of a usual training."""
         return self.size.steps or self.problem(task).steps
 
     def table_row(self, task: str, row: str, seed: int) -> None:
         rate = self.rate(TUNED_ON.get(task, task), row) if METHODS[row].rate else 0.0
-        self.line(Run(task, row, seed, rate, self.steps(task)))
+        self.line(Run(task, row, seed, rate, self.size.long * self.steps(task)))
 
     def rate(self, task: str, row: str) -> float:
         """The best learning rate, better than the next lower and higher one.
@@ -116,29 +123,40 @@ class Bench:
         began = time.perf_counter()
         line = {**dataclasses.asdict(run), **self.execute(run), "seconds": round(time.perf_counter() - began, 1)}
         self.append(line)
-        tqdm.write(f"{run}: {line['metrics'] or line['error']}")
+        numbers = {name: round(value, 4) for name, value in line["metrics"].items() if isinstance(value, float)}
+        tqdm.write(f"{run}: {numbers or line['error']}")
         return line
 
     def execute(self, run: Run) -> dict[str, Any]:
         problem = self.problem(run.task)
         model, trained = trainee(run.row, problem.base, problem.rank, problem.targets, run.seed)
         result: dict[str, Any] = {"parameters": trained_parameters(trained), "metrics": {}}
-        given = METHODS[run.row].given
+        given, taught = METHODS[run.row].given, METHODS[run.row].taught
+        measured = problem.task(model, problem.settings(1.0, 0), given)  # the same noise for the validation of all seeds
+
+        def on_the_way() -> dict[str, Any]:  # while the adapter is on the model
+            columns = problem.columns(model, problem.new, run.seed, None, given)
+            return columns if measured.validation is None else {**columns, "val": measured.validation_loss()}
+
         if run.rate:
-            settings, bar = problem.settings(run.rate, run.seed), Bar(run)
+            settings, bar = problem.settings(run.rate, run.seed), Bar(run, on_the_way)
             try:
-                losses = train(trained, problem.task(model, settings, given), settings, observer=bar).losses
+                losses = train(trained, problem.task(model, settings, given or taught), settings, observer=bar).losses
             except TrainingError as error:  # diverged: that is a result too
                 return {**result, "error": str(error)}
             finally:
                 bar.bar.close()
             last = losses[-max(1, len(losses) // 5) :]
             result["loss"] = sum(last) / len(last)
-        measured = problem.task(model, problem.settings(1.0, 0), given)  # the same noise for the validation of all seeds
+            if bar.curve:
+                result["curve"] = bar.curve
         with torch.no_grad(), measured.installed(trained) as attachment:
             result["metrics"] = problem.measure(model, run.seed, run.tuning, attachment, given)
             if measured.validation is not None:
                 result["metrics"]["val"] = measured.validation_loss()
+        if self.keep is not None and METHODS[run.row].adapts and not run.tuning:
+            self.keep.mkdir(parents=True, exist_ok=True)
+            save_adapter(trained, self.keep / f"{run.task}-{run.row}-{run.steps}-{run.seed}.safetensors")
         return result
 
     def ideal(self, task: str) -> None:
@@ -169,16 +187,20 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="training steps of every run (default: the task's own)")
+    parser.add_argument("--long", action="store_true", help="10 times the steps at a constant rate, measured on the way")
     parser.add_argument("--out", type=Path, required=True, help="the results, one JSON object per line")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="save the adapters of the tables' rows there")
     parser.add_argument("--quick", action="store_true", help="few steps, few concepts: only shows that it runs")
     arguments = parser.parse_args(options)
     size = QUICK if arguments.quick else Size()
-    bench = Bench(arguments.out, dataclasses.replace(size, steps=arguments.steps or size.steps))
+    size = dataclasses.replace(size, steps=arguments.steps or size.steps, long=10 if arguments.long else 1)
+    bench = Bench(arguments.out, size, arguments.keep)
     for task in PROBLEMS if arguments.task == "all" else [arguments.task]:
         bench.ideal(task)
         for seed in arguments.seeds:
             for row in arguments.rows:
-                if task in SEVERAL_STYLES or not METHODS[row].given:
+                labeled = METHODS[row].given or METHODS[row].taught
+                if (task in SEVERAL_STYLES or not labeled) and not (arguments.long and METHODS[row].given):
                     bench.table_row(task, row, seed)
 
 

@@ -28,7 +28,7 @@ from ...styleinject_core.train.models.noise import prediction_of
 from ...styleinject_core.train.models.training_model import TrainingModel
 from ..injection import ComfyProgram, model_title
 from ..patcher import ModelPatcher, compute_dtype, injections_of, references_of
-from ..places import find_places, layer_shapes
+from ..places import find_places, forget_prompts, layer_shapes
 from ..tokens import prompt_of, tokens_of
 from .graph_inputs import CONDS, called_together
 
@@ -221,17 +221,19 @@ class ComfyTrainingModel(TrainingModel):
         """x0 of every row, by one call of the model for those rows that can share one."""
         if len(calls) == 1:
             return self._call(noisy, times, calls[0][1])
-        parts = [self._call(noisy[numbers], times[numbers], named) for numbers, named in calls]
+        parts = [self._call(noisy[numbers], times[numbers], named, numbers) for numbers, named in calls]
         order = torch.tensor([number for numbers, _ in calls for number in numbers], device=noisy.device)
         return torch.cat(parts)[order.argsort()]
 
-    def _call(self, noisy: Tensor, times: Tensor, named: dict[str, Any]) -> Tensor:
+    def _call(self, noisy: Tensor, times: Tensor, named: dict[str, Any], rows: Sequence[int] | None = None) -> Tensor:
         model = self.patcher.model
         call = ModelCall(tokens=tokens_of(model, noisy, named), prompt=prompt_of(named))
         with ExitStack() as stack:
             stack.enter_context(_in_training())  # also where one forward pass is counted, before anything is loaded
             for attachment in self._attached:
-                stack.enter_context(attachment.in_call(call))
+                stack.enter_context(attachment.in_call(call, rows))
+            forget_prompts(model)
+            stack.callback(forget_prompts, model)
             return model.apply_model(noisy, times, transformer_options=self._options(times), **named)
 
     def _options(self, sigmas: Tensor) -> dict[str, Any]:

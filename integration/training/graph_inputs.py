@@ -85,11 +85,23 @@ class Images:
 
     Args:
         teacher_prompts: the same prompts by a teacher's text encoder, where it has another one.
+        styles: the name of each image's style, empty where it has none; nothing where no image has one.
     """
 
     latents: Sequence[Tensor]
     prompts: Sequence[Prompt]
     teacher_prompts: Sequence[Prompt] | None = None
+    styles: Sequence[str] = ()
+
+    @property
+    def style_names(self) -> list[str]:
+        """The styles there are, in the order in which they come first."""
+        return [name for name in dict.fromkeys(self.styles) if name]
+
+    def style_numbers(self) -> list[int] | None:
+        """The number of each image's style among them, -1 for none; None where no image has one."""
+        names = self.style_names
+        return [names.index(name) if name else -1 for name in self.styles] if names else None
 
     @property
     def shape(self) -> Sequence[int]:
@@ -97,10 +109,19 @@ class Images:
         return self.latents[0].shape
 
 
-def images_and_prompts(latents: Sequence[dict[str, Any]], conditioning: Sequence[Sequence[Any]]) -> Images:
-    """The images of LATENTs with a prompt each, of CONDITIONINGs. Raises ValueError, see the functions above."""
+def images_and_prompts(
+    latents: Sequence[dict[str, Any]], conditioning: Sequence[Sequence[Any]], styles: Sequence[str | None] | None = None
+) -> Images:
+    """The images of LATENTs with a prompt each, of CONDITIONINGs, and a style each, where there are styles.
+
+    Raises:
+        ValueError: another number of styles than of images; or see the functions above.
+    """
     images = flat_latents(latents)
-    return Images(images, a_prompt_each(flat_prompts(conditioning), len(images)))
+    named = [" ".join(str(name or "").split()) for name in styles or ()]
+    if any(named) and len(named) != len(images):
+        raise ValueError(f"image_styles: {len(named)} styles for {len(images)} images; expected one for each")
+    return Images(images, a_prompt_each(flat_prompts(conditioning), len(images)), styles=named if any(named) else ())
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...styleinject_core import Adapter
 from ...styleinject_core.selector import select
 from ...styleinject_core.train.data.source import LatentSource
-from ...styleinject_core.train.memory import Choice, Workload, choose
+from ...styleinject_core.train.memory import Choice, Workload, choose, prompt_features
 from ...styleinject_core.train.objectives.tasks import FineTune
 from ...styleinject_core.train.request import TrainingRequest
 from ...styleinject_core.train.run.metadata import made_by
@@ -57,6 +59,13 @@ class Job:
                 "again do not see; train without one of the two"
             )
         select(self.student.network.layer_shapes(), ",".join(self.request.adapter.targets))
+
+    def labeled(self, images: Images) -> Job:
+        """The same job, with an adapter for the styles that images have. Raises ValueError: it has no place for them."""
+        if not images.style_names:
+            return self
+        adapter = self.request.adapter.labeled(images.style_names, "image_styles")
+        return replace(self, request=replace(self.request, adapter=adapter))
 
     def fitted(
         self, shapes: Sequence[Sequence[int]], prompts: Sequence[Prompt], images: int, passes: int = 1, features: bool = False
@@ -129,6 +138,7 @@ class Job:
         with_empty = self.request.settings.caption_dropout > 0
         encoded: dict[str, Sequence[Any] | None] = {"latents": latents}
         encoded["conditioning"], encoded["empty"] = self.student.conditionings(images.prompts, latents, with_empty)
+        encoded["styles"] = images.style_numbers()
         if self.teacher is not None and images.teacher_prompts is not None:
             taught = self.teacher.conditionings(images.teacher_prompts, latents, with_empty)
             encoded["teacher"], encoded["teacher_empty"] = taught
@@ -156,7 +166,7 @@ class Job:
         if self.trigger:
             metadata["modelspec.trigger_phrase"] = self.trigger
         return train_in_folder(
-            request.new_adapter(network.layer_shapes(), images.prompts[0][0].shape[-1]).to(network.device),
+            self._new_adapter(images),
             task,
             request.settings,
             existing=self.options.existing_run,
@@ -168,23 +178,37 @@ class Job:
             pictures=(lambda: self._pictures(loaded, images)) if self.options.vae is not None else None,
         )
 
+    def _new_adapter(self, images: Images) -> Adapter:
+        """An untrained one, whose styles have the images' names."""
+        network = self.student.network
+        one = self.student.encoder.framed(torch.zeros(*images.shape))
+        (row,), _ = self.student.conditionings(images.prompts[:1], [one], False)
+        adapter = self.request.new_adapter(network.layer_shapes(), prompt_features(network, row)).to(network.device)
+        return adapter.with_style_names(images.style_names) if images.style_names else adapter
+
     def _heading(self, task: FineTune, images: Images) -> str:
         """What is trained on what, as the command line says it first."""
         network, sampling = self.student.network, self.student.network.schedule.sampling
         shapes = Counter(tuple(side * self.student.encoder.pixels_per_latent for side in x.shape[-2:]) for x in images.latents)
         sizes = ", ".join(f"{count} of {width}x{height}" for (height, width), count in shapes.most_common(6))
         kinds = [base.__name__ for base in type(sampling).__mro__[1:-1] if base is not torch.nn.Module]
-        vae = "connected" if self.options.vae is not None else "not connected, so no pictures are drawn"
+        counted = Counter(name or "none" for name in images.styles)
+        styles = f"; styles {', '.join(f'{name} ({count})' for name, count in counted.items())}" if counted else ""
+        vae: Any = self.options.vae
+        shown = "VAE not connected, so no pictures are drawn"
+        if vae is not None:
+            kind = type(getattr(vae, "first_stage_model", vae)).__name__
+            shown = f"pictures by the VAE {kind}{_loaded_from(getattr(vae, 'patcher', None))}"
         return (
-            f"{task.objective} on {network.title}, predicting {network.schedule.prediction_type} ({', '.join(kinds)}); layers "
-            f"{', '.join(self.request.adapter.targets)}; {len(images.latents)} latents: {sizes}"
-            f"{', ...' if len(shapes) > 6 else ''}, of {self.student.encoder.channels} channels; VAE {vae}"
+            f"{task.objective} on {network.title}{_loaded_from(self.student.patcher)}, predicting "
+            f"{network.schedule.prediction_type} ({', '.join(kinds)}); layers {', '.join(self.request.adapter.targets)}; "
+            f"{len(images.latents)} latents: {sizes}{', ...' if len(shapes) > 6 else ''}, of {self.student.encoder.channels} "
+            f"channels{styles}; {shown}"
         )
 
-    def _pictures(self, loaded: Loaded, images: Images) -> Tensor:
-        """What the model draws with the adapter as it is, (N, H, W, 3) in [0, 1]."""
-        options = self.options
-        seed, found = self.request.settings.seed, []
+    def _pictures(self, loaded: Loaded, images: Images) -> Iterator[Tensor]:
+        """What the model draws with the adapter as it is, (H, W, 3) each, in [0, 1]; of a clip its frames."""
+        options, seed = self.options, self.request.settings.seed
         try:
             for k, prompt in enumerate(options.pictured or images.prompts[:1]):  # one by one: memory is short
                 latent = draw(
@@ -198,10 +222,18 @@ class Job:
                 )
                 with torch.inference_mode():
                     image = options.vae.decode(latent)
-                found.append(image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu())
+                yield from image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu()
         finally:  # it may have failed for want of memory, and training goes on
             loaded.prepare()
-        return torch.cat(found)
+
+
+def _loaded_from(patcher: Any) -> str:
+    """The files that a MODEL or VAE was loaded from, " (name)", where this version of ComfyUI remembers them."""
+    remembered = getattr(patcher, "cached_patcher_init", None)
+    given = remembered[1][0] if isinstance(remembered, tuple) and len(remembered) > 1 and remembered[1] else ()
+    paths = given if isinstance(given, (list, tuple)) else [given]
+    names = [Path(path).name for path in paths if isinstance(path, (str, Path))]
+    return f" ({', '.join(names)})" if names else ""
 
 
 def _length(prompt: Prompt) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,18 @@ from torch import Tensor
 
 from ...styleinject_core import Adapter
 from ...styleinject_core.files import AdapterFileError, save_adapter
-from ...styleinject_core.files.atomic import replacing
 from ...styleinject_core.train.objectives.tasks import FineTune
 from ...styleinject_core.train.run.checkpoints import CheckpointError, RunFolder, validations
 from ...styleinject_core.train.run.loop import Observer, Progress, Result, run_plan, train
-from ...styleinject_core.train.run.watch import figure_pixels, loss_figure
+from ...styleinject_core.train.run.watch import figure_pixels, loss_figure, save_picture, side_by_side
 from ...styleinject_core.train.settings import TrainSettings
 from .. import paths
 from ..live import running_server
 
 # What to do about a run of the same name: the choices of StyleInjectTrainOptions.existing_run.
 GO_ON, MUST_GO_ON, NEW = "go on or new", "go on", "new"
+
+Pictures = Callable[[], Iterable[Tensor]]
 
 _PLOT_EVERY = 3.0  # seconds, at least; and at most a tenth of the time
 _TEXT_EVERY = 0.5
@@ -112,11 +113,11 @@ class Watch(Observer):
     Args:
         run: whose loss file is plotted.
         node_id: the node that shows it, None for none.
-        pictures: draws the validation pictures, (N, H, W, 3) in [0, 1].
+        pictures: draws the validation pictures one by one, (H, W, 3) in [0, 1].
         note: shown below the progress all the time.
     """
 
-    def __init__(self, run: RunFolder, title: str, node_id: str | None, pictures: Callable[[], Tensor] | None, note: str = ""):
+    def __init__(self, run: RunFolder, title: str, node_id: str | None, pictures: Pictures | None, note: str = ""):
         self.note = note
         self.run, self.title, self.node_id, self.pictures = run, title, node_id, pictures
         self._bar: Any = None
@@ -150,23 +151,26 @@ class Watch(Observer):
     def sample(self, step: int) -> None:
         if self.pictures is None:
             return
+        drawn, what = list[Tensor](), f"pictures of step {step}"
         try:
-            drawn = self.pictures()
+            drawn.extend(self.pictures())
         except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as error:  # out of memory, as a rule: what is only for looking at ends no run
             comfy.model_management.soft_empty_cache()
             reason = str(error).strip().split("\n", 1)[0]
-            self.problem(f"pictures of step {step}: {reason or type(error).__name__}")
+            self.problem(f"{what}: {reason or type(error).__name__}")
+        if not drawn:
             return
-        pixels = (drawn.clamp(0, 1) * 255).round().to(torch.uint8)  # (N, H, W, 3)
-        self._latest = _image(torch.cat(list(pixels), dim=1))
+        pixels, said = side_by_side(drawn)  # those before what went wrong
+        if said:
+            self.problem(f"{what}: {said}")
+        self._latest = _image(pixels)
         self._next_plot = 0.0  # show them with this step
         try:
-            with replacing(self.run.samples / f"step-{step:06}.png") as temporary:
-                self._latest.save(temporary, format="png")
+            save_picture(pixels, self.run.samples / f"step-{step:06}.png")
         except OSError as error:
-            self.problem(f"picture of step {step}: {error}")
+            self.problem(f"{what}: {error}")
 
     def problem(self, message: str) -> None:
         logging.warning("StyleInject training %s: %s", self.run.path.name, message)
@@ -228,7 +232,7 @@ def train_in_folder(
     metadata: dict[str, str],
     dtype: torch.dtype,
     node_id: str | None,
-    pictures: Callable[[], Tensor] | None,
+    pictures: Pictures | None,
     note: str = "",
     heading: str = "",
 ) -> Outcome:
@@ -259,7 +263,7 @@ def train_in_folder(
             watch.say(text)
         raise
     step = result.best_step or result.step
-    finished = Adapter(adapter.layers, adapter.config, {**metadata, "styleinject.steps": str(step)}, name)
+    finished = Adapter(adapter.layers, adapter.config, {**adapter.metadata, **metadata, "styleinject.steps": str(step)}, name)
     finished.cpu().requires_grad_(False).eval()
     message = f"{name}: {result.step} steps" + (f", the best at step {step}" if result.best_step else "")
     if result.resumed_from:
@@ -269,7 +273,7 @@ def train_in_folder(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_adapter(finished, path, None, dtype)
         _saved.setdefault(adapter.name, set()).add(path)
-        message += f". Saved as {_shown(path)}\n{how_to_use(path, metadata.get('modelspec.trigger_phrase', ''))}"
+        message += f". Saved as {_shown(path)}\n{how_to_use(path, finished)}"
     except (AdapterFileError, OSError) as error:  # trained, and still in the graph: StyleInject Save can write it elsewhere
         watch.problem(str(error))
         message += f". NOT saved: {error}"
@@ -279,14 +283,21 @@ def train_in_folder(
     return Outcome(finished, result, losses, message)
 
 
-def how_to_use(path: Path, trigger: str = "") -> str:
+def how_to_use(path: Path, adapter: Adapter) -> str:
     """What to do with an adapter that has been saved in output/styleinject, in words."""
     listed = f"output/{path.relative_to(paths.trained_folder()).as_posix()}"
     return (
         f"To use it, place the node StyleInject between the model and the sampler, press R, and choose {listed}. Begin at "
         "strength 1; go down to 0.7 where pictures copy those it was trained on, up where too little of the style shows."
-        + (f' Prompts call it by "{trigger}".' if trigger else "")
+        + (f' Prompts call it by "{trigger}".' if (trigger := adapter.metadata.get("modelspec.trigger_phrase")) else "")
+        + (f" Its styles are {', '.join(styles)}: the name in a prompt chooses one." if (styles := _called(adapter)) else "")
     )
+
+
+def _called(adapter: Adapter) -> list[str]:
+    """The names of the styles that prompts choose."""
+    reads = getattr(adapter.config, "reads_prompt", False)
+    return [name for k, name in enumerate(adapter.style_names, 1) if name != f"style {k}"] if reads else []
 
 
 def _image(pixels: Tensor) -> Image.Image:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import comfy.utils
 import folder_paths
@@ -19,6 +19,7 @@ from ...styleinject_core.train.data.folder import ImageFolder
 from ...styleinject_core.train.data.images import SUFFIXES, DataError
 
 FROM_FILES, ONE_FOR_ALL, TRIGGER_ALONE = CAPTIONS = ("from files", "one caption for all", "trigger word alone")
+SUBFOLDERS = MORE_PICTURES, A_STYLE_EACH = ("more pictures", "a style each")
 STEP = 64  # sides are multiples of it: every model's latents and levels divide it
 _SAMPLES = {"samples/line art": "line-art", "samples/one cat": "cat"}  # name in the list -> folder in examples/
 _EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -32,11 +33,13 @@ class Pictures:
     Args:
         images: (1, H, W, 3) float32 in [0, 1] each.
         report: how many of which size, and what was left out, in words.
+        styles: the folder inside of the chosen one that each picture is in; empty where it is in none, or they mean nothing.
     """
 
     images: list[Tensor]
     captions: list[str]
     report: str
+    styles: list[str]
 
 
 def folder_names() -> list[str]:
@@ -91,7 +94,9 @@ def fingerprint(name: str) -> str:
         return ""
 
 
-def from_folder(name: str, size: int, keep_shape: bool, captions: str, caption: str, trigger: str) -> Pictures:
+def from_folder(
+    name: str, size: int, keep_shape: bool, captions: str, caption: str, trigger: str, subfolders: str = MORE_PICTURES
+) -> Pictures:
     """Read all pictures of a folder, upright, on white where they are transparent, in sRGB.
 
     Args:
@@ -100,6 +105,7 @@ def from_folder(name: str, size: int, keep_shape: bool, captions: str, caption: 
         captions: one of CAPTIONS.
         caption: for "one caption for all".
         trigger: put before each caption that has not got it.
+        subfolders: one of SUBFOLDERS; where each is a style, its name is put before the captions in it, as the trigger is.
 
     Raises:
         DataError: no pictures, pictures without captions where they were to come from files, none that can be read.
@@ -112,21 +118,31 @@ def from_folder(name: str, size: int, keep_shape: bool, captions: str, caption: 
     except DataError as error:
         advice = f'; or choose "{ONE_FOR_ALL}" or "{TRIGGER_ALONE}"' if "caption" in str(error) else ""
         raise DataError(f"{error}{advice}") from error
-    images, texts = [], []
+    images, texts, styles = [], [], []
     for index in range(len(folder)):
         if folder.name(index) in folder.skipped:
             continue  # it stood in for another one, and was found broken
         example = folder[index]
         if example.name == folder.name(index):  # not one that stands in for it
             images.append((example.pixels.movedim(0, -1).unsqueeze(0) + 1) / 2)
-            texts.append(_with_trigger(example.caption, trigger))
+            styles.append(_style(example.name) if subfolders == A_STYLE_EACH else "")
+            texts.append(_with_trigger(_with_trigger(example.caption, styles[-1]), trigger))
     if not images:
         raise DataError(f"folder {name!r}: no picture can be decoded: {'; '.join(skipped[:3])}")
-    return Pictures(images, texts, _report(images, texts, skipped, folder.advice))
+    if subfolders == A_STYLE_EACH and len(found := set(styles) - {""}) < 2:
+        raise DataError(
+            f'folder {name!r}: subfolders is "{A_STYLE_EACH}", and pictures are in {len(found)} folders inside it: put '
+            f'those of each style into one named as prompts will call it, or choose "{MORE_PICTURES}"'
+        )
+    return Pictures(images, texts, _report(images, texts, skipped, folder.advice, styles), styles)
 
 
-def from_images(batch: Tensor, size: int, keep_shape: bool, captions: str, caption: str, trigger: str) -> Pictures:
-    """The same for an IMAGE batch, (B, H, W, 3 or 4) in [0, 1]. Raises ValueError: captions from files."""
+def from_images(
+    batch: Tensor, size: int, keep_shape: bool, captions: str, caption: str, trigger: str, subfolders: str = MORE_PICTURES
+) -> Pictures:
+    """The same for an IMAGE batch, (B, H, W, 3 or 4) in [0, 1]. Raises ValueError: captions, or styles, from files."""
+    if subfolders == A_STYLE_EACH:
+        raise ValueError(f'subfolders: connected images are in no folders; choose "{MORE_PICTURES}"')
     if captions == FROM_FILES:
         raise ValueError(f'captions: connected images have no files; choose "{ONE_FOR_ALL}" or "{TRIGGER_ALONE}"')
     text = _with_trigger(_said(captions, caption, trigger), trigger)
@@ -138,7 +154,7 @@ def from_images(batch: Tensor, size: int, keep_shape: bool, captions: str, capti
         pixels = pixels[..., :3] * alpha + (1 - alpha)
     resized = comfy.utils.common_upscale(pixels[..., :3].movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)
     images = [image.unsqueeze(0) for image in resized.clamp(0, 1)]
-    return Pictures(images, [text] * len(images), _report(images, [text] * len(images), []))
+    return Pictures(images, [text] * len(images), _report(images, [text] * len(images), []), [""] * len(images))
 
 
 def _said(captions: str, caption: str, trigger: str) -> str:
@@ -155,9 +171,17 @@ def _with_trigger(caption: str, trigger: str) -> str:
     return caption if not word or word.lower() in caption.lower() else f"{word}, {caption}" if caption else word
 
 
-def _report(images: list[Tensor], captions: list[str], skipped: list[str], advice: str = "") -> str:
+def _style(name: str) -> str:
+    """The folder that a picture is in, of those directly inside of the chosen one: its name, as it is said in a prompt."""
+    folders = PurePosixPath(name.replace("\\", "/")).parts[:-1]
+    return " ".join(folders[0].replace("_", " ").split()) if folders else ""
+
+
+def _report(images: list[Tensor], captions: list[str], skipped: list[str], advice: str = "", styles: Sequence[str] = ()) -> str:
     counts = Counter(f"{image.shape[2]}x{image.shape[1]}" for image in images)
     lines = [f"{len(images)} pictures: {', '.join(f'{count} of {size}' for size, count in counts.most_common())}"]
+    if named := Counter(style for style in styles if style):
+        lines.append(f"{len(named)} styles: {', '.join(f'{name} ({count})' for name, count in named.items())}")
     lines += [f'  "{caption[:100]}"' for caption in list(dict.fromkeys(captions))[:3]]
     lines += [f"left out: {reason.removesuffix(' (skipped)')}" for reason in skipped[:5]]
     if len(skipped) > 5:

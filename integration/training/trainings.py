@@ -17,8 +17,8 @@ from .named_runs import Outcome
 
 
 def fine_tune(job: Job, images: Images) -> Outcome:
-    """Train on images and their prompts."""
-    job = job.fitted([latent.shape for latent in images.latents], images.prompts, len(images.latents))
+    """Train on images and their prompts, and styles, where they have some."""
+    job = job.labeled(images).fitted([latent.shape for latent in images.latents], images.prompts, len(images.latents))
     with job.loaded(images.shape) as loaded:
         source, validation = job.sources(images)
         return job.run(loaded, FineTune(job.student.network, source, job.request.settings, **validation), images)

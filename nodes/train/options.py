@@ -13,7 +13,7 @@ from ...integration.training.named_runs import GO_ON, MUST_GO_ON, NEW
 from ...integration.training.train_options import TrainOptions
 from ...styleinject_core.config import ROUTER_INPUTS, ROUTER_POOLS, TOKENS
 from ...styleinject_core.methods.kronecker import parse_factors
-from ...styleinject_core.train.request import DTYPES
+from ...styleinject_core.train.request import AUTO, DTYPES
 from ...styleinject_core.train.settings import FLOW_TIMES, OPTIMIZERS, SCHEDULES
 from ..schema import OptionsType, schema
 
@@ -172,9 +172,10 @@ class StyleInjectTrainOptions(io.ComfyNode):
                 ),
                 choice(
                     "router_input",
-                    ROUTER_INPUTS,
+                    (AUTO, *ROUTER_INPUTS),
                     "What the style router reads. layer: the layer's own input, as in the paper. prompt: the prompt, "
-                    'so that words like "in the style of X" choose the style. both: the two together.',
+                    'so that words like "in the style of X" choose the style. both: the two together. auto: the prompt where '
+                    "images have styles of their own (image_styles), else the layer's input.",
                     optional=True,
                 ),
             ],

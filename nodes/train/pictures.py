@@ -63,6 +63,14 @@ class StyleInjectPictures(io.ComfyNode):
                     default=True,
                     tooltip="Wide pictures stay wide and tall ones tall. Off: all are cut square, and fit one batch.",
                 ),
+                io.Combo.Input(
+                    "subfolders",
+                    options=list(pictures.SUBFOLDERS),
+                    default=pictures.SUBFOLDERS[0],
+                    optional=True,
+                    tooltip='What folders inside it are. "more pictures": nothing else. "a style each": several styles for one '
+                    "adapter; a folder's name is put before its captions, and goes to image_styles of Train StyleInject.",
+                ),
                 io.Image.Input(
                     "images", optional=True, tooltip="Pictures to use in place of the folder's; they need a caption for all."
                 ),
@@ -76,6 +84,12 @@ class StyleInjectPictures(io.ComfyNode):
                 ),
                 io.String.Output(
                     "word", display_name="trigger", tooltip="The trigger word, for the training node to save with the adapter."
+                ),
+                io.String.Output(
+                    "styles",
+                    display_name="image_styles",
+                    is_output_list=True,
+                    tooltip='The style of each picture, where subfolders is "a style each", for Train StyleInject; else empty.',
                 ),
             ],
             is_output_node=True,
@@ -92,7 +106,9 @@ class StyleInjectPictures(io.ComfyNode):
     @classmethod
     def execute(cls, folder: str, images: Any = None, **how: Any) -> io.NodeOutput:
         found = pictures.from_folder(folder, **how) if images is None else pictures.from_images(images, **how)
-        return io.NodeOutput(found.images, found.captions, how["trigger"].strip(), ui=ui.PreviewText(found.report))
+        return io.NodeOutput(
+            found.images, found.captions, how["trigger"].strip(), found.styles, ui=ui.PreviewText(found.report)
+        )
 
 
 class StyleInjectPrompts(io.ComfyNode):

@@ -55,6 +55,13 @@ class StyleInjectTrain(io.ComfyNode):
                 _options_input(),
                 _trigger_input(),
                 _memory_input(),
+                io.String.Input(
+                    "image_styles",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The style of each image, from Pictures from a Folder, for several styles in one adapter: each has "
+                    "a place of its own, and the words that name it in a prompt choose it. Style Mixer has a slider for each.",
+                ),
             ],
             outputs=_outputs(),
             **_TRAINS,
@@ -65,9 +72,19 @@ class StyleInjectTrain(io.ComfyNode):
         return _fingerprint(name)
 
     @classmethod
-    def execute(cls, model: Any, latents: Any, conditioning: Any, empty: Any = None, options: Any = None, **widgets: Any):
+    def execute(
+        cls,
+        model: Any,
+        latents: Any,
+        conditioning: Any,
+        empty: Any = None,
+        options: Any = None,
+        image_styles: Any = None,
+        **widgets: Any,
+    ):
         student = GraphModel(model[0], empty_prompt(empty, "empty"))
-        return _output(fine_tune(_job(cls, widgets, options, student), images_and_prompts(latents, conditioning)))
+        images = images_and_prompts(latents, conditioning, image_styles)
+        return _output(fine_tune(_job(cls, widgets, options, student), images))
 
 
 class StyleInjectDreamBooth(io.ComfyNode):

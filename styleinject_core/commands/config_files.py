@@ -50,12 +50,13 @@ class ModelTable:
     prediction_type: str = field(
         default="",
         metadata=about(
-            'what the model predicts, where its files say it wrong: "epsilon", "v_prediction" or "sample"; empty for\n'
+            'what the model predicts, where its files are wrong about it: "epsilon", "v_prediction" or "sample"; empty for\n'
             "what they say, which the run's first line tells."
         ),
     )
     zero_terminal_snr: bool = field(
-        default=False, metadata=about("its noise ends in nothing but noise, and its files do not say so (some v models).")
+        default=False,
+        metadata=about("its schedule ends in pure noise, and its files do not say so (some v-prediction models)."),
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class DataTable:
     """What it learns from. Give a folder or shards."""
 
     folder: str = field(
-        default="", metadata=about('images with NAME.txt beside them, or with a metadata.jsonl of "file_name" and "text".')
+        default="", metadata=about('images with NAME.txt beside them, or a metadata.jsonl (or .csv) of "file_name" and "text".')
     )
     shards: str = field(default="", metadata=about('WebDataset shards, as in "data/{000..009}.tar"; read as a stream.'))
     resolution: int = field(
@@ -85,7 +86,7 @@ class DataTable:
     )
     bucket_step: int = field(default=64, metadata=about("sides of buckets are multiples of this."))
     bucket_ratio: float = field(
-        default=2.0, metadata=about("longest side to shortest of a bucket, at most; what stands over in a panorama is cut off.")
+        default=2.0, metadata=about("longest side to shortest of a bucket, at most; the rest of a panorama is cut off.")
     )
     center_crop: bool = field(default=True, metadata=about("false crops anywhere."))
     flip: bool = field(default=False, metadata=about("mirror half of the images."))
@@ -102,7 +103,7 @@ class DataTable:
     on_corrupt: str = field(
         default="skip", metadata=about('what to do about an image that cannot be read: "skip" it, or "stop".')
     )
-    validation: int = field(default=0, metadata=about("so many images of the folder are held out, for the validation loss."))
+    validation: int = field(default=0, metadata=about("how many images of the folder are held out, for the validation loss."))
 
     def __post_init__(self) -> None:
         check_choice("on_corrupt", self.on_corrupt, ("skip", "stop"))
@@ -144,7 +145,7 @@ class OutputTable:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
-        check_name(self.name)
+        object.__setattr__(self, "name", check_name(self.name))
 
 
 @dataclass(frozen=True)
@@ -231,17 +232,9 @@ class TrainConfig:
         if self.train.sample_every and not self.output.prompts:
             raise ValueError("train.sample_every: set output.prompts to what is to be drawn")
         if self.data.styles:
-            self.check_styles(self.adapter)
+            object.__setattr__(self, "adapter", self.adapter.labeled(self.data.styles, "data.styles"))
             if not (self.data.folder or self.data.shards):
                 raise ValueError("data.styles: are named by images, give data.folder or data.shards")
-
-    def check_styles(self, adapter: AdapterRequest) -> None:
-        """Refuse named styles that an adapter has no place for (ValueError)."""
-        names, places = len(self.data.styles), getattr(adapter.config(), "n_styles", 1)
-        if places == 1:
-            raise ValueError(f"data.styles: an adapter of the method {adapter.method!r} has no styles to choose from")
-        if names > places:
-            raise ValueError(f"data.styles: {names} names, but adapter.styles is {places}")
 
     @property
     def needs_no_images(self) -> bool:
@@ -281,7 +274,7 @@ class DistilConfig(TrainConfig):
         super().__post_init__()
         if self.train.min_snr_gamma:
             raise ValueError(
-                "train.min_snr_gamma: it weights the error of fine-tuning, which distilling has not: leave it at 0"
+                "train.min_snr_gamma: it weights the error of fine-tuning, which distillation does not have: leave it at 0"
             )
 
     @property
@@ -301,7 +294,7 @@ def load_config(kind: type[Table], path: Path) -> Table:
         raise ConfigError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         hint = "it is UTF-16, as some shells write it: " if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise ConfigError(f"{path.name}: no UTF-8 text; {hint}save it as UTF-8") from None
+        raise ConfigError(f"{path.name}: not UTF-8 text; {hint}save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path.name}: {error}") from None
     try:

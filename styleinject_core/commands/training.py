@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.atomic import replacing
+from ..train.data.captions import TABLES
 from ..train.data.kept import MEMORY
 from ..train.data.source import FolderSource
 from ..train.parallel import launched_processes
 from ..train.random_numbers import RandomNumbers
 from ..train.run.checkpoints import RunFolder, validations
 from ..train.run.loop import Progress, Result, train
-from ..train.run.watch import ProgressBar, loss_plot
+from ..train.run.watch import ProgressBar, loss_plot, save_picture, side_by_side
 from .build import ENCODED, Job, build
 from .config_files import TrainConfig, load_config
 
@@ -110,11 +110,16 @@ class _Watch(ProgressBar):
         output, resolution = self.job.config.output, self.job.config.data.resolution
         if not output.prompts:
             return
-        model, seed, images = self.job.model, self.job.config.train.seed, []
-        with self._surviving(f"pictures of step {step}"):
+        model, seed, images, what = self.job.model, self.job.config.train.seed, list[Tensor](), f"pictures of step {step}"
+        with self._surviving(what):
             for k, prompt in enumerate(output.prompts):  # one by one: beside a training there is little memory left
-                images.append(model.decode(model.sample([prompt], resolution, seed + k, guidance=output.guidance)))
-            _save_pictures(torch.cat(images), self.folder.samples / f"step-{step:06}.png")
+                images.append(model.decode(model.sample([prompt], resolution, seed + k, guidance=output.guidance))[0])
+        with self._surviving(what):
+            if images:  # those before what went wrong
+                pixels, said = side_by_side([(image.movedim(0, -1) + 1) / 2 for image in images])
+                save_picture(pixels, self.folder.samples / f"step-{step:06}.png")
+                if said:
+                    self.problem(f"{what}: {said}")
 
     @contextmanager
     def _surviving(self, what: str) -> Iterator[None]:
@@ -134,16 +139,6 @@ class _Watch(ProgressBar):
             print(f"Stopped. The same command goes on from the last checkpoint in {self.job.out}.")
 
 
-def _save_pictures(images: Tensor, path: Path) -> None:
-    """Images (N, 3, H, W) in [-1, 1] side by side."""
-    from PIL import Image
-
-    row = torch.cat([*images], dim=2).permute(1, 2, 0)  # (H, N W, 3)
-    pixels = ((row + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-    with replacing(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="png")
-
-
 def _heading(job: Job) -> str:
     data = job.task.plan()["data"]
     count = f"{data['images']} images" if "images" in data else f"a stream of {data.get('shards', '?')} shards"
@@ -160,7 +155,8 @@ def _found(data: dict[str, Any]) -> str:
     """What was found as data, in words."""
     sizes = data.get("buckets", {})
     counts = [f"{sizes[size]} of {size}" if isinstance(sizes, dict) else str(size) for size in sizes]
-    kinds = {"txt": "captions from .txt files", "metadata.jsonl": "captions from metadata.jsonl", "one for all": "one caption"}
+    kinds = {"txt": "captions from .txt files", "one for all": "one caption"}
+    kinds |= {table: f"captions from {table}" for table in TABLES}
     said = [kinds.get(data.get("captions", ""), "") or "captions beside the images" if counts else "images drawn from prompts"]
     said += [f"sizes {', '.join(counts[:6])}{', ...' if len(counts) > 6 else ''}"] if counts else []
     return "; ".join(said)

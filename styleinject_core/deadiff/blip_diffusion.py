@@ -45,14 +45,14 @@ def start_from_blip_diffusion(deadiff: Deadiff, path: str | Path) -> None:
                       for t in ("word", "position")]  # fmt: skip
             missing = [key for key in keys.values() if key not in present]
             if len(missing) == len(keys):
-                raise DeadiffFileError(f"{path.name}: no Q-Former of BLIP-Diffusion, none of its {len(keys)} tensors is there")
+                raise DeadiffFileError(f"{path.name}: not a Q-Former of BLIP-Diffusion, it has none of the {len(keys)} tensors")
             if missing or not all(tables):
                 first = missing[0] if missing else "the table of words or of positions"
                 raise DeadiffFileError(f"{path.name}: {len(missing) or 1} of {len(keys) + 2} tensors are missing: {first}")
             values = {own: file.get_tensor(key) for own, key in keys.items()}
             words, positions = map(file.get_tensor, tables)
-    except SafetensorError as error:
-        raise DeadiffFileError(f"{path.name}: damaged, or not a whole safetensors file ({error})") from None
+    except (SafetensorError, OSError) as error:
+        raise DeadiffFileError(f"{path.name}: damaged, or not a whole safetensors file ({str(error)[:300]})") from None
     loaded = {stream: _state(path, deadiff, stream, values, words, positions) for stream in STREAMS}
     for stream, state in loaded.items():
         deadiff.streams[stream].load_state_dict(state)

@@ -70,9 +70,9 @@ class DeadiffConfig:
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name} is {value!r}, expected a whole number of at least 1")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if not isinstance(self.base, str) or not isinstance(self.encoder, str):
-            raise ValueError(f"base and encoder are {self.base!r} and {self.encoder!r}, expected texts")
+            raise ValueError(f"base and encoder are {self.base!r} and {self.encoder!r}, expected strings")
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder is {self.encoder!r}, expected one of {', '.join(ENCODERS)}: update the pack")
         if not self.layers or len(dict(self.layers)) != len(self.layers):

@@ -7,7 +7,6 @@ without. Tensors are copied one at a time, so that it takes no more memory than 
 from __future__ import annotations
 
 import json
-import pickle
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files.atomic import replacing
@@ -101,12 +102,13 @@ def open_checkpoint(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise DeadiffFileError(f"{path.name}: no such file in {path.parent}")
     if path.suffix == SUFFIX:
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise DeadiffFileError(f"{path.name}: damaged, or not a whole safetensors file ({str(error)[:300]})") from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
+    except Exception as error:  # of a damaged file PyTorch raises anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DeadiffFileError(
             f"{path.name}: could not be read as a file of tensors alone, and is not read in any other way, which could run "

@@ -231,7 +231,7 @@ def _read_tensors(opened: OpenedFile, expected: Mapping[str, tuple[int, ...]]) -
                 if tuple(value.shape) != shape:
                     raise DeadiffFileError(f"{name}: {key} has shape {tuple(value.shape)}, expected {shape}")
                 if not value.is_floating_point() or not torch.isfinite(value).all():
-                    raise DeadiffFileError(f"{name}: {key} ({value.dtype}) has NaN or Inf values, or is no number")
+                    raise DeadiffFileError(f"{name}: {key} ({value.dtype}) has NaN or Inf values, or is not a number")
                 state[key] = value
     except DeadiffFileError:
         raise

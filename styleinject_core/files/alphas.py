@@ -209,4 +209,4 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError):
-        raise AdapterFileError(f"{shortened(pattern)}: a pattern of alphas or ranks that is no regular expression") from None
+        raise AdapterFileError(f"{shortened(pattern)}: a pattern of alphas or ranks that is not a regular expression") from None

@@ -61,7 +61,7 @@ def read_header(path: Path) -> Header:
         raise _damaged(path, f"its header is a {type(table).__name__}")
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, "its metadata is no table of texts")
+        raise _damaged(path, "its metadata is not a table of texts")
     return Header({key: _entry(path, key, value, size - 8 - length) for key, value in table.items()}, metadata)
 
 

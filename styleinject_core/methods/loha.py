@@ -57,7 +57,7 @@ def read(parts: dict[str, Tensor], _stated: Any, problem: Problem) -> LoHaLayer:
             sizes.append((a.shape[1], b.shape[1], *core.shape[2:]))
         if not fits:
             core = f", hada_t{n} {tuple(parts[f't{n}'].shape)}" if tucker else ""
-            raise problem(f"LoHa's ranks contradict: hada_w{n}_a {tuple(a.shape)}, hada_w{n}_b {tuple(b.shape)}{core}")
+            raise problem(f"LoHa's ranks disagree: hada_w{n}_a {tuple(a.shape)}, hada_w{n}_b {tuple(b.shape)}{core}")
     if sizes[0] != sizes[1]:
         raise problem(f"LoHa's two factors are of {sizes[0]} and {sizes[1]}")
     return layer_of(LoHaLayer, METHOD.name, shape_of_numbers(sizes[0][0], sizes[0][1:]), parts, problem)

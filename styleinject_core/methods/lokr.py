@@ -83,7 +83,7 @@ def _size(parts: Mapping[str, Tensor], n: str, problem: Problem) -> tuple[int, .
     fits = a.shape[1] == b.shape[0] if core is None else tuple(core.shape[:2]) == (a.shape[0], b.shape[0])
     if not fits:
         raise problem(
-            f"LoKr's ranks contradict: lokr_w{n}_a {tuple(a.shape)}, lokr_w{n}_b {tuple(b.shape)}"
+            f"LoKr's ranks disagree: lokr_w{n}_a {tuple(a.shape)}, lokr_w{n}_b {tuple(b.shape)}"
             + ("" if core is None else f", lokr_t2 {tuple(core.shape)}")
         )
     return (a.shape[0], b.shape[1]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])

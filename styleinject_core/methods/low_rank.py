@@ -58,7 +58,7 @@ def check(parts: Mapping[str, Tensor], problem: Problem) -> tuple[int, ...]:
     if 0 in down.shape or 0 in up.shape:
         raise problem(f"LoRA of rank 0 or on no channels: down {tuple(down.shape)}, up {tuple(up.shape)}")
     if not 2 <= down.ndim <= 5 or not 2 <= up.ndim <= 5 or down.shape[0] != up.shape[1]:
-        raise problem(f"LoRA ranks contradict: down {tuple(down.shape)}, up {tuple(up.shape)}")
+        raise problem(f"LoRA ranks disagree: down {tuple(down.shape)}, up {tuple(up.shape)}")
     if up.shape[2:].numel() != 1:
         raise problem(f"LoRA up matrix has shape {tuple(up.shape)}, expected (d, r) or a 1x1 convolution")
     if mid is None:

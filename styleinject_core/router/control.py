@@ -198,13 +198,30 @@ class GivenStyles(Listener):
     def __init__(self, styles: Tensor):
         self.styles = styles
         self._most = int(styles.max()) if len(styles) else 0
+        self._unlike: dict[str, Tensor] = {}
+        self._share = 1.0  # of the batch
+
+    def of(self, rows: Sequence[int]) -> GivenStyles:
+        part = GivenStyles(self.styles[list(rows)])
+        part._unlike, part._share = self._unlike, self._share * len(rows) / len(self.styles)
+        return part
 
     def steer(self, layer: str, s: Tensor) -> Tensor:
         if s.shape[0] != len(self.styles) or s.shape[-1] <= self._most:
             return s
         given = one_hot(self.styles.clamp(min=0), s.shape[-1]).to(s.dtype)
         shape = (len(s), *([1] * (s.ndim - 1)))  # by token: the same for every token
-        return torch.where(self.styles.view(shape) < 0, s, given.view(*shape[:-1], -1))
+        left, given = self.styles.view(shape) < 0, given.view(*shape[:-1], -1)
+        if s.requires_grad:
+            share = (s * given).sum(-1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny)
+            unlike = -share.log().masked_fill(left, 0.0).mean() * self._share
+            self._unlike[layer] = self._unlike[layer] + unlike if layer in self._unlike else unlike
+        return torch.where(left, s, given)
+
+    def unlike(self) -> Tensor | float:
+        """How far the routers' own choices are from the given styles: -log s of the given style, the mean over images and
+        tokens, summed over the layers called so far, where a router is trained; images left to theirs count 0."""
+        return torch.stack(list(self._unlike.values())).sum() if self._unlike else 0.0
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def load_trace(path: str | Path) -> RouterTrace:
             header = dict(file.metadata() or {})
             version = header.get("styleinject_trace_version", "")
             if not version:
-                raise TraceError("this is no router trace (an adapter, or something else in safetensors)")
+                raise TraceError("this is not a router trace (an adapter, or something else in safetensors)")
             if not is_known_version(version, FORMAT_VERSION):
                 raise TraceError(
                     f"trace version {version[:20]}, this version of the pack reads up to {FORMAT_VERSION}: update it"
@@ -197,4 +197,4 @@ def load_trace(path: str | Path) -> RouterTrace:
     except (SafetensorError, OSError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise TraceError(f"{path.name}: damaged, or not a whole safetensors file ({str(error)[:300]})") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise TraceError(f"{path.name}: the trace is not whole: {str(error)[:300]}") from None
+        raise TraceError(f"{path.name}: the trace is incomplete: {str(error)[:300]}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,18 +17,27 @@ from .settings import TrainSettings, about, check_choice
 
 SIZES = ((32, 16), (16, 8), (16, 4), (8, 4))  # (rank, styles) to choose from by memory; the first are the paper's
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
 
 
-# The run's own files, and what Windows lets nobody call a file.
-_TAKEN = re.compile(r"best|step-\d+|con|prn|aux|nul|(com|lpt)\d", re.IGNORECASE)
+# The run's own files, ComfyUI's folder of drawn images, and what Windows lets nobody call a file, whatever its suffix.
+_TAKEN = re.compile(r"best|step-\d+|drawn", re.IGNORECASE)
+_DEVICES = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]", re.IGNORECASE)
+_SUFFIX = ".safetensors"
 
 
 def check_name(name: str) -> str:
-    """A run's name, which becomes a file and, in ComfyUI, a folder; without blanks around it. Raises ValueError: it cannot."""
+    """A run's name, which becomes a file and, in ComfyUI, a folder; without blanks around it, and without the file's suffix.
+
+    Raises:
+        ValueError: no such file or folder can be.
+    """
     name = name.strip()
-    if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f]+', name) or name.startswith(".") or name.endswith("."):
+    if name.lower().endswith(_SUFFIX):
+        name = name[: -len(_SUFFIX)].strip()
+    if not re.fullmatch(r'[^/\\:*?"<>|\x00-\x1f\x7f-\x9f\ud800-\udfff]+', name) or name.startswith(".") or name.endswith("."):
         raise ValueError(f"name: expected the name of a file, without folders, found {name!r}")
-    if _TAKEN.fullmatch(name):
+    if _TAKEN.fullmatch(name) or _DEVICES.fullmatch(name.partition(".")[0].strip()):
         raise ValueError(f"name: {name!r} is what other files of a run, or of the system, are called: choose another")
     return name
 
@@ -71,10 +80,10 @@ class AdapterRequest:
     )
     router_pool: str = field(default="mean", metadata=about('"mean", "sum", "token" or "paper".'))
     router_input: str = field(
-        default=AdapterConfig.router_input,
+        default=AUTO,
         metadata=about(
             'what the router reads: "layer", the layer\'s input, as in the paper; "prompt", the prompt, so that "in the\n'
-            'style of X" can choose style X; "both".'
+            'style of X" can choose style X; "both"; "auto": "prompt" where images have styles of their own, else "layer".'
         ),
     )
     sta: str = field(default="multiplicative", metadata=about('the AdaIN step: "multiplicative" or "additive".'))
@@ -93,7 +102,27 @@ class AdapterRequest:
 
     def config(self) -> LayerConfig:
         """The adapter's config."""
+        if self.router_input == AUTO:
+            return replace(self, router_input=AdapterConfig.router_input).config()
         return configure(self if self.rank and self.styles else self.sized(*SIZES[0]))
+
+    def labeled(self, names: Sequence[str], field: str = "styles") -> AdapterRequest:
+        """The same for images that have these styles of their own: a place for each, and a router that reads the prompt.
+
+        Args:
+            field: what the user calls the names, for the error.
+
+        Raises:
+            ValueError: a method without styles to choose from, or with fewer.
+        """
+        reads = "prompt" if self.router_input == AUTO else self.router_input
+        request = replace(self, styles=self.styles or max(2, len(names)), router_input=reads)
+        places = getattr(request.config(), "n_styles", 1)
+        if places == 1:
+            raise ValueError(f"{field}: an adapter of the method {self.method!r} has no styles to choose from")
+        if len(names) > places:
+            raise ValueError(f"{field}: {len(names)} names, but the adapter has {places} styles")
+        return request
 
     def sized(self, rank: int, styles: int) -> AdapterRequest:
         """The same, with these in the place of a rank or styles of 0."""

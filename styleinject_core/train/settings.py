@@ -79,7 +79,7 @@ class TrainSettings:
     )
     validate_every: int = field(default=0, metadata=about("steps between measurements of the validation loss; 0 for none."))
     patience: int = field(
-        default=0, metadata=about("stop after so many measurements without a better validation loss; 0 never does.")
+        default=0, metadata=about("stop after this many measurements without a better validation loss; 0 never does.")
     )
 
     def __post_init__(self) -> None:

@@ -169,7 +169,7 @@ def test_texts_of_other_systems(here):
     assert load_config(TrainConfig, path).output.name == "noto style"
     path.write_text(path.read_text(encoding="utf-8-sig"), encoding="utf-16")
     with pytest.raises(
-        ConfigError, match=r"config.toml: no UTF-8 text; it is UTF-16, as some shells write it: save it as UTF-8"
+        ConfigError, match=r"config.toml: not UTF-8 text; it is UTF-16, as some shells write it: save it as UTF-8"
     ):
         load_config(TrainConfig, path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
@@ -251,7 +251,7 @@ def test_what_cannot_be_written_ends_no_run(here, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_module, "loss_plot", full)
-    monkeypatch.setattr(run_module, "_save_pictures", full)
+    monkeypatch.setattr(run_module, "save_picture", full)
     monkeypatch.setattr(run_module, "PLOT_EVERY", 0.0)
     changes = {"train": {"sample_every": 2}, "output": {"prompts": ["red apple"]}}
     assert main(["train", str(write(here, **changes))]) == 0
@@ -309,7 +309,7 @@ def test_styles_are_named_by_folders_and_captions(here, capsys):
 
     for changes, message in (
         ({"data": {**table, "folder": "data", "styles": ["a", "A"]}}, "styles: 'a' is there twice"),
-        ({"data": {**table, "folder": "data"}, "adapter": {"styles": 2}}, "data.styles: 3 names, but adapter.styles is 2"),
+        ({"data": {**table, "folder": "data"}, "adapter": {"styles": 2}}, "data.styles: 3 names, but the adapter has 2 styles"),
         ({"data": {**table, "folder": "data"}, "adapter": {"method": "lora"}}, "the method 'lora' has no styles"),
         ({"data": {**table, "folder": "data", "style_dropout": 1.0}}, "style_dropout: expected 0 to below 1"),
     ):

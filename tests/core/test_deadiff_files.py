@@ -287,7 +287,7 @@ def test_damaged_slim_files_are_refused_by_name(tiny_file):
         ({"deadiff_config": "{"}, {}, "deadiff_config"),
         ({"deadiff_config": "[]"}, {}, "expected an object, found list"),
         ({"deadiff_config": json.dumps({**config, "more": 1})}, {}, "unknown field more"),
-        ({"deadiff_config": json.dumps({**config, "heads": 5})}, {}, "width 24 is no multiple of heads 5"),
+        ({"deadiff_config": json.dumps({**config, "heads": 5})}, {}, "width 24 is not a multiple of heads 5"),
         ({"deadiff_config": json.dumps({**config, "queries": "4"})}, {}, "queries is '4', expected a whole number"),
         ({"deadiff_config": json.dumps({**config, "encoder": "dino"})}, {}, "encoder is 'dino'"),
         ({"deadiff_config": json.dumps({**config, "content_layers": [7]})}, {}, "content_layers has 7, expected 0 to 6"),
@@ -476,7 +476,7 @@ def test_what_is_no_qformer_of_blip_diffusion_is_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     for name, message in {
         "other.safetensors": "other.safetensors: .* has shape", "part.safetensors": "tensors are missing: query_tokens",
-        "nothing.safetensors": "no Q-Former of BLIP-Diffusion", "broken.safetensors": "damaged", "a.bin": "expected a .safetensors",
+        "nothing.safetensors": "not a Q-Former of BLIP-Diffusion", "broken.safetensors": "damaged", "a.bin": "expected a .safetensors",
         "none.safetensors": "no such file",
     }.items():  # fmt: skip
         with pytest.raises(DeadiffFileError, match=message):

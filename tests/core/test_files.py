@@ -239,7 +239,7 @@ BAD_FILES = {
     "newer version": (lambda p: write(p, metadata={"styleinject_version": "3"}), "styleinject_version is 3"),
     "integers": (lambda p: write(p, put("B", torch.ones(8, 2, dtype=torch.int32))), "dtype torch.int32"),
     "lora without up": (lambda p: save_file({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 3)}, p), "up matrix is missing"),
-    "lora ranks": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 4)}, p), "ranks contradict"),
+    "lora ranks": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 4)}, p), "ranks disagree"),
     "text encoder only": (lambda p: save_file({"lora_te_x.lora_down.weight": torch.ones(2, 3)}, p), "none for a U-Net layer"),
     "peft's dora": (lambda p: save_file({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2), "a.lora_magnitude_vector.weight": torch.ones(1)}, p), r"a: magnitudes have shape \(1,\) beside Linear 3->3"),
     "lora with biases": (lambda p: save_file({"a.lora_A.default.weight": torch.ones(2, 3), "a.lora_B.default.weight": torch.ones(3, 2), "a.lora_B.default.bias": torch.ones(2)}, p), r"a: the change of the bias has shape \(2,\) beside Linear 3->3"),

@@ -355,7 +355,7 @@ def test_file_errors(trace, host, tmp_path):
     with pytest.raises(TraceError, match="no such file"):
         load_trace(tmp_path / "t.safetensors")
     save_adapter(trained(host), tmp_path / "a.safetensors")
-    with pytest.raises(TraceError, match="is no router trace"):
+    with pytest.raises(TraceError, match="is not a router trace"):
         load_trace(tmp_path / "a.safetensors")
     save_file({}, tmp_path / "new.safetensors", {"styleinject_trace_version": "2"})
     with pytest.raises(TraceError, match="trace version 2, this version of the pack reads up to 1"):
@@ -366,7 +366,7 @@ def test_file_errors(trace, host, tmp_path):
     with pytest.raises(TraceError, match="damaged"):
         load_trace(tmp_path / "cut.safetensors")
     (tmp_path / "swap.safetensors").write_bytes(content.replace(b'"styleinject_trace.roles"', b'"styleinject_trace.rolls"'))
-    with pytest.raises(TraceError, match="not whole"):
+    with pytest.raises(TraceError, match="incomplete"):
         load_trace(tmp_path / "swap.safetensors")
 
 

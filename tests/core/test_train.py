@@ -20,6 +20,7 @@ from torch import nn
 from styleinject_core import Adapter, AdapterConfig, attach, load_adapter
 from styleinject_core.call import Listener, ModelCall
 from styleinject_core.files import AdapterFileError
+from styleinject_core.files.checked import checksum
 from styleinject_core.router.mean import ROUTER_MEAN, router_mean
 from styleinject_core.train.parallel import Processes
 from styleinject_core.train.run.checkpoints import CheckpointError, RunFolder
@@ -32,7 +33,7 @@ class Restyle:
     """A frozen layer, and outputs in another style: channels rescaled, and a low-rank change of what they show."""
 
     is_float16 = False
-    advice = ""
+    advice = content = ""
 
     def __init__(self, width=8):
         torch.manual_seed(0)
@@ -67,7 +68,7 @@ class Restyle:
         return float((self.host["to_q"](self.x) - self.target).square().mean())
 
     def plan(self):
-        return {"objective": "restyle", "data": {"images": 16}}
+        return {"objective": "restyle", "data": {"images": 16, **({"content": self.content} if self.content else {})}}
 
     def state_dict(self):
         return {"seen": self.seen, "where": torch.tensor([self.seen])}
@@ -352,7 +353,7 @@ def test_a_deleted_folder_is_made_again(task, tmp_path, deleted):
     train(adapter, task, TrainSettings(6, checkpoint_every=4), run=run, observer=watch)
     train(expected, Restyle(), TrainSettings(6))
     assert same(adapter, expected)
-    assert len(problems) == 1 and "was deleted" in problems[0]
+    assert len(problems) == 1 and "is gone, deleted or renamed" in problems[0]
     assert [line["step"] for line in RunFolder(run.path).history()] == [1, 2, 3, 4, 5, 6]
     assert train(task.adapter(), task, TrainSettings(6), run=RunFolder(run.path)).resumed_from == 6
 
@@ -419,16 +420,21 @@ def test_a_damaged_state_leaves_the_one_before_it(task, tmp_path, damage):
         assert "run/resume.state: damaged" in problems[0] and "going on from resume.previous.state, at step 6" in problems[0]
 
 
-def test_a_state_of_version_1_goes_on(task, tmp_path):
-    """Before there were checksums, and with what the plan did not know then left out."""
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_state_of_an_older_version_goes_on(task, tmp_path, version):
+    """Of before there were checksums, and with what the plan did not know then left out; and with another hash of the images."""
     run = RunFolder(tmp_path / "run")
     train(task.adapter(), task, TrainSettings(3), run=run)
     with safe_open(run.state_file, framework="pt") as file:
         header = json.loads(file.metadata()["styleinject_training"])
     tensors = load_file(run.state_file)
-    header["version"] = 1
-    del header["plan"]["data"]["images"]
-    save_file(tensors, run.state_file, {"styleinject_training": json.dumps(header)})
+    header["version"] = version
+    if version == 1:
+        del header["plan"]["data"]["images"]
+    else:
+        task.content, header["plan"]["data"]["content"] = "whole", "ends"
+    text = json.dumps(header)
+    save_file(tensors, run.state_file, {"styleinject_training": text, "checksum": checksum(tensors, text)})
     assert train(task.adapter(), task, TrainSettings(5), run=RunFolder(tmp_path / "run")).resumed_from == 3
 
 

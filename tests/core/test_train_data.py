@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import shutil
 import struct
 import tarfile
 import unicodedata
@@ -352,7 +354,7 @@ def test_images_without_captions_and_the_reverse(folder):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"file_name": "p0.png", "text": "a"}', "{oops"], r"metadata\.jsonl:2: Expecting property name"),
+        (['{"file_name": "p0.png", "text": "a"}', "{oops"], r"metadata\.jsonl:2: expected one JSON object in the line: Expecting property name"),
         (['{"file_name": "p0.png"}'], r'metadata\.jsonl:1: expected a string as "text"$'),
         (['{"file_name": "p0.png", "text": 3}'], r'metadata\.jsonl:1: expected a string as "text", found int'),
         (['{"text": "a"}'], r'metadata\.jsonl:1: expected a string as "file_name"'),
@@ -738,6 +740,49 @@ def test_what_is_left_out_is_named_and_counted(folder):
         ImageFolder(folder, on_corrupt="stop", **SMALL)
 
 
+def test_files_that_are_no_images_are_named(folder):
+    """Kinds of raw files and layered pictures that nobody has thought of."""
+    for name in ("a.jxr", "b.kdc", "more/c", "Thumbs.db", "notes.md", "run.toml"):
+        (folder / name).write_bytes(b"no picture")
+    found = ImageFolder(folder, **SMALL)
+    assert found.advice == "3 other files are not known as images, and are left alone (a.jxr, b.kdc, more/c)"
+    for file in folder.glob("*.png"):
+        file.unlink()
+    shutil.rmtree(folder / "more")
+    with pytest.raises(DataError, match=r"no images; looked for .*; there are Thumbs\.db, a\.jxr, b\.kdc, \.\.\."):
+        ImageFolder(folder, **SMALL)
+
+
+@pytest.mark.parametrize("suffix", [".jpx", ".j2c", ".pbm", ".pnm", ".vda", ".AVIFS", ".TGA"])
+def test_pictures_of_other_suffixes(folder, suffix):
+    kind = Image.registered_extensions()[suffix.lower()]
+    picture(40, 40).convert("1" if suffix == ".pbm" else "RGB").save(folder / f"p0{suffix}", kind)
+    (folder / "p0.png").unlink()
+    found = ImageFolder(folder, **SMALL)
+    assert len(found) == 10 and f"p0{suffix}" in [found.name(k) for k in range(10)] and not found.skipped
+
+
+def test_an_edit_that_changes_neither_size_nor_ends_nor_date_is_noticed(folder, tmp_path):
+    """Of a picture that is not compressed; in the run's identity, and in what is kept of encoded images."""
+    for file in folder.rglob("*.png"):
+        file.unlink()
+    for seed, file in enumerate(folder.rglob("*.txt")):
+        picture(64, 64, seed).save(file.with_suffix(".bmp"))
+    was = ImageFolder(folder, **SMALL).summary()
+    counts, _ = encoded(folder, Kept(tmp_path / "kept", memory=0))
+    path, content = folder / "p3.bmp", bytearray((folder / "p3.bmp").read_bytes())
+    date = path.stat().st_mtime_ns
+    content[len(content) // 3] ^= 255
+    path.write_bytes(content)
+    os.utime(path, ns=(date, date))
+    now = ImageFolder(folder, **SMALL).summary()
+    assert now["content"] != was["content"] and {**now, "content": 0} == {**was, "content": 0}
+    path.rename(folder / "renamed.bmp")
+    (folder / "p3.txt").rename(folder / "renamed.txt")
+    again, _ = encoded(folder, Kept(tmp_path / "kept", memory=0))
+    assert (counts["images"], again["images"]) == (10, 1), "the one that was edited, and no other"
+
+
 def test_linked_folders_are_followed_once(folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -759,6 +804,76 @@ def test_captions_in_other_encodings(folder, encoding):
         "\n".join(json.dumps({"file_name": n, "text": "x"}) for n in names).encode(encoding)
     )
     assert ImageFolder(folder, **SMALL)[0].caption == "x"
+
+
+SEEN = "\u4e00\u53ea \u7ea2\u8272\u7684 \u732b\u5728\u5c4b\u9876\u4e0a"  # "a red cat on the roof"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SEEN.encode("utf-16-le"),  # of which only the blanks have a 0
+        SEEN.encode("utf-16-be"),
+        f"\ufeff\ufeff{SEEN}\x9b\x85\0".encode(),
+        SEEN.replace(" ", "\r\n").encode("utf-32"),
+    ],
+)
+def test_captions_of_programs_that_write_no_mark_or_two(folder, content):
+    (folder / "p0.txt").write_bytes(content)
+    assert ImageFolder(folder, **SMALL)[1].caption == SEEN
+
+
+def test_half_a_character_too_much(folder):
+    (folder / "p0.txt").write_bytes("a cat".encode("utf-16-le") + b"\0")
+    assert ImageFolder(folder, **SMALL)[1].caption == "a cat"
+
+
+def test_captions_that_cannot_be_seen_are_empty(folder):
+    (folder / "p0.txt").write_text("\u200b \u2060\u200d\u00a0\ufeff", encoding="utf-8")
+    assert "1 of 10 captions are empty (p0.png)" in ImageFolder(folder, **SMALL).advice
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"word " * 100_000, r"p0\.txt: 499,999 characters are no caption, expected at most 20,000"),
+    ("caf\u00e9".encode("latin-1"), r"p0\.txt: not UTF-8: .* at byte 3; save it as UTF-8"),
+])  # fmt: skip
+def test_texts_that_are_no_captions(folder, content, message):
+    (folder / "p0.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        ImageFolder(folder, **SMALL)
+
+
+@pytest.mark.parametrize("suffix", [".caption", ".png.txt", ".TXT"])
+def test_captions_under_other_names(folder, suffix):
+    (folder / "p0.txt").rename(folder / f"p0{suffix}")
+    assert ImageFolder(folder, **SMALL)[1].caption
+
+
+def test_a_table_of_columns(folder):
+    """The other form of Hugging Face's imagefolder; beside a metadata.jsonl it is not looked at."""
+    names = [*(f"p{k}.png" for k in range(9)), "more/p9.png"]
+    (folder / "Metadata.csv").write_text("file_name,text\r\n" + "".join(f'{n},"a ""{n}"", seen"\r\n' for n in names))
+    found = ImageFolder(folder, **SMALL)
+    assert found[1].caption == 'a "p0.png", seen' and found.summary()["captions"] == "metadata.csv"
+    (folder / "Metadata.csv").write_text("file_name,text\np0.png\n")
+    with pytest.raises(DataError, match=r'Metadata\.csv:2: expected a string as "text"'):
+        ImageFolder(folder, **SMALL)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "text": None, "caption": n}) for n in names))
+    assert ImageFolder(folder, **SMALL)[1].caption == "p0.png"
+
+
+def test_a_name_of_any_length_is_cut_in_messages(folder):
+    names = [*(f"p{k}.png" for k in range(9)), "more/p9.png", "x" * 5000]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "text": "a"}) for n in names))
+    with pytest.raises(DataError, match=r"metadata\.jsonl: 1 captions have no image \(x{300}\.\.\.\); looked for"):
+        ImageFolder(folder, **SMALL)
+
+
+@pytest.mark.parametrize("text", ['{"file_name": "p0.png", "text": "a"},', '[{"file_name": "p0.png", "text": "a"}'])
+def test_a_table_that_is_one_json_value(folder, text):
+    (folder / "metadata.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"metadata\.jsonl:1: expected one JSON object in the line: .* at character \d+$"):
+        ImageFolder(folder, **SMALL)
 
 
 @pytest.mark.parametrize("form", ["data/{}", "./{}", "C:\\sets\\data\\{}", "/home/me/data/{}", "{}"])
@@ -890,6 +1005,35 @@ def test_an_unsorted_shard_says_how_to_sort_it(tmp_path):
         stream(tmp_path, batch_size=1, shuffle=0, warn=len).next_batch()
 
 
+@pytest.mark.parametrize("packed", ["gz", "bz2", "xz"])
+def test_a_compressed_shard_is_called_so(tmp_path, packed):
+    with tarfile.open(tmp_path / "a.tar", f"w:{packed}") as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"))
+    with pytest.raises(DataError, match=r"a\.tar: .*it is compressed \((gzip|bzip2|xz)\), unpack it first"):
+        stream(tmp_path, batch_size=1, shuffle=0, warn=len).next_batch()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_in_a_shard_are_named(tmp_path, kind):
+    write_tar(tmp_path / "a.tar", {"0.png": png(32, 32), "0.txt": b"zero"})
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = kind, "0.png"
+        tar.addfile(link)
+        text = tarfile.TarInfo("1.txt")
+        text.size = 3
+        tar.addfile(text, io.BytesIO(b"one"))
+    said = []
+    assert take(stream(tmp_path, batch_size=1, shuffle=0, warn=said.append), 2) == [[("a.tar/0", "zero")]] * 2
+    assert said[0].startswith("a.tar/1: no picture, only txt (png: links, which are not followed)")
+
+
+def test_an_empty_shard_is_named(tmp_path):
+    write_tar(tmp_path / "a.tar", {})
+    with pytest.raises(DataError, match=r"no usable sample in 1 shards: nothing in a\.tar"):
+        stream(tmp_path, batch_size=1, shuffle=0).next_batch()
+
+
 def test_a_caption_of_a_shard_in_utf_16(tmp_path):
     write_tar(tmp_path / "a.tar", {"0.png": png(32, 32), "0.txt": "a cat".encode("utf-16-le")})
     assert take(stream(tmp_path, batch_size=1, shuffle=0), 1) == [[("a.tar/0", "a cat")]]
@@ -938,9 +1082,25 @@ def test_what_is_kept_is_for_these_sources_encoders_and_sizes(folder, tmp_path):
     assert images("another vae") == 10
     (folder / "p1.png").write_bytes(png(64, 64, 77))
     assert images() in (1, 2)
-    for file in (tmp_path / "kept").iterdir():
-        file.write_bytes(file.read_bytes()[:40])
-    assert images() == 10, "damaged files are made again"
+    assert images() <= 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "one bit", "another's"])
+def test_what_is_kept_and_damaged_is_made_again(folder, tmp_path, damage):
+    """Noticed by a checksum: a changed number is a latent as good as any to safetensors."""
+    _, expected = encoded(folder, Kept(tmp_path / "kept", memory=0))
+    files = sorted((tmp_path / "kept").iterdir())
+    first = files[0].read_bytes()
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[-2] ^= 64
+        file.write_bytes({"cut": content[:-3], "one bit": content, "another's": b"{}" + first[2:]}[damage])
+    counts, found = encoded(folder, Kept(tmp_path / "kept", memory=0))
+    assert counts == {"images": 10, "captions": 10}
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert torch.equal(one.conditioning["context"], other.conditioning["context"])
+    assert encoded(folder, Kept(tmp_path / "kept", memory=0))[0]["images"] <= 1, "and written again"
 
 
 def test_a_disk_that_refuses_what_is_kept(folder, tmp_path):

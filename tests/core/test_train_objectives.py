@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, attach
 from styleinject_core.call import Listener, ModelCall
+from styleinject_core.router.control import GivenStyles
 from styleinject_core.train.data.batches import joined, rows, where
 from styleinject_core.train.data.source import LatentSource
 from styleinject_core.train.models.noise import (
@@ -25,7 +27,7 @@ from styleinject_core.train.models.noise import (
 )
 from styleinject_core.train.models.training_model import TrainingModel
 from styleinject_core.train.objectives.losses import block_features, checkpointed, distil_loss, fine_tune_loss
-from styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
+from styleinject_core.train.objectives.tasks import FOLLOWING, Distil, DreamBooth, FineTune
 from styleinject_core.train.parallel import Processes
 from styleinject_core.train.random_numbers import RandomNumbers
 from styleinject_core.train.run.loop import train
@@ -471,6 +473,41 @@ def test_styles_are_given_by_labels_but_for_a_share():
     assert torch.equal(free, free_again)
     assert given.plan()["data"] != plain.plan()["data"]
     assert given.plan()["style_dropout"] == 0 and "style_dropout" not in plain.plan()
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_routers_learn_the_styles_that_are_given(by_token):
+    """-log s of the given style, a mean over images and tokens, a sum over layers; of a batch that is divided it is the same."""
+    s = {name: torch.rand(4, *([3] if by_token else []), 2, dtype=torch.float64).softmax(-1).requires_grad_() for name in "ab"}
+    styles = torch.tensor([1, -1, 0, 1])
+    whole, divided = GivenStyles(styles), GivenStyles(styles)
+    for layer, values in s.items():
+        steered = whole.steer(layer, values)
+        rows = [divided.of(rows).steer(layer, values[rows]) for rows in ([0, 1, 3], [2])]
+        assert torch.equal(torch.cat(rows)[[0, 1, 3, 2]], steered)
+    expected = -sum(v[k, ..., style].log().mean() for v in s.values() for k, style in ((0, 1), (2, 0), (3, 1))) / 4
+    for given in (whole, divided):
+        torch.testing.assert_close(given.unlike().double(), expected, rtol=1e-6, atol=0)
+    unheard = GivenStyles(styles)
+    unheard.steer("a", s["a"].detach())
+    assert unheard.unlike() == 0, "nothing is to be learned where there are no gradients, as in validation"
+
+
+def test_what_routers_learn_is_no_part_of_the_validation_loss():
+    model = Tiny(0)
+    adapter = model.adapter()
+    labels = [0, 1, 0, 1, 0, 1]
+    settings = TrainSettings(1, caption_dropout=0.0)
+    task = FineTune(model, source(styles=labels), settings, validation=source(styles=labels), style_dropout=0.0)
+    with task.installed(adapter):
+        loss = task.loss(RandomNumbers(0, 0))
+        with torch.no_grad():
+            measured = task.loss(RandomNumbers(0, 0))
+        assert float(loss.detach()) - float(measured) == pytest.approx(
+            FOLLOWING * math.log(2) * len(adapter.names), rel=1e-3
+        ), "s is 1/2"
+        loss.backward()
+    assert all(layer.router_bias.grad.abs().max() > 0 for layer in adapter.layers.values())
 
 
 def test_gradients_of_two_processes_average_to_those_of_one():

@@ -225,7 +225,7 @@ def test_a_single_file_is_the_same_model(models, tmp_path):
     latents = one.encode(torch.rand(1, 3, 32, 32))
     torch.testing.assert_close(other.decode(latents), one.decode(latents))
     for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ModelError, match="no diffusers folder, there is no model_index.json in it"):
+        with pytest.raises(ModelError, match="not a diffusers folder, there is no model_index.json in it"):
             PipelineModel.load(tmp_path / "mine.safetensors", CPU, torch.float32, path)
 
 
@@ -352,6 +352,47 @@ def test_another_vae_and_another_text_encoder_are_another_run(models, tmp_path, 
         assert f"{field}: was" in capsys.readouterr().err
 
 
+def test_another_tokenizer_is_another_run(models, tmp_path, capsys):
+    """The same weights read other tokens: its words changed places."""
+    shutil.copytree(models["sd"], tmp_path / "model")
+    assert main(["train", config(tmp_path, tmp_path / "model")]) == 0
+    (file,) = (tmp_path / "model").glob("tokenizer*/tokenizer.json")
+    known = json.loads(file.read_text())
+    words = known["model"]["vocab"]
+    words["c</w>"], words["d</w>"] = words["d</w>"], words["c</w>"]
+    file.write_text(json.dumps(known))
+    capsys.readouterr()
+    assert main(["train", config(tmp_path, tmp_path / "model")]) == 1
+    assert "sampling.encoders: was" in capsys.readouterr().err
+
+
+def test_latents_that_a_pipeline_centers_are_centered(models, tmp_path):
+    """As diffusers' own XL pipelines do where the VAE's config says so; another center is another run."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    shutil.copytree(models["xl"], tmp_path / "model")
+    file = tmp_path / "model" / "vae" / "config.json"
+    plain = PipelineModel.load(tmp_path / "model", CPU, torch.float32)
+    stated = {"latents_mean": [0.5, -1.0, 0.1, 2.0], "latents_std": [2.0, 3.0, 0.5, 1.0]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
+    model = PipelineModel.load(tmp_path / "model", CPU, torch.float32)
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    latents = model.encode(pixels)
+    parts = {
+        name: part for name, part in model.pipeline.components.items() if name not in ("feature_extractor", "image_encoder")
+    }
+    theirs = StableDiffusionXLImg2ImgPipeline(**parts)
+    expected = theirs.prepare_latents(pixels, None, 1, 1, torch.float32, CPU, None, add_noise=False)
+    center, scale = torch.tensor(stated["latents_mean"]).view(1, 4, 1, 1), plain.pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(
+        latents.mean((2, 3)), expected.mean((2, 3)), rtol=0.5, atol=0.5
+    )  # theirs draws from the posterior
+    undone = latents / scale * torch.tensor(stated["latents_std"]).view(1, 4, 1, 1) + center
+    torch.testing.assert_close(undone * scale, plain.encode(pixels))
+    torch.testing.assert_close(model.decode(latents), plain.decode(plain.encode(pixels)), rtol=1e-4, atol=1e-4)
+    assert model.sampling["latents"] != plain.sampling["latents"]
+
+
 def test_class_images_of_another_prediction_are_drawn_anew(models, tmp_path):
     tables = {"instance_prompt": "a zwx cat", "class_prompt": "a cat", "class_images": 2, "class_steps": 2}
     for k, prediction in enumerate(("v_prediction", "epsilon")):
@@ -394,19 +435,43 @@ def test_a_vae_that_makes_nan_is_named(models, tmp_path, capsys, monkeypatch):
 
 def test_pictures_that_cannot_be_drawn_end_no_run(models, tmp_path, capsys, monkeypatch):
     """One at a time, beside a training; without memory for even one it goes on."""
-    asked = []
+    asked, draw = [], PipelineModel.sample
 
     def sample(self, prompts, *args, **named):
         asked.append(list(prompts))
+        if len(asked) == 2:  # the second prompt of the first step: what was drawn before is kept
+            return draw(self, prompts, *args, **named)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
     monkeypatch.setattr(PipelineModel, "sample", sample)
     path = config(tmp_path, models["sd"], train={"sample_every": 1}, output={"prompts": ["a cat", "a dog"]})
+    asked.append("none")
     assert main(["train", path]) == 0
-    assert asked == [["a cat"]] * 2
+    assert asked == ["none", ["a cat"], ["a dog"], ["a cat"]]
     assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["step-000001.png"]
+    with Image.open(tmp_path / "run" / "samples" / "step-000001.png") as row:
+        assert row.width == row.height, "the first prompt's alone"
     said = capsys.readouterr()
     assert "pictures of step 1: CUDA out of memory" in said.out + said.err
+
+
+def test_pictures_of_nan_are_called_so(models, tmp_path, capsys, monkeypatch):
+    """They would be black, and nobody would know why."""
+    decode, calls = PipelineModel.decode, iter(range(9))
+
+    def broken(self, latents):
+        return decode(self, latents) * (float("nan") if next(calls) % 2 else 1)
+
+    monkeypatch.setattr(PipelineModel, "decode", broken)
+    path = config(tmp_path, models["sd"], train={"sample_every": 2}, output={"prompts": ["a cat", "a dog"]})
+    assert main(["train", path]) == 0
+    said = capsys.readouterr()
+    assert "pictures of step 2: 1 of 2 (number 2) came out as NaN or infinite" in said.out + said.err
+    with Image.open(tmp_path / "run" / "samples" / "step-000002.png") as row:
+        half = row.width // 2
+        assert row.crop((half, 0, row.width, row.height)).getextrema() == ((0, 0),) * 3
+        assert row.crop((0, 0, half, row.height)).getextrema() != ((0, 0),) * 3
 
 
 def test_class_images_that_do_not_fit_together_are_drawn_one_by_one(models, tmp_path, monkeypatch):
@@ -447,3 +512,15 @@ def test_captions_of_a_stream_beyond_what_is_read_are_counted() -> None:
         source.batch(index)
     assert [line[:36] for line in said] == ["1 of 1 captions read so far are long", "10 of 19 captions read so far are lo"]
     assert "the 2 tokens" in said[0] and "this one: 3" in said[0]
+
+
+def test_empty_captions_of_a_stream_are_counted() -> None:
+    class Stream:
+        def next_batch(self) -> list[Example]:
+            return [Example(torch.zeros(3, 8, 8), caption, "a") for caption in ("a b c", "")]
+
+    said: list[str] = []
+    source = StreamSource(Stream(), lambda x: x, lambda text: {"context": torch.zeros(1, 1, 2)}, warn=said.append)
+    for index in range(12):
+        source.batch(index)
+    assert said == ["1 of 2 captions read so far are empty", "10 of 20 captions read so far are empty"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from styleinject_core.train.data.drawn import draw_once, kept_latents
-from styleinject_core.train.request import AdapterRequest, TrainingRequest
+from styleinject_core.train.request import AdapterRequest, TrainingRequest, check_name
 from styleinject_core.train.settings import TrainSettings
 
 HOST = nn.ModuleDict({"to_q": nn.Linear(4, 6), "to_v": nn.Linear(4, 6), "to_k": nn.Linear(4, 6)})
@@ -102,3 +102,37 @@ def test_images_that_cannot_be_kept(tmp_path):
 def test_a_damaged_file_of_drawn_images_is_drawn_anew(tmp_path):
     (tmp_path / "x.latents").write_bytes(b"no safetensors")
     assert len(draw_once(tmp_path / "x.latents", 3, drawings)) == 3 == len(kept_latents(tmp_path / "x.latents"))
+
+
+@pytest.mark.parametrize("name", [
+    "", " ", ".", "..", "a.", "a. .", "a/b", "a\\b", "a\nb", "a:b", "a\x7f", "a\x85b", "a\ud800", ".hidden", "best", "BEST ", "step-5",
+    "Step-000005", "drawn", "con", "NUL", "nul.v2", "aux.x.y", "COM1", "lpt\u00b2", "CONIN$", "con .x", "best.safetensors", ".safetensors",
+])  # fmt: skip
+def test_names_that_no_run_may_have(name):
+    with pytest.raises(ValueError, match="^name: "):
+        check_name(name)
+
+
+@pytest.mark.parametrize(("name", "found"), [
+    (" ink ", "ink"), ("ink.safetensors", "ink"), ("ink.SafeTensors ", "ink"), ("v1.5 ink", "v1.5 ink"), ("console", "console"),
+    ("step-5 best", "step-5 best"), ("caf\u00e9", "caf\u00e9"), ("comic1", "comic1"),
+])  # fmt: skip
+def test_names_of_runs(name, found):
+    assert check_name(name) == found
+
+
+def test_drawn_images_with_one_changed_bit_are_drawn_anew(tmp_path):
+    drawn = []
+
+    def draw(start, stop):
+        drawn.append(start)
+        return torch.full((stop - start, 4, 2, 2), float(start))
+
+    path = tmp_path / "images.latents"
+    first = draw_once(path, 3, draw)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 64
+    path.write_bytes(content)
+    assert kept_latents(path) == []
+    again = draw_once(path, 3, draw)
+    assert drawn == [0, 1, 2] * 2 and all(map(torch.equal, first, again)) and len(kept_latents(path)) == 3

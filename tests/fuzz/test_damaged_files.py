@@ -37,15 +37,22 @@ from styleinject_core.commands.config_files import (
     template,
 )
 from styleinject_core.commands.reference import ReferenceConfig
+from styleinject_core.deadiff.blip_diffusion import SPELLINGS, start_from_blip_diffusion
 from styleinject_core.deadiff.cards import StyleCard, load_card, save_card
+from styleinject_core.deadiff.convert import open_checkpoint
 from styleinject_core.deadiff.file import DeadiffFileError, load_deadiff, save_deadiff
+from styleinject_core.deadiff.spelling import stream_keys
 from styleinject_core.deadiff.tokens import Tokens
 from styleinject_core.files.alphas import HEADER_KEY
+from styleinject_core.files.checked import load_checked, save_checked
 from styleinject_core.router.trace import RouterTrace, TraceError, load_trace, save_trace
 from styleinject_core.summary import as_text, summarize
+from styleinject_core.train.data.drawn import kept_latents
 from styleinject_core.train.data.folder import ImageFolder
 from styleinject_core.train.data.images import DataError
+from styleinject_core.train.data.pairs import pictures_in_folder, pictures_in_shards
 from styleinject_core.train.data.webdataset import ImageStream
+from styleinject_core.train.models.pipeline import ModelError, sampling_of_file
 from styleinject_core.train.run.checkpoints import CheckpointError, RunFolder
 from styleinject_core.train.run.loop import train
 from styleinject_core.train.settings import TrainSettings
@@ -261,7 +268,93 @@ def shards(_folder: Path) -> list[Kind]:
     return [Kind("shard.tar", [stored.getvalue()[:6144]], damage.tar_file, read, DataError)]
 
 
-KINDS = (adapters, traces, states, losses, configs, references, images, shards)
+def pairs(folder: Path) -> list[Kind]:
+    """Pictures of which style and subject are known: in shards, and the texts of folders."""
+    stored = io.BytesIO()
+    said = json.dumps({"style": "ink", "subject": "cat", "subject_prompt": "a cat"}).encode()
+    members = {"ink/style.txt": b"in ink", "ink/a.png": _picture(40, "PNG"), "ink/a.txt": b"a cat", "b.json": said,
+               "b.png": _picture(90, "PNG")}  # fmt: skip
+    with tarfile.open(fileobj=stored, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    for style in ("ink", "oil"):
+        (folder / style).mkdir()
+        (folder / style / "red_cat.png").write_bytes(members["b.png"])
+
+    def read(path: Path) -> object:
+        return [picture.open().read() for picture in pictures_in_shards(path)]
+
+    def read_text(path: Path) -> object:
+        place = folder / "ink" / path.name
+        path.replace(place)
+        try:
+            return pictures_in_folder(folder)
+        finally:
+            place.unlink()
+
+    return [
+        Kind("pairs.tar", [stored.getvalue()[:6144]], damage.tar_file, read, DataError),
+        *(
+            Kind(name, [b"a cat in ink, \xe7\x8c\xab"], damage.any_file, read_text, DataError)
+            for name in ("style.txt", "red_cat.txt")
+        ),
+    ]
+
+
+def encodings(folder: Path) -> list[Kind]:
+    """Latents that were encoded or drawn: what is damaged counts as not there, and is made again."""
+    tensors = {"latents": torch.rand(3, 4, 2, 2), "about.size": torch.rand(1, 6)}
+    save_checked(tensors, folder / "good.safetensors")
+
+    def read(path: Path) -> object:
+        found = load_checked(path)
+        assert found is None or all(torch.equal(found[name], value) for name, value in tensors.items())
+        assert found is not None or not kept_latents(path)
+        return found
+
+    return [Kind("some.kept", [(folder / "good.safetensors").read_bytes()], damage.safetensors_file, read, NeverError)]
+
+
+def checkpoints(folder: Path) -> list[Kind]:
+    """Checkpoints of other programs: what a DEADiff is converted from, what it begins with, and what says how a model samples."""
+    config = tiny_config(
+        deadiff, width=4, depth=1, heads=1, feed_forward=4, queries=2, context=4, vision_tokens=3, vision_width=4,
+        layers=(("down_blocks.0.attn2", 4),), content_layers=(),
+    )  # fmt: skip
+    model, found = random_model(deadiff, config), list[bytes]()
+    stream = model.streams["style"].state_dict()
+    for spelling in SPELLINGS[:2]:
+        tensors = {key: stream[own].clone() for own, key in stream_keys(spelling, config.depth).items()}
+        tensors |= {f"embeddings.{table}_embeddings.weight": torch.rand(5000, 4).half() for table in ("word", "position")}
+        found.append(save(tensors))
+    pickled = []
+    for form in (True, False):
+        stored = io.BytesIO()
+        state = {"state_dict": {"a": torch.rand(3, 4), "b": torch.arange(5), "c": torch.rand(2).half()}, "step": 3}
+        torch.save(state, stored, _use_new_zipfile_serialization=form)
+        pickled.append(stored.getvalue())
+
+    def read(path: Path) -> object:
+        return [value.float().sum() for value in open_checkpoint(path).values() if isinstance(value, torch.Tensor)]
+
+    marked = save({"v_pred": torch.zeros(0), "x": torch.rand(3)}, {"modelspec.prediction_type": "v"})
+    return [
+        Kind("model.ckpt", pickled[:1], damage.any_file, read, DeadiffFileError),  # PyTorch maps no others
+        Kind("model.safetensors", [marked], damage.safetensors_file, read, DeadiffFileError),
+        Kind("single.safetensors", [marked], damage.safetensors_file, sampling_of_file, ModelError),
+        Kind(
+            "blip.safetensors",
+            found,
+            damage.adapter_file,
+            lambda path: start_from_blip_diffusion(model, path),
+            DeadiffFileError,
+        ),
+    ]
+
+
+KINDS = (adapters, traces, states, losses, configs, references, images, shards, pairs, encodings, checkpoints)
 
 
 @pytest.mark.parametrize("kind", KINDS)

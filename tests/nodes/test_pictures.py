@@ -24,7 +24,7 @@ def folder(pack) -> Iterator[Path]:
 
 
 def pictures(run_node, **given):
-    """(images, captions, trigger) of the node."""
+    """(images, captions, trigger, styles) of the node."""
     values = {"folder": "mine", "captions": "from files", "caption": "", "trigger": "", "size": 64, "keep_shape": True}
     return run_node("StyleInjectPictures", **(values | given))
 
@@ -33,11 +33,38 @@ def test_pictures_and_captions_go_together(folder, run_node) -> None:
     for name, color in (("b.v2.final", "red"), ("a", "blue")):
         Image.new("RGB", (100, 100), color).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"a {color}\nthing\n", encoding="utf-8")
-    images, captions, trigger = pictures(run_node, trigger=" zwx ")
+    images, captions, trigger, styles = pictures(run_node, trigger=" zwx ")
     assert captions == ["zwx, a blue thing", "zwx, a red thing"], "in the order of the names, dots in them or not"
     assert [image.shape for image in images] == [(1, 64, 64, 3)] * 2
     assert images[0][0, 5, 5].tolist() == [0, 0, 1] and images[1][0, 5, 5].tolist() == [1, 0, 0]
-    assert trigger == "zwx"
+    assert trigger == "zwx" and styles == ["", ""]
+
+
+def test_folders_inside_it_can_be_a_style_each(folder, run_node) -> None:
+    """A folder's name, as words, is put before its captions, and goes to the training node; deeper folders belong to it."""
+    for name in ("none.png", "ink/a.png", "water_color/b.png", "water_color/more/c.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(folder / name)
+    said = {"captions": "one caption for all", "caption": "an Ink drawing", "subfolders": "a style each", "trigger": "zwx"}
+    images, captions, _, styles = pictures(run_node, **said)
+    assert len(images) == 4 and dict(zip(styles, captions, strict=True)) == {
+        "": "zwx, an Ink drawing",
+        "ink": "zwx, an Ink drawing",  # it says so already
+        "water color": "zwx, water color, an Ink drawing",
+    }
+    assert sorted(styles) == ["", "ink", "water color", "water color"]
+    *_, ignored = pictures(run_node, **{**said, "subfolders": "more pictures"})
+    assert ignored == [""] * 4
+    for broken, message in (
+        ("water_color", "pictures are in 1 folders inside it"),
+        ("ink", "pictures are in 0 folders inside"),
+    ):
+        for path in (folder / broken).rglob("*.png"):
+            path.unlink()
+        with pytest.raises(ValueError, match=message):
+            pictures(run_node, **said)
+    with pytest.raises(ValueError, match="subfolders: connected images are in no folders"):
+        pictures(run_node, **said, images=torch.zeros(1, 64, 64, 3))
 
 
 def test_upright_on_white_and_in_srgb(folder, run_node) -> None:
@@ -49,7 +76,7 @@ def test_upright_on_white_and_in_srgb(folder, run_node) -> None:
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(folder / "2.png")
     swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))  # a profile that cannot be the picture's
     Image.new("RGB", (64, 64), (10, 200, 30)).save(folder / "3.png", icc_profile=swapped.tobytes())
-    images, captions, _ = pictures(run_node, captions="one caption for all", caption="a thing")
+    images, captions, *_ = pictures(run_node, captions="one caption for all", caption="a thing")
     assert captions == ["a thing"] * 3
     right, left = images[0][0, 32, 60], images[0][0, 32, 4]
     assert right[1] < 0.1 and left[1] > 0.9, "the photo is upright"
@@ -60,8 +87,8 @@ def test_upright_on_white_and_in_srgb(folder, run_node) -> None:
 def test_wide_pictures_stay_wide_or_are_cut(folder, run_node) -> None:
     Image.new("RGB", (600, 300), "red").save(folder / "wide.png")
     one = {"captions": "trigger word alone", "trigger": "zwx", "size": 512}
-    (kept,), captions, _ = pictures(run_node, **one)
-    (cut,), _, _ = pictures(run_node, **one, keep_shape=False)
+    (kept,), captions, *_ = pictures(run_node, **one)
+    (cut,), *_ = pictures(run_node, **one, keep_shape=False)
     assert kept.shape[2] > kept.shape[1] and kept.shape[1] % 64 == kept.shape[2] % 64 == 0
     assert cut.shape == (1, 512, 512, 3) and captions == ["zwx"]
 
@@ -139,7 +166,7 @@ def test_a_changed_folder_is_read_again(pack, folder) -> None:
 def test_connected_images_take_the_folders_place(run_node) -> None:
     batch = torch.zeros(2, 80, 80, 4)
     batch[1] = 1
-    images, captions, _ = pictures(
+    images, captions, *_ = pictures(
         run_node, folder="samples/one cat", images=batch, captions="one caption for all", caption="a thing", trigger="zwx"
     )
     assert captions == ["zwx, a thing"] * 2
@@ -163,7 +190,7 @@ def test_the_samples_train_the_demo_model_and_the_word_is_saved(pack, run_node, 
     import nodes
 
     model, vae, clip = run_node("StyleInjectDemoModel")
-    images, captions, word = pictures(run_node, folder="samples/line art", trigger="inkline7")
+    images, captions, word, _ = pictures(run_node, folder="samples/line art", trigger="inkline7")
     assert len(images) == 40 and captions[0].startswith("inkline7, ")
     latents = [nodes.VAEEncode().encode(vae, image)[0] for image in images[:4]]
     conditioning = [nodes.CLIPTextEncode().encode(clip, text)[0] for text in captions[:4]]

@@ -212,9 +212,41 @@ def _with(extra: dict[str, Any], conditioning: list) -> list:
     return [[tensor, {**extras, **extra}] for tensor, extras in conditioning]
 
 
+def test_images_of_several_styles_teach_a_router_that_reads_the_prompt(
+    model, train, run_node, conditioning, sample, pack
+) -> None:
+    """Each style has a place and its name; after training, the words that were beside its images choose it by themselves."""
+    prompts = [conditioning(k)[0] for k in range(3)] + [conditioning(0)[0]]
+    names = ["ink", "water color", "", "ink"]
+    adapter, losses, _ = train(
+        model=model, conditioning=prompts, image_styles=names, styles=0, batch_size=4, steps=40, learning_rate=3e-2
+    )
+    assert adapter.style_names == ("ink", "water color") and adapter.config.router_input == "prompt"
+    assert adapter.config.n_styles == 2
+    patched, *_ = run_node("StyleInjectApply", model=model, adapter=adapter)
+    for k, style in enumerate(adapter.style_names):
+        watched, monitor = run_node("StyleInjectRouterMonitor", model=patched)
+        result = sample(watched, positive=conditioning(k))
+        (trace,) = pack.submodule("integration.monitor").traces_of(monitor, {"samples": result})
+        shares = pack.submodule("styleinject_core.router.analysis").by_layer(trace, "positive")
+        assert (shares[:, k] > 0.8).all(), style
+    again, others, _ = train(
+        model=model, conditioning=prompts, image_styles=names, styles=0, batch_size=4, steps=40, learning_rate=3e-2
+    )
+    assert same(adapter, again) and others.losses == losses.losses, "the same run"
+    plain, *_ = train(model=model, conditioning=prompts, image_styles=["", None, "", ""], steps=1, name="plain")
+    assert plain.config.router_input == "layer" and plain.style_names == ("style 1", "style 2")
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
+        ({"image_styles": ["ink", "wash"]}, "image_styles: 2 styles for 4 images; expected one for each"),
+        ({"image_styles": ["a", "b", "c", "a"], "styles": 2}, "image_styles: 3 names, but the adapter has 2 styles"),
+        (
+            {"image_styles": ["a", "b", "c", "a"], "method": "lora"},
+            "image_styles: an adapter of the method 'lora' has no styles",
+        ),
         ({"prompts": 3}, "conditioning: 3 prompts for 4 images; expected as many, or one for all"),
         ({"extra": {"control": object()}}, "conditioning: prompt 1 has a ControlNet"),
         ({"extra": {"mask": torch.ones(1, 8, 8)}}, "conditioning: prompt 1 has a mask"),
@@ -369,3 +401,48 @@ def test_a_training_says_how_to_use_what_it_made(model, pack, train, monkeypatch
     assert "Saved as output/styleinject/fine/fine.safetensors" in message
     assert "choose output/fine/fine.safetensors" in message and "strength 1" in message and '"zwx"' in message
     assert told[-1] == message.split("\n")[0], "the line of progress is one line"
+
+
+def watched(pack, folder, pictures, monkeypatch) -> tuple:
+    """A Watch that draws these pictures, and what it says."""
+    folder_of_run = pack.submodule("styleinject_core.train.run.checkpoints").RunFolder(folder / "run")
+    watch, said = pack.submodule("integration.training.named_runs").Watch(folder_of_run, "title", None, pictures), []
+    monkeypatch.setattr(watch, "say", said.append)
+    return watch, said
+
+
+def test_pictures_before_the_memory_ran_out_are_kept(pack, tmp_path, monkeypatch) -> None:
+    from PIL import Image
+
+    def pictures():
+        yield torch.full((8, 6, 3), 0.5)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    watch, said = watched(pack, tmp_path, pictures, monkeypatch)
+    watch.sample(3)
+    assert said == ["pictures of step 3: CUDA out of memory. Tried to allocate 2 GiB"]
+    with Image.open(tmp_path / "run" / "samples" / "step-000003.png") as picture:
+        assert picture.size == (6, 8) and picture.getextrema() == ((128, 128),) * 3
+
+
+def test_pictures_of_nan_are_called_so_and_drawn_black(pack, tmp_path, monkeypatch) -> None:
+    from PIL import Image
+
+    both = [torch.ones(8, 6, 3), torch.full((8, 6, 3), float("nan"))]
+    watch, said = watched(pack, tmp_path, lambda: both, monkeypatch)
+    watch.sample(3)
+    assert len(said) == 1 and "pictures of step 3: 1 of 2 (number 2) came out as NaN" in said[0]
+    with Image.open(tmp_path / "run" / "samples" / "step-000003.png") as picture:
+        assert picture.size == (12, 8)
+        assert picture.crop((0, 0, 6, 8)).getextrema() == ((255, 255),) * 3
+        assert picture.crop((6, 0, 12, 8)).getextrema() == ((0, 0),) * 3
+
+
+def test_no_picture_at_all_leaves_no_file(pack, tmp_path, monkeypatch) -> None:
+    def pictures():
+        raise RuntimeError("no kernel")
+        yield
+
+    watch, said = watched(pack, tmp_path, pictures, monkeypatch)
+    watch.sample(3)
+    assert said == ["pictures of step 3: no kernel"] and not list((tmp_path / "run").rglob("*.png"))

@@ -7,21 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...files.atomic import save_tensors
+from ...files.checked import load_checked, save_checked
 
 SAVE_EVERY = 60.0  # seconds
 
 
 def kept_latents(path: Path) -> list[Tensor]:
     """The latents in a file of drawn ones, (C, ..., H, W) each; none where there is no such file, or a damaged one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.get_tensor("latents").clone())  # not mapped to a file that may be replaced
-    except (OSError, SafetensorError):
-        return []
+    return list((load_checked(path) or {}).get("latents", ()))
 
 
 def draw_once(
@@ -55,7 +50,7 @@ def draw_once(
         nonlocal saved, saved_at
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({"latents": torch.stack(latents)}, path, {"format": "pt"})
+            save_checked({"latents": torch.stack(latents)}, path)
         except OSError as error:
             if problem is None:
                 raise

@@ -10,10 +10,10 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from .buckets import Size, bucket_sizes, nearest_bucket
-from .captions import folder_captions, one_line
+from .captions import TEXTS, folder_captions, one_line
 from .images import (
     OTHER_SUFFIXES,
     SUFFIXES,
@@ -31,9 +31,10 @@ from .images import (
     read_size,
 )
 
+NOT_READ = "{}: a file of this kind is not read: save it as PNG or JPEG"
 _MUCH = 0.25  # of a picture, which a user should know to be cut off
-_TEXTS = (".txt", ".json", ".jsonl", ".csv", ".md", ".npz", ".safetensors")  # whose first bytes may be anything
-_TAIL = 4096  # bytes of a file that go into the content hash: its end, because its start may be one camera's header
+# What lies beside images and is none of them, whatever its first bytes are.
+_TEXTS = (*TEXTS, ".json", ".jsonl", ".csv", ".md", ".npz", ".safetensors", ".toml", ".yaml", ".yml", ".ini", ".db", ".log")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class _Entry:
     caption: str
     size: Size
     original: Size  # (H, W), upright
-    stamp: str  # of the file: another one where it has changed
+    content: str  # a hash of the file
 
     @property
     def enlarged(self) -> bool:
@@ -54,9 +55,9 @@ class ImageFolder:
     """Pictures in a folder and below it, with captions from `metadata.jsonl` or from `NAME.txt` beside `NAME.png`.
 
     `metadata.jsonl` has one object per line, `{"file_name": "a.png", "text": "a red apple"}`, the name relative to the
-    file's own folder (Hugging Face's imagefolder). Where there is one, captions come from such files alone. Names that
-    begin with a dot are passed over; pictures are known by their names, or by their first bytes. The order is that of the
-    names, the same on every system.
+    file's own folder (Hugging Face's imagefolder); `metadata.csv` has the same as columns. Where there is one, captions come
+    from such files alone. Names that begin with a dot are passed over; pictures are known by their names, or by their first
+    bytes; other files are named. The order is that of the names, the same on every system.
 
     Args:
         folder: where the pictures are.
@@ -99,27 +100,25 @@ class ImageFolder:
         sizes = bucket_sizes(resolution, bucket_step, bucket_ratio) if buckets else bucket_sizes(resolution, resolution, 1)
         names, other_files, unreadable = _pictures_and_others(self.root)
         for name in unreadable:
-            self._corrupt.add(name, CorruptError(f"{name}: a file of this kind is not read: save it as PNG or JPEG"))
+            self._corrupt.add(name, CorruptError(NOT_READ.format(name)))
         if caption is None:
             self._captions_from, captions = folder_captions(self.root, names, other_files, unreadable)
         else:
             self._captions_from, captions = "one for all", dict.fromkeys(names, one_line(caption))
+        self._no_images = [name for name in other_files if kind_of(self.root / name) == "other"]
         content = hashlib.sha256()
         self._entries: list[_Entry] = []
         for name in names:
             try:
                 with self._open(name) as file:
                     width, height = read_size(file, name)
-                    content.update(f"{captions[name]}\0{file.seek(0, os.SEEK_END)}\0".encode())
-                    file.seek(-min(_TAIL, file.tell()), os.SEEK_END)
-                    content.update(file.read())
-                    status = os.fstat(file.fileno())
+                    hashed = _hash_of(file)
             except CorruptError as error:
                 self._corrupt.add(name, error)
                 continue
+            content.update(f"{captions[name]}\0{hashed}\0".encode())
             size = nearest_bucket(sizes, width, height)
-            stamp = f"{self.root.resolve() / name} {status.st_size} {status.st_mtime_ns}"
-            self._entries.append(_Entry(name, captions[name], size, (height, width), stamp))
+            self._entries.append(_Entry(name, captions[name], size, (height, width), hashed))
         self._content, self._left_out = content.hexdigest(), len(self._corrupt.names)
         if not self._entries:
             raise DataError(
@@ -160,8 +159,8 @@ class ImageFolder:
         return [entry.caption for entry in self._entries]
 
     def stamp(self, index: int) -> str:
-        """What the pixels of an example depend on, where its crop does not change."""
-        return f"{self._entries[index].stamp} {self.size(index)}"
+        """What the pixels of an example depend on, where its crop does not change: the file's content, not its name or date."""
+        return f"{self._entries[index].content} {self.size(index)}"
 
     @property
     def advice(self) -> str:
@@ -169,6 +168,9 @@ class ImageFolder:
         said = []
         if self._left_out:
             said.append(f"{self._left_out} of {self._left_out + len(self)} images are left out, see above")
+        if self._no_images:
+            names = first_names(self._no_images)
+            said.append(f"{len(self._no_images)} other files are not known as images, and are left alone ({names})")
         if empty := [entry.name for entry in self._entries if not entry.caption]:
             said.append(f"{len(empty)} of {len(self)} captions are empty ({first_names(empty)})")
         cut = {entry.name: cut_off(entry.original, entry.size) for entry in self._entries}
@@ -220,8 +222,8 @@ class ImageFolder:
         """What the data is, for an adapter's metadata and to recognize it by: counts and a hash, no names.
 
         It does not change while the data is read. `skipped` counts pictures left out for their headers, `enlarged` those
-        smaller than their bucket, `buckets` all by "width x height". `content` is a hash over captions, lengths and ends
-        of the files in order: the same on any machine, another for other data.
+        smaller than their bucket, `buckets` all by "width x height". `content` is a hash over captions and files in order,
+        whole: the same on any machine, another for other data.
         """
         counts = Counter(self.sizes)
         return {
@@ -256,22 +258,34 @@ def _pictures_and_others(root: Path) -> tuple[list[str], list[str], list[str]]:
             name = (Path(folder) / file).relative_to(root).as_posix()
             if file.startswith("."):
                 continue
-            if name.lower().endswith(OTHER_SUFFIXES):
-                unreadable.append(name)
-            else:
-                (pictures if _is_picture(root / name) else other_files).append(name)
+            kind = kind_of(root / name)
+            (pictures if kind == "picture" else unreadable if kind == "unreadable" else other_files).append(name)
     if not pictures and not unreadable:
-        raise DataError(f"{root}: no images; looked for {', '.join(SUFFIXES)}, in subfolders too")
+        found = f"; there are {first_names(sorted(other_files))}" if other_files else ""
+        raise DataError(f"{root}: no images; looked for {', '.join(SUFFIXES)}, in subfolders too{found}")
     return sorted(pictures), sorted(other_files), sorted(unreadable)
 
 
-def _is_picture(path: Path) -> bool:
-    """By its name, or where that says nothing by its first bytes."""
+def _hash_of(file: BinaryIO) -> str:
+    """Of all its bytes: what is edited in the middle of an uncompressed picture changes neither its size nor its ends."""
+    digest = hashlib.blake2b(digest_size=16)
+    file.seek(0)
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def kind_of(path: Path) -> Literal["picture", "unreadable", "text", "other"]:
+    """What a file is, by its name, or where that says nothing by its first bytes; "text" is what lies beside pictures."""
     name = path.name.lower()
-    if name.endswith(SUFFIXES) or name.endswith(_TEXTS):
-        return name.endswith(SUFFIXES)
+    if name.endswith(SUFFIXES):
+        return "picture"
+    if name.endswith(OTHER_SUFFIXES):
+        return "unreadable"
+    if name.endswith(_TEXTS):
+        return "text"
     try:
         with path.open("rb") as file:
-            return is_picture(file.read(32))
+            return "picture" if is_picture(file.read(32)) else "other"
     except OSError:
-        return False
+        return "other"

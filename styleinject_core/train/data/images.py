@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 # What is looked for by name. Files of other names are looked into: see `is_picture`.
 SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif"),
-    *(".jfif", ".jif", ".jpe", ".apng", ".dib", ".tga", ".jp2", ".j2k", ".ppm", ".pgm", ".pcx", ".qoi", ".ico"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs", ".heic", ".heics", ".heif", ".hif"),
+    *(".jfif", ".jif", ".jpe", ".mpo", ".apng", ".dib", ".tga", ".icb", ".vda", ".vst", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c"),
+    *(".jpc", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".qoi", ".ico"),
 )
 # Pictures, drawings and films that Pillow cannot read as they are; some hold a small preview that it would read instead.
 OTHER_SUFFIXES = (
@@ -34,6 +35,7 @@ OTHER_SUFFIXES = (
 )
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "PCX", "QOI", "ICO", "TGA")
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"qoif")
+_LONGEST = 300  # characters of a name or a reason in a message
 _TIFF_SIZE = (256, 257)  # the tags of width and height
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
@@ -199,7 +201,9 @@ def decode(file: BinaryIO, name: str, size: tuple[int, int], view: View) -> Tens
 def first_names(names: Iterable[str]) -> str:
     """The first three of some names, for a message."""
     some = list(names)
-    return ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
+    return ", ".join(name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in some[:3]) + (
+        ", ..." if len(some) > 3 else ""
+    )
 
 
 @contextlib.contextmanager

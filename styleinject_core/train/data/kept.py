@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ...files.atomic import save_tensors
+from ...files.checked import load_checked, save_checked
 
 MEMORY = 2**30  # bytes
 
@@ -21,7 +18,8 @@ Tensors = dict[str, Tensor]
 
 class Kept:
     """Tensors by what they depend on. The oldest in memory go to disk when there are more than fit, and are made again where
-    there is no disk for them. A file is named by a hash of all that its content depends on: what has changed is not found.
+    there is no disk for them, or where it gives back something else. A file is named by a hash of all that its content depends
+    on: what has changed is not found.
 
     Args:
         folder: created when it is needed; None for memory alone.
@@ -41,6 +39,7 @@ class Kept:
         self._there: OrderedDict[str, Tensors] = OrderedDict()
         self._size = 0
         self._refused = False
+        self._whole: set[str] = set()  # keys whose files are as they should be
 
     def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:
         """What is kept under a key; made where it is not."""
@@ -64,22 +63,19 @@ class Kept:
 
     def _load(self, key: str) -> Tensors | None:
         path = self._path(key)
-        if path is None or not path.is_file():
-            return None
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError):  # damaged: it is made again
-            with suppress(OSError):
-                path.unlink()
-            return None
+        found = None if path is None else load_checked(path)
+        if found is not None:
+            self._whole.add(key)
+        return found
 
     def _store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         path = self._path(key)
-        if path is None or self._refused or path.is_file():
+        if path is None or self._refused or (key in self._whole and path.is_file()):
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {})
+            save_checked(tensors, path)
+            self._whole.add(key)
         except OSError as error:
             self._refused = True
             self._problem(f"encoded images are not kept on disk, and will be encoded again: {error}")

@@ -14,12 +14,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from .captions import decoded, one_line
+from .folder import NOT_READ, kind_of
 from .images import SUFFIXES, DataError
 from .webdataset import Group, find_shards, groups, member
 
@@ -57,21 +59,32 @@ class Picture:
             raise DataError(f"{self.name}: cannot be read: {error.strerror}") from error
 
 
-def pictures_in_folder(root: Path) -> list[Picture]:
+def pictures_in_folder(root: Path, warn: Callable[[str], None] = warnings.warn) -> list[Picture]:
     """The pictures of a folder of styles, in a fixed order.
+
+    Args:
+        warn: told of files that look like pictures and are left out.
 
     Raises:
         DataError: no such folder, none in it, or a text that cannot be read.
     """
     if not root.is_dir():
-        raise DataError(f"data.folder: {root.name!r} is no folder")
+        raise DataError(f"data.folder: {root.name!r} is not a folder")
     found = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for folder in _shown(root):
+        if not folder.is_dir():
+            if kind_of(folder) in ("picture", "unreadable"):
+                warn(f"{folder.name}: it is in no folder, so that nothing says its style (skipped)")
+            continue
         style_prompt = _text(folder / f"{_STYLE}.txt") or _words(folder.name)
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+        for path in filter(Path.is_file, _shown(folder)):
+            name, kind = f"{folder.name}/{path.name}", kind_of(path)
+            if kind == "unreadable":
+                warn(f"{NOT_READ.format(name)} (skipped)")
+            elif kind == "other":
+                warn(f"{name}: not known as an image (skipped)")
+            elif kind == "picture":
                 subject_prompt = _text(path.with_suffix(".txt")) or _words(path.stem)
-                name = f"{folder.name}/{path.name}"
                 found.append(Picture(path, None, name, folder.name, path.stem, style_prompt, subject_prompt))
     if not found:
         raise DataError(f"data.folder: {root.name!r} has no folders of pictures ({', '.join(SUFFIXES)}) in it")
@@ -93,7 +106,7 @@ def pictures_in_shards(shards: str | Path | Sequence[str | Path]) -> list[Pictur
         for group in groups(path):
             key = PurePosixPath(group.key)
             if key.name == _STYLE and "txt" in group.members:
-                style_prompts[key.parent.name] = one_line(_decoded(path, group, "txt"))
+                style_prompts[key.parent.name] = _line(path, group)
             if suffix := next((suffix for suffix in group.members if f".{suffix}" in SUFFIXES), ""):
                 found.append(_picture(path, group, suffix))
     if not found:
@@ -113,7 +126,7 @@ def _picture(shard: Path, group: Group, suffix: str) -> Picture:
             f"{name}: nothing says its style: expected it in a folder named after its style, or {key.name}.json with "
             '"style" and "subject"'
         )
-    text = one_line(_decoded(shard, group, "txt")) if "txt" in group.members else ""
+    text = _line(shard, group) if "txt" in group.members else ""
     info = group.members[suffix]
     return Picture(
         shard,
@@ -138,8 +151,18 @@ def _labels(shard: Path, group: Group) -> Mapping[str, str]:
         raise DataError(f'{name}: expected {{"style": ..., "subject": ...}}, found {type(said).__name__}')
     known = {key: said[key] for key in ("style", "subject", "style_prompt", "subject_prompt") if key in said}
     if wrong := [key for key, value in known.items() if not isinstance(value, str) or not value.strip()]:
-        raise DataError(f"{name}: {wrong[0]}: expected a text, found {known[wrong[0]]!r}")
-    return {key: one_line(value) for key, value in known.items()}
+        raise DataError(f"{name}: {wrong[0]}: expected a string, found {known[wrong[0]]!r}")
+    try:
+        return {key: one_line(value) for key, value in known.items()}
+    except ValueError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+def _line(shard: Path, group: Group) -> str:
+    try:
+        return one_line(_decoded(shard, group, "txt"))
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(f"{shard.name}/{group.key}.txt: {error}") from error
 
 
 def _decoded(shard: Path, group: Group, suffix: str) -> str:
@@ -154,6 +177,10 @@ def _text(path: Path) -> str:
         return one_line(decoded(path.read_bytes())) if path.is_file() else ""
     except (ValueError, OSError) as error:
         raise DataError(f"{path.parent.name}/{path.name}: {error}") from error
+
+
+def _shown(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _words(name: str) -> str:

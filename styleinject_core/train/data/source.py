@@ -143,11 +143,7 @@ class _Encoding:
         """Raises DataError: latents that are no numbers."""
         with torch.no_grad():
             latents = self._encode(example.pixels.unsqueeze(0))[0].float().cpu()
-        if not torch.isfinite(latents).all():
-            raise DataError(
-                f"{example.name}: the VAE makes NaN or infinite numbers of it, as some do in float16: set model.dtype to "
-                "bfloat16 or float32, or take a VAE that is mended for float16"
-            )
+        check_latents(example.name, latents)
         height, width = example.pixels.shape[-2:]
         about = self._size_conditioning(example.original, example.crop, (height, width)) if self._size_conditioning else {}
         return _Encoded(latents, example.caption, about, self.style(example.name, example.caption))
@@ -319,7 +315,7 @@ class StreamSource:
         warn: Callable[[str], None] = warnings.warn,
     ):
         self.stream, self._length, self._warn = stream, length, warn
-        self._read = self._long = 0
+        self._read = self._long = self._empty = 0
         kept = Kept(memory=_OF_A_STREAM)
         self._encoding = _Encoding(encode, encode_text, encode_teacher_text, size_conditioning, kept, labels)
 
@@ -330,13 +326,17 @@ class StreamSource:
         return self._encoding.batch([self._encoding.example(example) for example in examples])
 
     def _count(self, caption: str) -> None:
-        """Say at the first, tenth, hundredth... caption that it is too long: how many there are, nobody knows before."""
+        """Say at the first, tenth, hundredth... caption that is empty or too long: how many there are, nobody knows before."""
         self._read += 1
+        if not caption:
+            self._empty += 1
+            if _is_round(self._empty):
+                self._warn(f"{self._empty} of {self._read} captions read so far are empty")
         found = self._length(caption)
         if found is None or found[0] <= found[1]:
             return
         self._long += 1
-        if str(self._long).rstrip("0") == "1":
+        if _is_round(self._long):
             self._warn(too_long(self._long, self._read, found, caption, " read so far"))
 
     def summary(self) -> dict[str, Any]:
@@ -348,6 +348,20 @@ class StreamSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.stream.load_state_dict(state)
+
+
+def check_latents(name: str, latents: Tensor) -> None:
+    """Refuse what a VAE made of a picture if it is no numbers (DataError)."""
+    if not torch.isfinite(latents).all():
+        raise DataError(
+            f"{name}: the VAE makes NaN or infinite numbers of it, as some do in float16: set model.dtype to "
+            "bfloat16 or float32, or take a VAE that is mended for float16"
+        )
+
+
+def _is_round(number: int) -> bool:
+    """Whether it is 1, 10, 100..."""
+    return str(number).rstrip("0") == "1"
 
 
 def too_long(long: int, of: int, longest: tuple[int, int], caption: str, which: str = "") -> str:

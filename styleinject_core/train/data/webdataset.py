@@ -42,6 +42,7 @@ from .images import (
 )
 
 _HEAD = 65536  # bytes of a shard that go into the content hash
+_PACKED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _TOGETHER = "; the files of a sample must follow one another in the tar file, as with tar --sort=name"
 _HOPELESS = 100  # broken samples at the start, or batches without one good picture, before it is the data's fault
 
@@ -66,6 +67,12 @@ class Group:
     members: dict[str, tarfile.TarInfo]  # by suffix
     offset: int
     end: int  # where the next group begins
+    links: tuple[str, ...] = ()  # suffixes of members that are links: where they lead may be another shard
+
+    def has(self) -> str:
+        """What it consists of, in words."""
+        linked = f" ({', '.join(self.links)}: links, which are not followed)" if self.links else ""
+        return f"{', '.join(self.members)}{linked}"
 
 
 class ImageStream:
@@ -185,7 +192,8 @@ class ImageStream:
             while self._buffer:
                 yield self._draw()
             if not self._drawn:
-                raise DataError(f"no usable sample in {len(self.shards)} shards: {first_names(self.skipped.values())}")
+                reason = first_names(self.skipped.values()) or f"nothing in {first_names(shard.name for shard in self.shards)}"
+                raise DataError(f"no usable sample in {len(self.shards)} shards: {reason}")
             self.epoch, self._turn, self._offset = self.epoch + 1, 0, 0
 
     def _draw(self) -> _Sample:
@@ -224,7 +232,7 @@ class ImageStream:
         name = f"{self.shards[shard].name}/{group.key}"
         picture = next((info for suffix, info in group.members.items() if f".{suffix}" in SUFFIXES), None)
         if picture is None:
-            raise CorruptError(f"{name}: no picture ({', '.join(SUFFIXES)}), only {', '.join(group.members)}{_TOGETHER}")
+            raise CorruptError(f"{name}: no picture, only {group.has()}{_TOGETHER}")
         caption = _caption(group, name)
         width, height = read_size(member(group, picture), name)
         size = nearest_bucket(self._sizes, width, height)
@@ -328,7 +336,7 @@ class _Shard(io.BufferedReader):
         return super().read(left if size is None or size < 0 else min(size, left))
 
 
-def _open(shard: Path) -> BinaryIO:
+def _open(shard: Path) -> _Shard:
     try:
         return _Shard(shard)
     except OSError as error:
@@ -344,18 +352,23 @@ def groups(shard: Path, offset: int = 0) -> Iterator[Group]:
     with _open(shard) as file:
         file.seek(offset)
         damage: Exception | None = None
-        key, members, start, end = "", dict[str, tarfile.TarInfo](), offset, offset
+        key, members, links, start, end = "", dict[str, tarfile.TarInfo](), list[str](), offset, offset
         try:
+            if packed := next((kind for mark, kind in _PACKED.items() if file.peek(8).startswith(mark)), ""):
+                raise tarfile.ReadError(f"it is compressed ({packed}), unpack it first: shards are read at any place")
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, it owns nothing: the file is closed above
             while info := _next(tar):
                 path = PurePosixPath(info.name)
                 stem, _, suffix = path.name.partition(".")
                 end = tar.offset
-                if not info.isreg() or not stem or stem.startswith("__"):
+                if not (info.isreg() or info.issym() or info.islnk()) or not stem or stem.startswith("__"):
                     continue
                 if members and key != str(path.with_name(stem)):
-                    yield Group(tar, key, members, start, info.offset)
-                    members = {}
+                    yield Group(tar, key, members, start, info.offset, tuple(links))
+                    members, links = {}, []
+                if not info.isreg():
+                    links.append(suffix)
+                    continue
                 if not members:
                     key, start = str(path.with_name(stem)), info.offset
                 members[suffix.lower()] = info
@@ -366,7 +379,7 @@ def groups(shard: Path, offset: int = 0) -> Iterator[Group]:
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
             damage = error
         if members:
-            yield Group(tar, key, members, start, end)
+            yield Group(tar, key, members, start, end, tuple(links))
         if damage is not None:
             raise CorruptError(f"{shard.name}: not a whole, uncompressed tar file: {damage}") from damage
 
@@ -402,7 +415,7 @@ def _caption(group: Group, name: str) -> str:
             return caption_in(json.loads(decoded(member(group, info).read())))
     except (ValueError, OverflowError, RecursionError, tarfile.TarError, OSError) as error:  # bad UTF-8 and bad JSON too
         raise CorruptError(f"{name}: caption: {error}") from error
-    raise CorruptError(f"{name}: no caption (.txt or .json), only {', '.join(group.members)}{_TOGETHER}")
+    raise CorruptError(f"{name}: no caption (.txt or .json), only {group.has()}{_TOGETHER}")
 
 
 def _content(shards: list[Path]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ from ..random_numbers import VALIDATION, RandomNumbers
 from ..settings import FLOW_TIMES, TrainSettings
 from .losses import block_features, checkpointed, distil_loss, fine_tune_loss
 
+# The weight of what routers learn where styles are given (`GivenStyles.unlike`). It is nearly all that they learn from then,
+# and steps of AdamW do not depend on its scale; the layers before one that reads its own input are to mind it little.
+FOLLOWING = 0.01
+
 
 class FineTune:
     """E‖target - prediction‖² on images and captions; with class images beside each batch, DreamBooth.
@@ -31,8 +35,8 @@ class FineTune:
         empty: the empty prompt, one row, for caption dropout, unless batches bring their own; None leaves every caption.
         prior: class images, one batch beside each of `source`'s (DreamBooth); their loss is weighted by `prior_weight`.
         validation: batches that are never trained on; all of the first `validation_batches` are measured.
-        style_dropout: the share of examples with a style of their own (`Batch.styles`) whose s is the router's all the same, so
-            that it learns to follow.
+        style_dropout: the share of examples with a style of their own (`Batch.styles`) whose s is the router's all the same.
+            Of the others the router learns that style (`FOLLOWING`), so that it chooses it by itself where none is given.
     """
 
     objective = "fine-tune"
@@ -103,9 +107,10 @@ class FineTune:
         latents = batch.latents.to(self.model.device)
         times, noise, noisy = self._noisy(latents, rng)
         conditioning = _captions(batch.conditioning, batch.empty or self.empty, self._dropped(batch, rng, dropout))
-        with self._given_styles(batch, rng, dropout):
+        with self._given_styles(batch, rng, dropout) as given:
             prediction = self.model.predict(noisy, times, conditioning)
-        return fine_tune_loss(prediction, self.model.schedule, latents, noise, times, self.settings.min_snr_gamma)
+        loss = fine_tune_loss(prediction, self.model.schedule, latents, noise, times, self.settings.min_snr_gamma)
+        return loss if given is None else loss + FOLLOWING * given.unlike()
 
     def _noisy(self, latents: Tensor, rng: RandomNumbers) -> tuple[Tensor, Tensor, Tensor]:
         schedule = self.model.schedule
@@ -120,19 +125,22 @@ class FineTune:
         """Which captions of a batch are replaced by the empty one, (B,)."""
         return rng.uniform(len(batch.latents)) < (self.settings.caption_dropout if dropout is None else dropout)
 
-    def _given_styles(self, batch: Batch, rng: RandomNumbers, dropout: float | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _given_styles(self, batch: Batch, rng: RandomNumbers, dropout: float | None) -> Iterator[GivenStyles | None]:
         """The examples' own styles in the place of the router's s, but for a share of them."""
         if batch.styles is None or self._attachment is None:
-            return nullcontext()
+            yield None
+            return
         dropped = rng.uniform(len(batch.styles)) < (self.style_dropout if dropout is None else dropout)
-        styles = torch.where(dropped, -1, batch.styles).to(self.model.device)
-        return self._attachment.in_call(ModelCall(listeners=(GivenStyles(styles),)))
+        given = GivenStyles(torch.where(dropped, -1, batch.styles).to(self.model.device))
+        with self._attachment.in_call(ModelCall(listeners=(given,))):
+            yield given
 
     def plan(self) -> dict[str, Any]:
         model = {"model": self.model.fingerprint, "sampling": self.model.sampling}
         plan: dict[str, Any] = {"objective": self.objective, **model, "data": self.source.summary()}
         if "styles" in plan["data"]:
-            plan["style_dropout"] = self.style_dropout
+            plan |= {"style_dropout": self.style_dropout, "style_following": FOLLOWING}
         if self.empty is not None:
             plan["empty"] = conditioning_hash(self.empty)
         if self.prior is not None:
@@ -223,12 +231,13 @@ class Distil(FineTune):
         with torch.no_grad(), block_features(self._teacher_blocks) as wanted:
             at = matching_times(self.model.schedule, times, self.teacher.schedule)
             teacher = self.teacher.predict(noisy, at, for_teacher)
-        with self._given_styles(batch, rng, dropout), block_features(self._blocks) as features:
+        with self._given_styles(batch, rng, dropout) as given, block_features(self._blocks) as features:
             student = self.model.predict(noisy, times, conditioning)
         if self.teacher.schedule.prediction_type != self.model.schedule.prediction_type:
             sample = predicted_sample(self.teacher.schedule, teacher, noisy, at)
             teacher = prediction_of(self.model.schedule, sample, noisy, times)
-        return distil_loss(student, teacher, features, wanted, self.output_weight, self.feature_weight)
+        loss = distil_loss(student, teacher, features, wanted, self.output_weight, self.feature_weight)
+        return loss if given is None else loss + FOLLOWING * given.unlike()
 
     def plan(self) -> dict[str, Any]:
         weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}

@@ -6,7 +6,6 @@ Everything is safetensors and JSON. Each file is written under another name and 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,16 +17,17 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...adapter import Adapter
 from ...files import save_adapter
 from ...files.atomic import check_writable, replacing
+from ...files.checked import CHECKSUM, DAMAGE, checksum, read
 
-STATE_VERSION = 3  # 1 had no checksum, and knew less about the model and the data; 2 knew weights by other hashes
-_HEADER, _CHECKSUM = "styleinject_training", "checksum"
+# 1 had no checksum, and knew less about model and data; 2 knew weights by other hashes, 3 folders of images and encoders too
+STATE_VERSION = 4
+_HEADER = "styleinject_training"
 _TENSOR = "tensor"
 
 
@@ -177,7 +177,7 @@ class RunFolder:
         header = {"version": STATE_VERSION, "step": state.step, "plan": state.plan, "parts": _pack(state.parts, tensors)}
         text = json.dumps(header)
         with replacing(self.state_file) as temporary:
-            save_file(tensors, temporary, {_HEADER: text, _CHECKSUM: _checksum(text, tensors)})
+            save_file(tensors, temporary, {_HEADER: text, CHECKSUM: checksum(tensors, text)})
             if self.state_file.exists() and not self._newest_is_damaged:
                 os.replace(self.state_file, self.previous_state_file)
         self._newest_is_damaged = False
@@ -223,8 +223,8 @@ class RunFolder:
             problem(f"{errors[0]}; going on from {path.name}, at step {state.step}")
         with suppress(KeyError, AttributeError):  # version 0.1.0 did not say the method: other fields tell it
             state.plan["adapter"].setdefault("method", plan["adapter"]["method"])
-        if state.version < 3:
-            _take_hashes(state.plan, plan)
+        if state.version < STATE_VERSION:
+            _take_hashes(state.plan, plan, state.version)
         if different := _differences(state.plan, plan, known_alone=state.version < 2):
             lines = "\n".join(f"  {field[:99]}: was {str(was)[:200]}, is {str(now)[:200]}" for field, was, now in different[:8])
             raise CheckpointError(
@@ -321,15 +321,6 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _unpack(item, tensors) for key, item in value["pairs"]}
 
 
-def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Over all that a state is, byte by byte: safetensors itself would not notice a changed number."""
-    digest = hashlib.blake2b(header.encode(), digest_size=16)
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 class _DamagedError(ValueError):
     """A state file that cannot be read, or is not what was written."""
 
@@ -338,16 +329,13 @@ def _read_state(path: Path) -> TrainState:
     """The state in a file. Raises CheckpointError: a newer version; _DamagedError: not as it was written."""
     name = f"{path.parent.name}/{path.name}"
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # not mapped to the file, which is replaced while they live
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - no dict
+        metadata, tensors = read(path)
         header = json.loads(metadata[_HEADER])
         version, step = header["version"], header["step"]
         if type(version) is int and version > STATE_VERSION:
             raise CheckpointError(f"{name}: version {version}, this version reads up to {STATE_VERSION}")
-        if version != 1 and metadata.get(_CHECKSUM) != _checksum(metadata[_HEADER], tensors):
-            raise ValueError("its checksum is another one")
+        if version != 1 and metadata.get(CHECKSUM) != checksum(tensors, metadata[_HEADER]):
+            raise ValueError("its checksum does not match")
         if type(step) is not int or step < 0 or not isinstance(header["plan"], dict):
             raise ValueError("no step, or no plan")
         parts = _unpack(header["parts"], tensors)
@@ -356,18 +344,23 @@ def _read_state(path: Path) -> TrainState:
         return TrainState(step, header["plan"], parts, version)
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise _DamagedError(f"{name}: damaged, or no training state ({str(error)[:300]})") from error
+    except (*DAMAGE, RecursionError) as error:
+        raise _DamagedError(f"{name}: damaged, or not a training state ({str(error)[:300]})") from error
 
 
-def _take_hashes(was: dict[str, Any], now: Mapping[str, Any]) -> None:
-    """Let a plan of before version 3 have today's hashes of models' weights: its own were of their first values alone."""
-    for key in ("model", "teacher"):
-        if key in was and key in now:
-            was[key] = now[key]
+def _take_hashes(was: dict[str, Any], now: Mapping[str, Any], version: int) -> None:
+    """Let a plan of an older version have today's hashes where its own were of less: of the ends of images, of encoders without
+    their tokenizers, and before version 3 of the first values of weights."""
+    for key in ("data", "prior", "validation"):
+        folders = was.get(key), now.get(key)
+        if all(isinstance(folder, Mapping) and "images" in folder and "content" in folder for folder in folders):
+            was[key] = {**was[key], "content": now[key]["content"]}
     for key in ("sampling", "teacher_sampling"):
         if isinstance(was.get(key), dict) and "encoders" in was[key]:
             was[key] = {**was[key], "encoders": now.get(key, {}).get("encoders")}
+    for key in ("model", "teacher") if version < 3 else ():
+        if key in was and key in now:
+            was[key] = now[key]
 
 
 def _differences(was: Any, now: Any, where: str = "", known_alone: bool = False) -> list[tuple[str, Any, Any]]:

@@ -209,11 +209,12 @@ class _Loop:
             return
         try:
             self._go_on_from(state.parts)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-            if isinstance(error, DataError):
-                raise
+        except (DataError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # anything: it has no checksum where a version wrote it that had none
             where = f"{run.path.name}/{run.state_file.name}"
-            raise CheckpointError(f"{where}: not the state of such a run ({error}): delete it to start anew") from error
+            reason = str(error)[:300]
+            raise CheckpointError(f"{where}: not the state of such a run ({reason}): delete it to start anew") from error
         self.result.stopped_early = self._patience_is_over()
         lines = run.history(until=state.step if self.run is not None else None)
         self.result.losses = [line["loss"] for line in lines if line["step"] <= state.step]
@@ -293,8 +294,10 @@ class _Loop:
         )
 
     def _note_deleted(self, run: RunFolder) -> None:
-        if not run.path.is_dir():
-            self.observer.problem(f"the run's folder {run.path} was deleted, and what was in it; it is made again")
+        if not run.path.exists():
+            self.observer.problem(
+                f"the run's folder {run.path} is gone, deleted or renamed, with all that was in it; it is made again"
+            )
 
     def _surviving(self, what: str) -> AbstractContextManager[None]:
         return _Surviving(self.observer, f"{what} of step {self.result.step}")

@@ -105,3 +105,29 @@ def loss_plot(path: Path, title: str, losses: Sequence[float], validation: Seque
     """Write the loss as a PNG, whole or not at all."""
     with replacing(path) as temporary:
         loss_figure(title, losses, validation).savefig(temporary, format="png")
+
+
+def side_by_side(pictures: Sequence[Tensor]) -> tuple[Tensor, str]:
+    """Pictures in a row, as they are saved and shown.
+
+    Args:
+        pictures: (H, W, 3) each, in [0, 1].
+
+    Returns:
+        (H, N W, 3) uint8, and which of them are no pictures, in words; empty where all are.
+    """
+    broken = [str(k) for k, picture in enumerate(pictures, 1) if not torch.isfinite(picture).all()]
+    pixels = torch.cat([(picture.nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8) for picture in pictures], dim=1)
+    said = (
+        f"{len(broken)} of {len(pictures)} (number {', '.join(broken)}) came out as NaN or infinite numbers, drawn black: "
+        "the model or its VAE gives them, as some do in float16"
+    )
+    return pixels, said if broken else ""
+
+
+def save_picture(pixels: Tensor, path: Path) -> None:
+    """Write (H, W, 3) uint8 as a PNG, whole or not at all. Raises WriteError."""
+    from PIL import Image
+
+    with replacing(path) as temporary:
+        Image.fromarray(pixels.contiguous().numpy()).save(temporary, format="png")
