@@ -73,8 +73,9 @@ class Override:
         active = attributes.get(_ACTIVE)
         if not isinstance(active, Override):
             return
-        active.sites[:] = [site for site in active.sites if site is not part]
-        active.tails[:] = [tail for tail in active.tails if tail is not part]
+        parts: list[Any] = active.tails if isinstance(part, Tail) else active.sites
+        if part in parts:
+            parts.remove(part)
         on_top = attributes.get("forward") is active
         if active.sites or active.tails or not on_top:
             return
