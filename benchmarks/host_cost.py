@@ -5,7 +5,7 @@
     COMFYUI_PATH=~/ComfyUI python benchmarks/host_cost.py   # inside ComfyUI as well: a narrow, full-depth SD 1.5
 
 A GPU that waits for the host feels only these two. They are measured on layers and on a U-Net so small that arithmetic
-costs nothing, on one CPU thread; the adapted and the bare take turns within a run, and a time is its lower quartile.
+costs little, in CPU time of one thread; the adapted and the bare take turns within a run, and a time is its lower quartile.
 Launches are counted in float16 by a dispatch mode below autograd: every operation but views and allocations.
 """
 
@@ -62,8 +62,9 @@ def random_adapter(host: nn.Module, seed: int = 0, **config: Any) -> Adapter:
     return adapter.requires_grad_(False)
 
 
+FOLDED = "Linear, fold"
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
-    "Linear, fold": (nn.Linear(32, 32), (2, 64, 32)),
+    FOLDED: (nn.Linear(32, 32), (2, 64, 32)),
     "Linear, stack": (nn.Linear(32, 32), (2, 8, 32)),
     "3x3 convolution, fold": (nn.Conv2d(8, 8, 3, padding=1), (2, 8, 8, 8)),
 }
@@ -86,47 +87,62 @@ def _sizes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], runs: int, repeats: int) -> dict[str, float]:
-    """Seconds a call takes, lower quartile of `runs` turns of `repeats` calls each."""
+    """CPU seconds a call takes, lower quartile of `runs` turns of `repeats` calls each; no turn begins where the last one did."""
     times: dict[str, list[float]] = {key: [] for key in calls}
-    for _ in range(runs):
-        for key, call in calls.items():
-            start = time.perf_counter()
+    order = list(calls.items())
+    for run in range(runs):
+        first = run % len(order)
+        for key, call in order[first:] + order[:first]:
+            start = time.process_time()
             for _ in range(repeats):
                 call()
-            times[key].append((time.perf_counter() - start) / repeats)
+            times[key].append((time.process_time() - start) / repeats)
     return {key: sorted(values)[len(values) // 4] for key, values in times.items()}
 
 
-def straight_line(linear: nn.Linear, n: int = 16, r: int = 4) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The fewest torch calls that make one adapter's folded Linear, one after the other, and nothing that chooses or checks."""
+def straight_line(linear: nn.Linear, adapters: int = 1, n: int = 16, r: int = 4) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The fewest torch calls that make adapters' folded Linear, one after the other, and nothing that chooses or checks."""
     W, b, (d, k) = linear.weight.detach(), linear.bias, linear.weight.shape
-    b = W.new_zeros(d) if b is None else b.detach()
-    router, router_bias, hyper, hyper_bias = torch.randn(k, n) * 0.02, torch.zeros(n), torch.randn(n, d) * 0.02, torch.zeros(d)
-    A, B = torch.randn(n, r * k) * 0.02, torch.randn(d, r) * 0.02
+    b, styles = W.new_zeros(d) if b is None else b.detach(), adapters * n
+    router, router_bias, hyper, hyper_bias = (torch.randn(shape) * 0.02 for shape in ((k, styles), styles, (styles, d), d))
+    A, B = torch.randn(adapters, n, r * k) * 0.02, torch.randn(d, adapters * r) * 0.02
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        batch, mean = x.shape[0], x.mean(1)
-        s = torch.softmax(torch.addmm(router_bias, mean, router), -1)
-        gain = torch.addmm(hyper_bias, s, hyper)
-        bias = torch.addcmul(b, gain, torch.mm(mean, W.mT), value=-1)
-        weight = torch.addcmul(W, W, gain.unsqueeze(2)).baddbmm_(B.expand(batch, d, r), torch.mm(s, A).view(batch, r, k))
+        batch, share, total = x.shape[0], 1 / x.shape[1], x.sum(1)
+        logits = torch.addmm(router_bias, total, router, alpha=share)
+        s = torch.softmax(logits.view(batch, adapters, n), -1)
+        gain = torch.addmm(hyper_bias, s.view(batch, styles), hyper)
+        if adapters == 1:
+            down = torch.mm(s.view(batch, n), A[0])
+        else:
+            down = s.new_empty(batch, adapters, r * k)
+            torch.bmm(s.transpose(0, 1), A, out=down.transpose(0, 1))
+        bias = torch.addcmul(b, gain, torch.mm(total, W.mT), value=-share)
+        weight = torch.addcmul(W, W, gain.unsqueeze(2)).baddbmm_(B.expand(batch, -1, -1), down.view(batch, adapters * r, k))
         return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
     return forward
 
 
+COUNTS = (0, 1, 4)
+
+
 def layer_calls() -> dict[str, Callable[[], Any]]:
-    """A tiny Linear bare, with one adapter and with four, and one adapter's torch calls alone."""
+    """Each tiny layer bare, with one adapter and with four, and the torch calls alone of a folded Linear."""
     calls: dict[str, Callable[[], Any]] = {}
-    x = torch.randn(2, 64, 32)
-    for adapters in (0, 1, 4):
-        torch.manual_seed(0)
-        host = nn.ModuleDict({"layer": nn.Linear(32, 32)}).requires_grad_(False)
-        if adapters:
-            attach(host, [random_adapter(host, seed) for seed in range(adapters)])
-        calls[str(adapters)] = lambda module=host["layer"]: module(x)
-    line = straight_line(nn.Linear(32, 32))
-    calls["line"] = lambda: line(x)
+    for layer, (module, shape) in LAYERS.items():
+        for adapters in COUNTS:
+            torch.manual_seed(0)
+            host = nn.ModuleDict({"layer": module.__class__(*_sizes(module))}).requires_grad_(False)
+            if adapters:
+                attach(host, [random_adapter(host, seed) for seed in range(adapters)])
+            x = torch.randn(shape)
+            calls[f"{layer}: {adapters}"] = lambda module=host["layer"], x=x: module(x)
+    linear, shape = LAYERS[FOLDED]
+    x = torch.randn(shape)
+    for adapters in COUNTS[1:]:
+        line = straight_line(linear, adapters)
+        calls[f"alone: {adapters}"] = lambda line=line, x=x: line(x)
     return calls
 
 
@@ -160,23 +176,24 @@ def comfyui_calls(root: Path, runs: int) -> dict[str, Callable[[], Any]]:
         "1 adapter, with all convolutions": patched(1, "to_q", "to_v", "conv"),
         "a reference image (DEADiff)": with_reference(pack, model),
     }
-    lines = {
-        module: straight_line(module)
-        for name, module in model.model.diffusion_model.named_modules()
-        if name.endswith(("to_q", "to_v"))
-    }
+    modules = [module for name, module in model.model.diffusion_model.named_modules() if name.endswith(("to_q", "to_v"))]
 
-    def alone() -> None:
-        try:
-            for module, forward in lines.items():
-                module.forward = forward
-            tiny_model.sample(model, steps=runs)
-        finally:
-            for module in lines:
-                del module.forward
+    def alone(adapters: int) -> Callable[[], None]:
+        lines = [straight_line(module, adapters) for module in modules]
+
+        def run() -> None:
+            try:
+                for module, forward in zip(modules, lines, strict=True):
+                    module.forward = forward
+                tiny_model.sample(model, steps=runs)
+            finally:
+                for module in modules:
+                    del module.forward
+
+        return run
 
     calls: dict[str, Callable[[], Any]] = {key: lambda m=m: tiny_model.sample(m, steps=runs) for key, m in models.items()}
-    return {**calls, "one adapter's torch calls alone": alone}
+    return {**calls, "torch calls alone, 1 adapter": alone(1), "torch calls alone, 4 adapters": alone(4)}
 
 
 def with_reference(pack: Any, model: Any) -> Any:
@@ -204,12 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"| {layer} | 1 | {len(count(layer, 1))} | {len(count(layer, 4))} |")
     for label, mode in (("no_grad", torch.no_grad()), ("inference_mode, as in ComfyUI", torch.inference_mode())):
         with mode:
-            times = interleaved(layer_calls(), *((3, 20) if options.quick else (40, 300)))
-        bare, line, one, four = (times[key] for key in ("0", "line", "1", "4"))
-        print(f"\n| core, tiny Linear, {label} | bare | torch calls alone | 1 adapter | 4 adapters |")
-        print("| --- | ---: | ---: | ---: | ---: |")
-        print(f"| µs | {bare * 1e6:.1f} | {line * 1e6:.1f} | {one * 1e6:.1f} | {four * 1e6:.1f} |")
-        print(f"| ratio | 1 | {line / bare:.2f} | {one / bare:.2f} | {four / bare:.2f} |")
+            times = interleaved(layer_calls(), *((3, 20) if options.quick else (40, 150)))
+        print(f"\n| core, {label} | bare, µs | 1 adapter | 4 adapters |\n| --- | ---: | ---: | ---: |")
+        for row in (*LAYERS, "alone"):
+            bare = times[f"{FOLDED if row == 'alone' else row}: 0"]
+            one, four = (f"{times[f'{row}: {adapters}'] / bare:.2f}" for adapters in COUNTS[1:])
+            print(f"| {f'{FOLDED}, torch calls alone' if row == 'alone' else row} | {bare * 1e6:.1f} | {one} | {four} |")
     root = Path(os.environ.get("COMFYUI_PATH", "~/ComfyUI")).expanduser()
     if not (root / "main.py").is_file():
         print(f"\nno ComfyUI at {root}: the steps inside ComfyUI were not measured")

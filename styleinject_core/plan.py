@@ -52,8 +52,8 @@ class Plan:
         self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
         self.kept = keep and not torch.is_grad_enabled() and all(group.lasting for group in self.groups.values())
         self._lines: dict[Any, Line | None] = {}  # by shape of x and the call's number of images
-        # torch knows no autocast for meta tensors
-        self._simple = self.kept and self.whole is not None and not self.reading and x.device.type != "meta"
+        self._kind = x.device.type  # torch knows no autocast for meta tensors
+        self._simple = self.kept and self.whole is not None and not self.reading and self._kind != "meta"
         if self.kept:
             self._remember()
 
@@ -106,7 +106,7 @@ class Plan:
 
     def line(self, x: Tensor) -> Line | None:
         """All that is to be done to inputs like x as one function of x, where nothing is left to choose in this call."""
-        if not self._simple or torch.is_autocast_enabled(self._device.type):
+        if not self._simple or torch.is_autocast_enabled(self._kind):
             return None
         images = 0
         for current in self.current:

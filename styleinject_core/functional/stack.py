@@ -6,9 +6,11 @@ Handles every case: training, statistics that need σ, routing by token, masks, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .host import HostLayer, rounded, statistics_dtype
 from .update import Hear, LayerWeights, LowRank, Together, Update, gathered, prepare
@@ -38,6 +40,8 @@ def straight(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None =
         return None
     precise, positions = statistics_dtype(x), host.count(x)
     of, up, scale, frozen = head.of(batch, positions, dtype, hear), head.up, head.scale, host.forward
+    if host.weight is not None and not is_conv and hear is None:  # who listens hears of h too
+        frozen = partial(_linear, host.weight, host.bias)
     same, raising = dtype == precise, up.mT.expand(batch, -1, -1)
     scaled = {} if scale == 1 else {"alpha": scale}
     sub, addcmul, bmm = torch.sub, torch.addcmul, torch.bmm
@@ -58,6 +62,10 @@ def straight(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None =
         return out.baddbmm_(bmm(x, down.mT), raising, **scaled)
 
     return line
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 def add(updates: Sequence[Update], x: Tensor, h: Tensor, host: HostLayer) -> Tensor:
