@@ -87,7 +87,7 @@ def _sizes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], runs: int, repeats: int) -> dict[str, float]:
-    """CPU seconds a call takes, lower quartile of `runs` turns of `repeats` calls each; no turn begins where the last one did."""
+    """CPU seconds a call takes, lower quartile of `runs` turns of `repeats` calls; each turn begins with the next one."""
     times: dict[str, list[float]] = {key: [] for key in calls}
     order = list(calls.items())
     for run in range(runs):
