@@ -21,8 +21,8 @@ from ..random_numbers import VALIDATION, RandomNumbers
 from ..settings import FLOW_TIMES, TrainSettings
 from .losses import block_features, checkpointed, distil_loss, fine_tune_loss
 
-# The weight of what routers learn where styles are given (`GivenStyles.unlike`). It is nearly all that they learn from then, and
-# steps of AdamW do not depend on its scale; the layers before one that reads its own input are to mind it little.
+# The weight of what routers learn where styles are given (`GivenStyles.unlike`). It is nearly all that they learn from then,
+# and steps of AdamW do not depend on its scale; the layers before one that reads its own input are to mind it little.
 FOLLOWING = 0.01
 
 
