@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .mean import UNUSED
 from .trace import RouterTrace, TraceError
+
+UNUSED = 0.01  # a style whose mean share is smaller is hardly ever chosen
 
 
 def timeline(trace: RouterTrace, role: str | None = None, image: int | None = None) -> Tensor:
