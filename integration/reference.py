@@ -39,6 +39,7 @@ class AppliedReference:
         reference: tokens and weights.
         start_percent, end_percent: the part of the sampling schedule, 0 to 1; by noise level, as ControlNet has it.
         mask: (images, H, W) in [0, 1], or None for the whole picture.
+        node_id: the execution id of the node that applied it, for what there is to say about it; "" where unknown.
 
     Raises:
         ValueError: percents outside of 0 to 1, or a start after the end.
@@ -49,6 +50,7 @@ class AppliedReference:
     start_percent: float = 0.0
     end_percent: float = 1.0
     mask: Tensor | None = None
+    node_id: str = ""
     _attached: WeakKeyDictionary[nn.Module, ReferenceAttachment] = field(
         init=False, default_factory=WeakKeyDictionary, repr=False
     )

@@ -83,12 +83,23 @@ def _applied(
         call = stack.enter_context(_adapted(injections, model, x, timestep, options, given))
         active = [reference for reference in references if reference.active(model, timestep)]
         calls = [reference.call(call) for reference in active]
-        for reference, own in zip(active, calls, strict=True):
-            attached = reference.attachment(model)
+        attachments = [reference.attachment(model) for reference in active]
+        for attached, own in zip(attachments, calls, strict=True):
             stack.enter_context(attached.in_call(own))
             stack.enter_context(attached)
+            attached.current.ran = False
         masked = any(reference.mask is not None for reference in active)
         yield masked_options(active, model, x, calls, options) if masked else options
+        run = _run_of(options)
+        if run is not None:
+            for reference, attached in zip(active, attachments, strict=True):
+                run.taking_part.took_part(reference, attached.current.ran)
+
+
+def _run_of(options: Mapping[str, Any]) -> Run | None:
+    """The run that a call with these transformer_options belongs to."""
+    now = options.get(KEY)
+    return now.run if isinstance(now, Conditionings) else None
 
 
 @contextmanager
@@ -108,8 +119,7 @@ def _adapted(
     active = [(injection, injection.attachment(model)) for injection in injections if injection.active(model, timestep)]
     prompt = prompt_of(given) if any(attachment.reads_prompt for _, attachment in active) else None
     call = model_call(x, timestep, options, tokens_of(model, x, given), prompt)
-    now = options.get(KEY)
-    run = now.run if isinstance(now, Conditionings) else None
+    run = _run_of(options)
     with ExitStack() as stack:
         for injection, attachment in active:
             stack.enter_context(attachment.in_call(call))
@@ -196,8 +206,7 @@ def _listened(
     injection: Injection, attachment: Attachment, model: nn.Module, timestep: Tensor, call: ModelCall
 ) -> Iterator[None]:
     """Steer and record one adapter for the length of one model call, where its controls and monitors ask for it."""
-    now = call.extras.get(KEY)
-    run = now.run if isinstance(now, Conditionings) else None
+    now, run = call.extras.get(KEY), _run_of(call.extras)
     observed = [] if run is None else [o.recorder for o in run.observations if o.injection is injection]
     if injection.steering is None and not observed:
         yield
@@ -205,12 +214,14 @@ def _listened(
     roles, rows = call.roles, timestep.shape[0]
     listeners: list[Listener] = []
     if injection.steering is not None:
-        if roles == (UNKNOWN,) and run is not None:
-            run.warn_of_unknown_rows(injection)
         ids = call.extras.get("uuids") or ()
         keys = [(id(injection), role, ids[k] if len(ids) == len(roles) else k) for k, role in enumerate(roles)]
         memory = {} if run is None else run.memory
         active = injection.active_rules(model, timestep)
+        if run is not None:
+            if roles == (UNKNOWN,):
+                run.warn_of_unknown_rows(injection)
+            run.taking_part.steered(injection, active, roles, roles == (UNKNOWN,))
         listeners.append(Steered(injection.steering.steers(active, roles, keys, call.sigma, memory, rows)))
     names = now.recorded(roles) if isinstance(now, Conditionings) else roles
     recordings = [_Recording(recorder, names, call.sigma, rows) for recorder in observed]

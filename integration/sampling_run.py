@@ -41,7 +41,7 @@ class Run:
         model, gpu = guider.model_patcher.model, guider.model_patcher.load_device.type != "cpu"
         self.injections, self.references = tuple(injections), tuple(references)
         self.observations = [o for monitor in monitors for o in monitor.observe(injections, model, self.steps, gpu)]
-        self.passes, self.taking_part = Passes(), TakingPart(injections)
+        self.passes, self.taking_part = Passes(), TakingPart(injections, references)
         self.memory: dict[Any, Tensor] = {}  # what router controls hold for the length of the run
         self._warned = False
         self._seen: dict[int, int] = {}  # observation -> calls that the live feed has shown

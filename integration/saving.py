@@ -14,10 +14,11 @@ import comfy.sd
 
 from .injection import Injection
 from .live import running_server
-from .patcher import ModelPatcher, injections_of
+from .patcher import ModelPatcher, injections_of, references_of
 from .taking_part import say
 
 _MARK = "_styleinject_watched"
+_DEPENDS = "what it changes depends on the picture, and weights cannot hold that"
 
 
 def watch() -> None:
@@ -27,6 +28,7 @@ def watch() -> None:
     """
     _around(comfy.sd, "save_checkpoint", _on_save)
     _around(ModelPatcher, "get_key_patches", _on_merge)
+    _around(ModelPatcher, "model_state_dict", _on_read)
 
 
 def _around(owner: Any, name: str, before: Callable[..., None]) -> None:
@@ -52,9 +54,17 @@ def _on_merge(model: Any, *args: Any, **kwargs: Any) -> None:
         _tell(model, "merged", "to the merged model")
 
 
+def _on_read(model: Any, *args: Any, **kwargs: Any) -> None:
+    if args or kwargs:  # Extract and Save LoRA asks for the network's weights alone
+        _tell(model, "in the weights that are extracted", "beside what comes of them")
+
+
 def _tell(model: Any, done: str, where: str) -> None:
-    lost = [i for i in injections_of(model) if i.strong and not i.patched] if isinstance(model, ModelPatcher) else []
-    lines = [f'"{injection.applied.adapter.name}" is not {done}: {_reason(injection)}. Apply it {where}.' for injection in lost]
+    if not isinstance(model, ModelPatcher):
+        return
+    lost = {i.applied.adapter.name: _reason(i) for i in injections_of(model) if i.strong and not i.patched}
+    lost |= {f"reference {r.name}": _DEPENDS for r in references_of(model) if r.reference.active}
+    lines = [f'"{name}" is not {done}: {reason}. Apply it {where}.' for name, reason in lost.items()]
     if lines:
         node: Any = getattr(running_server(), "last_node_id", None)
         say(" ".join(lines), str(node or ""))
@@ -62,7 +72,7 @@ def _tell(model: Any, done: str, where: str) -> None:
 
 def _reason(injection: Injection) -> str:
     if not all(layer.fixed for layer in injection.applied.adapter.layers.values()):
-        return "what it changes depends on the picture, and weights cannot hold that"
+        return _DEPENDS
     return (
         f"it is on from {injection.start_percent:g} to {injection.end_percent:g} only, and weights are always on "
         "(on from 0 to 1 it would be among them)"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...styleinject_core import Adapter
 from ...styleinject_core.selector import select
 from ...styleinject_core.train.data.source import LatentSource
-from ...styleinject_core.train.memory import Choice, Workload, choose
+from ...styleinject_core.train.memory import Choice, Workload, choose, prompt_features
 from ...styleinject_core.train.objectives.tasks import FineTune
 from ...styleinject_core.train.request import TrainingRequest
 from ...styleinject_core.train.run.metadata import made_by
@@ -180,7 +181,9 @@ class Job:
     def _new_adapter(self, images: Images) -> Adapter:
         """An untrained one, whose styles have the images' names."""
         network = self.student.network
-        adapter = self.request.new_adapter(network.layer_shapes(), images.prompts[0][0].shape[-1]).to(network.device)
+        one = self.student.encoder.framed(torch.zeros(*images.shape))
+        (row,), _ = self.student.conditionings(images.prompts[:1], [one], False)
+        adapter = self.request.new_adapter(network.layer_shapes(), prompt_features(network, row)).to(network.device)
         return adapter.with_style_names(images.style_names) if images.style_names else adapter
 
     def _heading(self, task: FineTune, images: Images) -> str:
@@ -191,11 +194,16 @@ class Job:
         kinds = [base.__name__ for base in type(sampling).__mro__[1:-1] if base is not torch.nn.Module]
         counted = Counter(name or "none" for name in images.styles)
         styles = f"; styles {', '.join(f'{name} ({count})' for name, count in counted.items())}" if counted else ""
-        vae = "connected" if self.options.vae is not None else "not connected, so no pictures are drawn"
+        vae: Any = self.options.vae
+        shown = "VAE not connected, so no pictures are drawn"
+        if vae is not None:
+            kind = type(getattr(vae, "first_stage_model", vae)).__name__
+            shown = f"pictures by the VAE {kind}{_loaded_from(getattr(vae, 'patcher', None))}"
         return (
-            f"{task.objective} on {network.title}, predicting {network.schedule.prediction_type} ({', '.join(kinds)}); layers "
-            f"{', '.join(self.request.adapter.targets)}; {len(images.latents)} latents: {sizes}"
-            f"{', ...' if len(shapes) > 6 else ''}, of {self.student.encoder.channels} channels{styles}; VAE {vae}"
+            f"{task.objective} on {network.title}{_loaded_from(self.student.patcher)}, predicting "
+            f"{network.schedule.prediction_type} ({', '.join(kinds)}); layers {', '.join(self.request.adapter.targets)}; "
+            f"{len(images.latents)} latents: {sizes}{', ...' if len(shapes) > 6 else ''}, of {self.student.encoder.channels} "
+            f"channels{styles}; {shown}"
         )
 
     def _pictures(self, loaded: Loaded, images: Images) -> Iterator[Tensor]:
@@ -217,6 +225,15 @@ class Job:
                 yield from image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu()
         finally:  # it may have failed for want of memory, and training goes on
             loaded.prepare()
+
+
+def _loaded_from(patcher: Any) -> str:
+    """The files that a MODEL or VAE was loaded from, " (name)", where this version of ComfyUI remembers them."""
+    remembered = getattr(patcher, "cached_patcher_init", None)
+    given = remembered[1][0] if isinstance(remembered, tuple) and len(remembered) > 1 and remembered[1] else ()
+    paths = given if isinstance(given, (list, tuple)) else [given]
+    names = [Path(path).name for path in paths if isinstance(path, (str, Path))]
+    return f" ({', '.join(names)})" if names else ""
 
 
 def _length(prompt: Prompt) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from ...integration.reference_encoder import LoadedDeadiff
 from ...styleinject_core.deadiff import Reference, Tokens
 from ...styleinject_core.deadiff.rows import MAX_WEIGHT
 from ...styleinject_core.hosts.architectures import title_of
-from ..schema import DeadiffType, LayerWeightsType, TokensType, percent_inputs, schema
+from ..schema import DeadiffType, LayerWeightsType, TokensType, executing_node, percent_inputs, schema
 from .encode import clip_vision_input, deadiff_name_input
 
 
@@ -67,6 +67,7 @@ class StyleInjectApplyDeadiff(io.ComfyNode):
                 io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the reference."),
                 io.String.Output("report", display_name="report", tooltip="Which layers matched, and with what weights."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -88,7 +89,7 @@ class StyleInjectApplyDeadiff(io.ComfyNode):
         against = {} if negative is None else {f"negative_{negative.stream}": negative}
         lines = "\n".join(part for part in (layer_weights, layers) if part)
         reference = Reference(deadiff.model, style, content, weight_style, weight_content, lines, **against)
-        applied = AppliedReference(reference, start_percent, end_percent, mask)
+        applied = AppliedReference(reference, start_percent, end_percent, mask, executing_node(cls))
         patched = apply_reference(model, applied)
         return io.NodeOutput(patched, report(patched, applied))
 
@@ -112,6 +113,7 @@ class StyleInjectReference(io.ComfyNode):
                 clip_vision_input(),
             ],
             outputs=[io.Model.Output("MODEL", display_name="MODEL", tooltip="The model with the reference.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -128,7 +130,8 @@ class StyleInjectReference(io.ComfyNode):
     ) -> io.NodeOutput:
         loaded = LoadedDeadiff.load(DEADIFF_FILES.path(deadiff_name))
         tokens = loaded.encode(image, ("style",), clip_vision=clip_vision)[0].averaged()
-        return io.NodeOutput(apply_reference(model, AppliedReference(Reference(loaded.model, tokens, weight_style=weight))))
+        reference = Reference(loaded.model, tokens, weight_style=weight)
+        return io.NodeOutput(apply_reference(model, AppliedReference(reference, node_id=executing_node(cls))))
 
 
 def report(model: ModelPatcher, applied: AppliedReference) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..train.request import TrainingRequest
 from ..train.run.checkpoints import RunFolder
 from ..train.run.metadata import made_by
 from ..train.settings import MEMORY_OFF
-from .config_files import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, TrainConfig
+from .config_files import ConfigError, DataTable, DistilConfig, DreamBoothConfig, ModelTable, OutputTable, TrainConfig
 
 DEMO = "demo"
 ENCODED = "encoded"  # in the run's folder: what does not fit in memory, while it trains
@@ -85,13 +85,8 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     Raises:
         ConfigError, ModelError, DataError, SelectorError: what does not fit; names it.
     """
-    out = here / config.output.folder
-    if not out.parent.is_dir():
-        raise ConfigError(f"output.folder: {out.parent.name!r} is not a folder, create it first")
     class_folder = config.dreambooth.class_folder if isinstance(config, DreamBoothConfig) else ""
-    for name, folder in (("data.folder", config.data.folder), ("dreambooth.class_folder", class_folder)):
-        if folder and out.resolve().is_relative_to((here / folder).resolve()):
-            raise ConfigError(f"output.folder: it is inside {name}, where the run's pictures would be taken for data")
+    out = output_folder(here, config.output, {"data.folder": config.data.folder, "dreambooth.class_folder": class_folder})
     if processes.is_main and not dry:
         out.mkdir(exist_ok=True)
         RunFolder(out, name=config.output.name).try_writing(0, config.train.steps)  # images may be drawn for an hour first
@@ -107,6 +102,24 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     if config.data.styles:
         adapter = adapter.with_style_names(config.data.styles)
     return Job(config, choice.request, out, processes, model, adapter.to(model.device), task, choice.report)
+
+
+def output_folder(here: Path, output: OutputTable, data: Mapping[str, str]) -> Path:
+    """Where a run writes.
+
+    Args:
+        data: the fields that name folders of images, and what they name.
+
+    Raises:
+        ConfigError: its parent is missing, or it is inside of such a folder.
+    """
+    out = here / output.folder
+    if not out.parent.is_dir():
+        raise ConfigError(f"output.folder: {out.parent.name!r} is not a folder, create it first")
+    for name, folder in data.items():
+        if folder and out.resolve().is_relative_to((here / folder).resolve()):
+            raise ConfigError(f"output.folder: it is inside {name}, where the run's pictures would be taken for data")
+    return out
 
 
 def _fitted(config: TrainConfig, model: TextToImageModel, teacher: TextToImageModel | None, previous: dict[str, Any]) -> Choice:

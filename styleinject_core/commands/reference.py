@@ -16,14 +16,16 @@ from ..demo.deadiff import DEMO_CONFIG, FIVE_STYLES, five_style_training, new_de
 from ..demo.features import demo_features
 from ..train.data.images import View, decode
 from ..train.data.pairs import Picture, pictures_in_folder, pictures_in_shards
+from ..train.data.source import check_latents
 from ..train.models.training_model import TextToImageModel
 from ..train.objectives.reference import TASKS, PairedImages, ReferenceTask, Shares, align, start_from_host
 from ..train.parallel import Processes, launched_processes
+from ..train.run.checkpoints import RunFolder
 from ..train.run.loop import Result, train
 from ..train.run.reference_folder import ReferenceFolder
 from ..train.run.watch import ProgressBar, loss_plot
 from ..train.settings import TrainSettings, about
-from .build import load_model
+from .build import load_model, output_folder
 from .config_files import ConfigError, ModelTable, OutputTable, load_config
 
 _CONFIGS = {config.base: config for config in (SD15, DEMO_CONFIG)}
@@ -118,15 +120,17 @@ def run(path: Path, dry: bool = False) -> Result | None:
         ConfigError, DataError, DeadiffFileError, ModelError, and what `train` raises.
     """
     config, here, processes = load_config(ReferenceConfig, path), path.parent, launched_processes()
-    out = here / config.output.folder
-    if not out.parent.is_dir():
-        raise ConfigError(f"output.folder: {out.parent.name!r} is not a folder, create it first")
+    out = output_folder(here, config.output, {"data.folder": config.data.folder})
     model = _model(config.model, here)
     data = config.data
     pictures = pictures_in_folder(here / data.folder) if data.folder else pictures_in_shards(here / data.shards)
     shown, held_out = _split(pictures, config.data.validation)
     deadiff = _start(config, here, model)
     encode = _encoder(config, here, deadiff)
+    if processes.is_main and not dry:  # encoding and aligning take their time
+        out.mkdir(exist_ok=True)
+        RunFolder(out, name=config.output.name).try_writing(0, config.train.steps)
+    processes.wait()
     images = read_images(model, shown, config.data.resolution, encode)
     validation = read_images(model, held_out, config.data.resolution, encode) if held_out else None
     task = ReferenceTask(
@@ -144,9 +148,6 @@ def _train(
 ) -> Result:
     written = {key: getattr(config.output, key) for key in ("title", "author", "description", "license")}
     metadata = {f"modelspec.{key}": value for key, value in written.items() if value} | {"deadiff_base": model.name}
-    if processes.is_main:
-        out.mkdir(exist_ok=True)
-    processes.wait()
     folder = ReferenceFolder(out, metadata, getattr(torch, config.output.dtype), config.output.name)
     if config.deadiff.align_steps and not folder.has_state:
         texts = task.images.subject_prompts
@@ -204,7 +205,11 @@ def _encoder(config: ReferenceConfig, here: Path, deadiff: Deadiff) -> Callable[
 def read_images(
     model: TextToImageModel, pictures: Sequence[Picture], resolution: int, encode: Callable[[Tensor], Tensor]
 ) -> PairedImages:
-    """The pictures as training wants them: latents, features and prompts, all in memory."""
+    """The pictures as training wants them: latents, features and prompts, all in memory.
+
+    Raises:
+        DataError: a picture that cannot be decoded, or that the VAE makes NaN of.
+    """
     latents, features = [], []
     for first in range(0, len(pictures), _AT_ONCE):
         pixels = []
@@ -212,6 +217,8 @@ def read_images(
             pixels.append(decode(picture.open(), picture.name, (resolution, resolution), View()))
         batch = torch.stack(pixels)  # (b, 3, H, W)
         latents.append(model.encode(batch.to(model.device)).float().cpu())
+        for picture, latent in zip(pictures[first:], latents[-1], strict=False):
+            check_latents(picture.name, latent)
         features.append(encode((batch.movedim(1, -1) + 1) / 2).float().cpu())
     return PairedImages(
         torch.cat(latents),

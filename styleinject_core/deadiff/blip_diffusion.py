@@ -51,8 +51,8 @@ def start_from_blip_diffusion(deadiff: Deadiff, path: str | Path) -> None:
                 raise DeadiffFileError(f"{path.name}: {len(missing) or 1} of {len(keys) + 2} tensors are missing: {first}")
             values = {own: file.get_tensor(key) for own, key in keys.items()}
             words, positions = map(file.get_tensor, tables)
-    except SafetensorError as error:
-        raise DeadiffFileError(f"{path.name}: damaged, or not a whole safetensors file ({error})") from None
+    except (SafetensorError, OSError) as error:
+        raise DeadiffFileError(f"{path.name}: damaged, or not a whole safetensors file ({str(error)[:300]})") from None
     loaded = {stream: _state(path, deadiff, stream, values, words, positions) for stream in STREAMS}
     for stream, state in loaded.items():
         deadiff.streams[stream].load_state_dict(state)

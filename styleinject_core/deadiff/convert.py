@@ -105,7 +105,7 @@ def open_checkpoint(path: Path) -> Mapping[str, Any]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise DeadiffFileError(f"{path.name}: damaged, or not a whole safetensors file ({error})") from None
+            raise DeadiffFileError(f"{path.name}: damaged, or not a whole safetensors file ({str(error)[:300]})") from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of a damaged file PyTorch raises anything

@@ -88,6 +88,36 @@ def shard(path, members):
             tar.addfile(info, io.BytesIO(content))
 
 
+def test_what_is_left_out_of_a_folder_is_named(folder):
+    """Pictures are known by what is in them; what is none, and what nothing labels, is said."""
+    root, said = folder / "drawings", []
+    picture = next((root / "noto").glob("*.png"))
+    picture.rename(picture.with_suffix(".photo"))
+    (root / "noto" / "raw.CR2").write_bytes(b"II*\0")
+    (root / "noto" / "layers.procreate").write_bytes(b"PK")
+    (root / "noto" / "Thumbs.db").write_bytes(b"x")
+    (root / "stray.png").write_bytes(b"x")
+    (root / "README").write_text("x")
+    assert len(pictures_in_folder(root, said.append)) == 12
+    assert said == [
+        "noto/layers.procreate: not known as an image (skipped)",
+        "noto/raw.CR2: a file of this kind is not read: save it as PNG or JPEG (skipped)",
+        "stray.png: it is in no folder, so that nothing says its style (skipped)",
+    ]
+
+
+def test_a_folder_that_refuses_is_said_before_anything_is_encoded(folder, monkeypatch):
+    """And that the run is not its own data: loss.png would be a picture of the style "run"."""
+    monkeypatch.setattr("styleinject_core.commands.reference.read_images", lambda *_: pytest.fail("it encodes"))
+    (folder / "run").write_text("a file")
+    with pytest.raises(OSError, match="run"):
+        run(write(folder))
+    path = write(folder)
+    path.write_text(path.read_text().replace('folder = "run"', 'folder = "drawings/run"'))
+    with pytest.raises(ConfigError, match="output.folder: it is inside data.folder"):
+        run(path)
+
+
 def test_shards_of_the_folder_are_the_folder(folder):
     """Styles in one shard each, and a style's text in another one than its pictures."""
     root = folder / "drawings"

@@ -19,7 +19,7 @@ ORDER = {
                          "call", "site", "plan", "override", "attach", "files", "hosts", "colors", "router", "summary", "deadiff", "train", "demo",
                          "commands", "cli"],
     "styleinject_core/train": ["settings", "request", "parallel", "random_numbers", "data", "models", "activations", "memory", "objectives", "run"],
-    "integration": ["paths", "live", "style_names", "places", "tokens", "injection", "monitor", "guidance", "taking_part", "reference", "sampling_run", "sampling", "weight_patches", "patcher", "saving",
+    "integration": ["paths", "live", "style_names", "places", "tokens", "injection", "monitor", "guidance", "reference", "taking_part", "sampling_run", "sampling", "weight_patches", "patcher", "saving",
                     "reference_encoder", "text_encoder", "demo_model", "training"],
     "integration/training": ["pictures", "graph_inputs", "comfy_model", "graph_model", "named_runs", "train_options", "drawing", "job", "trainings"],
     "nodes": ["schema", "adapter", "reference", "router", "train", "demo"],

@@ -353,7 +353,7 @@ def test_a_deleted_folder_is_made_again(task, tmp_path, deleted):
     train(adapter, task, TrainSettings(6, checkpoint_every=4), run=run, observer=watch)
     train(expected, Restyle(), TrainSettings(6))
     assert same(adapter, expected)
-    assert len(problems) == 1 and "was deleted" in problems[0]
+    assert len(problems) == 1 and "is gone, deleted or renamed" in problems[0]
     assert [line["step"] for line in RunFolder(run.path).history()] == [1, 2, 3, 4, 5, 6]
     assert train(task.adapter(), task, TrainSettings(6), run=RunFolder(run.path)).resumed_from == 6
 

@@ -862,6 +862,13 @@ def test_a_table_of_columns(folder):
     assert ImageFolder(folder, **SMALL)[1].caption == "p0.png"
 
 
+def test_a_name_of_any_length_is_cut_in_messages(folder):
+    names = [*(f"p{k}.png" for k in range(9)), "more/p9.png", "x" * 5000]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "text": "a"}) for n in names))
+    with pytest.raises(DataError, match=r"metadata\.jsonl: 1 captions have no image \(x{300}\.\.\.\); looked for"):
+        ImageFolder(folder, **SMALL)
+
+
 @pytest.mark.parametrize("text", ['{"file_name": "p0.png", "text": "a"},', '[{"file_name": "p0.png", "text": "a"}'])
 def test_a_table_that_is_one_json_value(folder, text):
     (folder / "metadata.jsonl").write_text(text)

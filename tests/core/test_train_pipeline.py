@@ -352,6 +352,47 @@ def test_another_vae_and_another_text_encoder_are_another_run(models, tmp_path, 
         assert f"{field}: was" in capsys.readouterr().err
 
 
+def test_another_tokenizer_is_another_run(models, tmp_path, capsys):
+    """The same weights read other tokens: its words changed places."""
+    shutil.copytree(models["sd"], tmp_path / "model")
+    assert main(["train", config(tmp_path, tmp_path / "model")]) == 0
+    (file,) = (tmp_path / "model").glob("tokenizer*/tokenizer.json")
+    known = json.loads(file.read_text())
+    words = known["model"]["vocab"]
+    words["c</w>"], words["d</w>"] = words["d</w>"], words["c</w>"]
+    file.write_text(json.dumps(known))
+    capsys.readouterr()
+    assert main(["train", config(tmp_path, tmp_path / "model")]) == 1
+    assert "sampling.encoders: was" in capsys.readouterr().err
+
+
+def test_latents_that_a_pipeline_centers_are_centered(models, tmp_path):
+    """As diffusers' own XL pipelines do where the VAE's config says so; another center is another run."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    shutil.copytree(models["xl"], tmp_path / "model")
+    file = tmp_path / "model" / "vae" / "config.json"
+    plain = PipelineModel.load(tmp_path / "model", CPU, torch.float32)
+    stated = {"latents_mean": [0.5, -1.0, 0.1, 2.0], "latents_std": [2.0, 3.0, 0.5, 1.0]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
+    model = PipelineModel.load(tmp_path / "model", CPU, torch.float32)
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    latents = model.encode(pixels)
+    parts = {
+        name: part for name, part in model.pipeline.components.items() if name not in ("feature_extractor", "image_encoder")
+    }
+    theirs = StableDiffusionXLImg2ImgPipeline(**parts)
+    expected = theirs.prepare_latents(pixels, None, 1, 1, torch.float32, CPU, None, add_noise=False)
+    center, scale = torch.tensor(stated["latents_mean"]).view(1, 4, 1, 1), plain.pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(
+        latents.mean((2, 3)), expected.mean((2, 3)), rtol=0.5, atol=0.5
+    )  # theirs draws from the posterior
+    undone = latents / scale * torch.tensor(stated["latents_std"]).view(1, 4, 1, 1) + center
+    torch.testing.assert_close(undone * scale, plain.encode(pixels))
+    torch.testing.assert_close(model.decode(latents), plain.decode(plain.encode(pixels)), rtol=1e-4, atol=1e-4)
+    assert model.sampling["latents"] != plain.sampling["latents"]
+
+
 def test_class_images_of_another_prediction_are_drawn_anew(models, tmp_path):
     tables = {"instance_prompt": "a zwx cat", "class_prompt": "a cat", "class_images": 2, "class_steps": 2}
     for k, prediction in enumerate(("v_prediction", "epsilon")):

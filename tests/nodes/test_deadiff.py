@@ -134,6 +134,23 @@ def test_weight_0_is_the_model_bit_for_bit_and_so_is_an_unused_part_of_sampling(
     assert all(not close(a, b, 0.01) for a, b in ((halves[0], halves[1]), (halves[0], halves[2]), (halves[1], halves[2])))
 
 
+def test_a_reference_without_effect_is_said(pack, model, apply, tokens, sample, caplog, tmp_path) -> None:
+    """Percents that no step falls into; and where the model is saved, which cannot hold it."""
+    import comfy.sd
+
+    patched = apply(model, style=tokens(), start_percent=0.4, end_percent=0.41)
+    assert torch.equal(sample(patched), sample(model))
+    (line,) = [r.getMessage() for r in caplog.records if "had no effect" in r.getMessage()]
+    assert '"reference tiny" had no effect in this run: none of its 3 steps is inside of start_percent 0.4' in line
+    sample(apply(model, style=tokens()))
+    sample(apply(model, style=tokens(), weight_style=0.0, weight_content=0.0, start_percent=0.4, end_percent=0.41))
+    sample(cached(apply(model, style=tokens())))
+    assert len([r for r in caplog.records if "had no effect" in r.getMessage()]) == 1
+    with torch.inference_mode():
+        comfy.sd.save_checkpoint(str(tmp_path / "saved.safetensors"), apply(model, style=tokens()))
+    assert '"reference tiny" is not saved: what it changes depends on the picture' in caplog.text
+
+
 def test_a_replace_patch_of_another_pack_sees_the_joint_keys(model, apply, tokens, sample) -> None:
     from comfy.ldm.modules.attention import optimized_attention
 

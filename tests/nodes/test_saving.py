@@ -118,3 +118,29 @@ def test_watching_twice_says_it_once(pack, model, adapter, apply, said, tmp_path
     pack.submodule("integration.saving").watch()
     save(apply(model, adapter), tmp_path / "patched.safetensors")
     assert len(said()) == 1
+
+
+def test_a_lora_is_extracted_with_what_weights_hold(model, adapter, lora, apply, said, tmp_path, monkeypatch) -> None:
+    """Core's node for the difference of two models: a router cannot be in it, and that is said; a plain LoRA is."""
+    import folder_paths
+
+    nodes = pytest.importorskip("comfy_extras.nodes_lora_extract")
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+
+    def extract(model):
+        execute = getattr(nodes.LoraSave, "execute", None) or nodes.LoraSave().save
+        options = {"filename_prefix": "l", "rank": 2, "lora_type": "standard", "bias_diff": False}
+        with torch.inference_mode():
+            execute(model_diff=model, **options)
+        return load_file(max(tmp_path.glob("l_*.safetensors")))
+
+    bare, with_lora = extract(model), extract(apply(model, lora))
+    key = KEY.removeprefix("model.").removesuffix(".weight") + ".lora_up.weight"
+    assert not torch.equal(bare[key], with_lora[key])
+    lost = []
+    monkeypatch.setattr("logging.warning", lambda text, *args: lost.append(text % args))
+    extract(apply(model, adapter))
+    assert lost == [
+        'StyleInject: "style" is not in the weights that are extracted: what it changes depends on the picture, and weights cannot '
+        "hold that. Apply it beside what comes of them."
+    ]

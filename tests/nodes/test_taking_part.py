@@ -210,3 +210,45 @@ def test_the_second_model_of_a_guider_has_its_adapters(model, adapter, apply, co
     assert not close(styled, plain, 0.01) and not close(both, styled, 0.01)
     assert not close(both, sampled(apply(model, adapter), other), 0.01)
     assert torch.equal(sampled(model, other), plain) and said() == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "run", "reason"),
+    [
+        ({"role": "negative"}, {"cfg": 1.0}, "the model was never asked for the negative prompt alone (at a CFG of 1"),
+        (
+            {"start_percent": 0.4, "end_percent": 0.41},
+            {},
+            "none of its 3 steps is inside of start_percent 0.4 to end_percent 0.41",
+        ),
+        ({"role": "positive", "end_percent": 0.2}, {"denoise": 0.4}, "denoise below 1"),
+    ],
+)
+def test_a_router_control_without_effect_is_said(model, adapter, apply, sample, run_node, said, rule, run, reason) -> None:
+    control = run_node("StyleInjectRouterControl", weights="1 = 1", **rule)[0]
+    patched = apply(model, adapter, control=control)
+    assert torch.equal(sample(patched, **run), sample(apply(model, adapter), **run))
+    (line,) = said()
+    assert line.startswith('StyleInject: a router control of "style" (for ') and reason in line
+    both = run_node("StyleInjectRouterControl", weights="1 = 1", control=control)[0]
+    sample(apply(model, adapter, control=both), **run)
+    assert len(said()) == 2, "the one that acted is not named"
+
+
+def test_router_controls_that_act_are_no_surprise(model, adapter, apply, sample, run_node, said) -> None:
+    for rule in ({"role": "negative"}, {"role": "positive", "end_percent": 0.3}, {"start_percent": 0.4}):
+        sample(apply(model, adapter, control=run_node("StyleInjectRouterControl", weights="1 = 1", **rule)[0]))
+    assert said() == []
+
+
+@pytest.mark.parametrize("kind", ["EasyCacheNode", "LazyCacheNode"])
+def test_packs_that_skip_steps(model, adapter, apply, sample, said, kind) -> None:
+    """Core's caches: what they keep between steps is the adapted model's, wherever they stand."""
+    nodes = pytest.importorskip("comfy_extras.nodes_easycache")
+
+    def skipping(model):
+        return getattr(nodes, kind).execute(model, 0.9, 0.0, 1.0, False).result[0]
+
+    bare, styled = sample(skipping(model), steps=8), sample(skipping(apply(model, adapter)), steps=8)
+    assert not close(styled, bare, 0.05) and close(sample(apply(skipping(model), adapter), steps=8), styled)
+    assert torch.equal(sample(skipping(model), steps=8), bare) and said() == []

@@ -401,3 +401,48 @@ def test_a_training_says_how_to_use_what_it_made(model, pack, train, monkeypatch
     assert "Saved as output/styleinject/fine/fine.safetensors" in message
     assert "choose output/fine/fine.safetensors" in message and "strength 1" in message and '"zwx"' in message
     assert told[-1] == message.split("\n")[0], "the line of progress is one line"
+
+
+def watched(pack, folder, pictures, monkeypatch) -> tuple:
+    """A Watch that draws these pictures, and what it says."""
+    folder_of_run = pack.submodule("styleinject_core.train.run.checkpoints").RunFolder(folder / "run")
+    watch, said = pack.submodule("integration.training.named_runs").Watch(folder_of_run, "title", None, pictures), []
+    monkeypatch.setattr(watch, "say", said.append)
+    return watch, said
+
+
+def test_pictures_before_the_memory_ran_out_are_kept(pack, tmp_path, monkeypatch) -> None:
+    from PIL import Image
+
+    def pictures():
+        yield torch.full((8, 6, 3), 0.5)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    watch, said = watched(pack, tmp_path, pictures, monkeypatch)
+    watch.sample(3)
+    assert said == ["pictures of step 3: CUDA out of memory. Tried to allocate 2 GiB"]
+    with Image.open(tmp_path / "run" / "samples" / "step-000003.png") as picture:
+        assert picture.size == (6, 8) and picture.getextrema() == ((128, 128),) * 3
+
+
+def test_pictures_of_nan_are_called_so_and_drawn_black(pack, tmp_path, monkeypatch) -> None:
+    from PIL import Image
+
+    both = [torch.ones(8, 6, 3), torch.full((8, 6, 3), float("nan"))]
+    watch, said = watched(pack, tmp_path, lambda: both, monkeypatch)
+    watch.sample(3)
+    assert len(said) == 1 and "pictures of step 3: 1 of 2 (number 2) came out as NaN" in said[0]
+    with Image.open(tmp_path / "run" / "samples" / "step-000003.png") as picture:
+        assert picture.size == (12, 8)
+        assert picture.crop((0, 0, 6, 8)).getextrema() == ((255, 255),) * 3
+        assert picture.crop((6, 0, 12, 8)).getextrema() == ((0, 0),) * 3
+
+
+def test_no_picture_at_all_leaves_no_file(pack, tmp_path, monkeypatch) -> None:
+    def pictures():
+        raise RuntimeError("no kernel")
+        yield
+
+    watch, said = watched(pack, tmp_path, pictures, monkeypatch)
+    watch.sample(3)
+    assert said == ["pictures of step 3: no kernel"] and not list((tmp_path / "run").rglob("*.png"))

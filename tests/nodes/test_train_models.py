@@ -464,7 +464,9 @@ def test_whatever_a_model_is_given_is_handled_by_its_kind(pack, tiny_unet_model,
     assert "attention_mask" not in calls[0][1]
 
     wrapped = pack.submodule("integration.training.comfy_model").ComfyTrainingModel(model)
-    monkeypatch.setattr(wrapped, "_call", lambda noisy, times, named: noisy + times[:, None, None, None] + named["num_tokens"])
+    monkeypatch.setattr(
+        wrapped, "_call", lambda noisy, times, named, *_: noisy + times[:, None, None, None] + named["num_tokens"]
+    )
     noisy, times = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 4, 8, 8), torch.arange(5.0)
     expected = [2 * k + tokens for k, tokens in enumerate((3, 5, 3, 7, 5))]
     assert wrapped._denoised(noisy, times, calls)[:, 0, 0, 0].tolist() == expected
@@ -551,4 +553,8 @@ def test_pictures_of_several_prompts_are_drawn_one_at_a_time(pack, run_node, tra
     with caplog.at_level("INFO"):
         run_node("StyleInjectTrain", model=[model], latents=images, conditioning=prompts, options=[options], **widgets)
     assert calls == [(1, 0), (1, 1)] and (trained_folder / "rough" / "samples" / "step-000001.png").exists()
-    assert "predicting v_prediction" in caplog.text and "3 of 64x64" in caplog.text and "VAE connected" in caplog.text
+    assert (
+        "predicting v_prediction" in caplog.text
+        and "3 of 64x64" in caplog.text
+        and "pictures by the VAE DemoVAE" in caplog.text
+    )

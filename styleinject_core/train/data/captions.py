@@ -117,7 +117,8 @@ def folder_captions(
         )
     if without:
         raise DataError(
-            f"{root}: {len(without)} captions have no image ({first_names(sorted(without))}); looked for {', '.join(SUFFIXES)}"
+            f"{root / tables[0] if tables else root}: {len(without)} captions have no image ({first_names(sorted(without))}); "
+            f"looked for {', '.join(SUFFIXES)}"
         )
     return PurePosixPath(tables[0]).name.lower() if tables else "txt", found
 

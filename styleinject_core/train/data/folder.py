@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from .buckets import Size, bucket_sizes, nearest_bucket
 from .captions import TEXTS, folder_captions, one_line
@@ -31,6 +31,7 @@ from .images import (
     read_size,
 )
 
+NOT_READ = "{}: a file of this kind is not read: save it as PNG or JPEG"
 _MUCH = 0.25  # of a picture, which a user should know to be cut off
 # What lies beside images and is none of them, whatever its first bytes are.
 _TEXTS = (*TEXTS, ".json", ".jsonl", ".csv", ".md", ".npz", ".safetensors", ".toml", ".yaml", ".yml", ".ini", ".db", ".log")
@@ -99,12 +100,12 @@ class ImageFolder:
         sizes = bucket_sizes(resolution, bucket_step, bucket_ratio) if buckets else bucket_sizes(resolution, resolution, 1)
         names, other_files, unreadable = _pictures_and_others(self.root)
         for name in unreadable:
-            self._corrupt.add(name, CorruptError(f"{name}: a file of this kind is not read: save it as PNG or JPEG"))
+            self._corrupt.add(name, CorruptError(NOT_READ.format(name)))
         if caption is None:
             self._captions_from, captions = folder_captions(self.root, names, other_files, unreadable)
         else:
             self._captions_from, captions = "one for all", dict.fromkeys(names, one_line(caption))
-        self._no_images = [name for name in other_files if not name.lower().endswith(_TEXTS)]
+        self._no_images = [name for name in other_files if kind_of(self.root / name) == "other"]
         content = hashlib.sha256()
         self._entries: list[_Entry] = []
         for name in names:
@@ -257,10 +258,8 @@ def _pictures_and_others(root: Path) -> tuple[list[str], list[str], list[str]]:
             name = (Path(folder) / file).relative_to(root).as_posix()
             if file.startswith("."):
                 continue
-            if name.lower().endswith(OTHER_SUFFIXES):
-                unreadable.append(name)
-            else:
-                (pictures if _is_picture(root / name) else other_files).append(name)
+            kind = kind_of(root / name)
+            (pictures if kind == "picture" else unreadable if kind == "unreadable" else other_files).append(name)
     if not pictures and not unreadable:
         found = f"; there are {first_names(sorted(other_files))}" if other_files else ""
         raise DataError(f"{root}: no images; looked for {', '.join(SUFFIXES)}, in subfolders too{found}")
@@ -276,13 +275,17 @@ def _hash_of(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _is_picture(path: Path) -> bool:
-    """By its name, or where that says nothing by its first bytes."""
+def kind_of(path: Path) -> Literal["picture", "unreadable", "text", "other"]:
+    """What a file is, by its name, or where that says nothing by its first bytes; "text" is what lies beside pictures."""
     name = path.name.lower()
-    if name.endswith(SUFFIXES) or name.endswith(_TEXTS):
-        return name.endswith(SUFFIXES)
+    if name.endswith(SUFFIXES):
+        return "picture"
+    if name.endswith(OTHER_SUFFIXES):
+        return "unreadable"
+    if name.endswith(_TEXTS):
+        return "text"
     try:
         with path.open("rb") as file:
-            return is_picture(file.read(32))
+            return "picture" if is_picture(file.read(32)) else "other"
     except OSError:
-        return False
+        return "other"

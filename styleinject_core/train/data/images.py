@@ -35,6 +35,7 @@ OTHER_SUFFIXES = (
 )
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "PCX", "QOI", "ICO", "TGA")
 _BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"qoif")
+_LONGEST = 300  # characters of a name or a reason in a message
 _TIFF_SIZE = (256, 257)  # the tags of width and height
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
@@ -200,7 +201,9 @@ def decode(file: BinaryIO, name: str, size: tuple[int, int], view: View) -> Tens
 def first_names(names: Iterable[str]) -> str:
     """The first three of some names, for a message."""
     some = list(names)
-    return ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
+    return ", ".join(name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in some[:3]) + (
+        ", ..." if len(some) > 3 else ""
+    )
 
 
 @contextlib.contextmanager

@@ -14,12 +14,14 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from .captions import decoded, one_line
+from .folder import NOT_READ, kind_of
 from .images import SUFFIXES, DataError
 from .webdataset import Group, find_shards, groups, member
 
@@ -57,8 +59,11 @@ class Picture:
             raise DataError(f"{self.name}: cannot be read: {error.strerror}") from error
 
 
-def pictures_in_folder(root: Path) -> list[Picture]:
+def pictures_in_folder(root: Path, warn: Callable[[str], None] = warnings.warn) -> list[Picture]:
     """The pictures of a folder of styles, in a fixed order.
+
+    Args:
+        warn: told of files that look like pictures and are left out.
 
     Raises:
         DataError: no such folder, none in it, or a text that cannot be read.
@@ -66,12 +71,20 @@ def pictures_in_folder(root: Path) -> list[Picture]:
     if not root.is_dir():
         raise DataError(f"data.folder: {root.name!r} is not a folder")
     found = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for folder in _shown(root):
+        if not folder.is_dir():
+            if kind_of(folder) in ("picture", "unreadable"):
+                warn(f"{folder.name}: it is in no folder, so that nothing says its style (skipped)")
+            continue
         style_prompt = _text(folder / f"{_STYLE}.txt") or _words(folder.name)
-        for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+        for path in filter(Path.is_file, _shown(folder)):
+            name, kind = f"{folder.name}/{path.name}", kind_of(path)
+            if kind == "unreadable":
+                warn(f"{NOT_READ.format(name)} (skipped)")
+            elif kind == "other":
+                warn(f"{name}: not known as an image (skipped)")
+            elif kind == "picture":
                 subject_prompt = _text(path.with_suffix(".txt")) or _words(path.stem)
-                name = f"{folder.name}/{path.name}"
                 found.append(Picture(path, None, name, folder.name, path.stem, style_prompt, subject_prompt))
     if not found:
         raise DataError(f"data.folder: {root.name!r} has no folders of pictures ({', '.join(SUFFIXES)}) in it")
@@ -164,6 +177,10 @@ def _text(path: Path) -> str:
         return one_line(decoded(path.read_bytes())) if path.is_file() else ""
     except (ValueError, OSError) as error:
         raise DataError(f"{path.parent.name}/{path.name}: {error}") from error
+
+
+def _shown(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _words(name: str) -> str:

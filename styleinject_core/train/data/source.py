@@ -143,11 +143,7 @@ class _Encoding:
         """Raises DataError: latents that are no numbers."""
         with torch.no_grad():
             latents = self._encode(example.pixels.unsqueeze(0))[0].float().cpu()
-        if not torch.isfinite(latents).all():
-            raise DataError(
-                f"{example.name}: the VAE makes NaN or infinite numbers of it, as some do in float16: set model.dtype to "
-                "bfloat16 or float32, or take a VAE that is mended for float16"
-            )
+        check_latents(example.name, latents)
         height, width = example.pixels.shape[-2:]
         about = self._size_conditioning(example.original, example.crop, (height, width)) if self._size_conditioning else {}
         return _Encoded(latents, example.caption, about, self.style(example.name, example.caption))
@@ -352,6 +348,15 @@ class StreamSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.stream.load_state_dict(state)
+
+
+def check_latents(name: str, latents: Tensor) -> None:
+    """Refuse what a VAE made of a picture if it is no numbers (DataError)."""
+    if not torch.isfinite(latents).all():
+        raise DataError(
+            f"{name}: the VAE makes NaN or infinite numbers of it, as some do in float16: set model.dtype to "
+            "bfloat16 or float32, or take a VAE that is mended for float16"
+        )
 
 
 def _is_round(number: int) -> bool:

@@ -20,6 +20,10 @@ from .training_model import TextToImageModel
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
 
 
+_SIGNS = [chr(code) for code in range(33, 127)]
+_EVERY_SIGN = "".join(_SIGNS) + " ".join([*_SIGNS, "a photo of the quick brown fox, caf\u00e9, \u732b"])
+
+
 class ModelError(ValueError):
     """A model that cannot be loaded or trained; the message names it, and what was expected."""
 
@@ -134,10 +138,24 @@ class PipelineModel(TextToImageModel):
             if self._spared:
                 self.spare_encoders()
 
+    def reading(self) -> list[Any]:
+        tokenizers = [getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+        return [[t.model_max_length, t(_EVERY_SIGN, verbose=False).input_ids] for t in tokenizers if t is not None]
+
     @property
     def latent_space(self) -> tuple[Any, ...]:
         config = self.pipeline.vae.config
-        return config.latent_channels, config.scaling_factor, self.pixels_per_latent
+        shifted = (tuple(config.latents_mean), tuple(config.latents_std)) if self._shift is not None else ()
+        return config.latent_channels, config.scaling_factor, self.pixels_per_latent, *shifted
+
+    @property
+    def _shift(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of latents, (1, C, 1, 1) each, where the pipeline brings them to 0 and 1: some of SDXL's kind."""
+        config = self.pipeline.vae.config
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if not self.is_xl or mean is None or deviation is None:
+            return None
+        return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(deviation).view(1, -1, 1, 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,13 +196,21 @@ class PipelineModel(TextToImageModel):
         vae = self.pipeline.vae
         with self._encoding():
             mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        return (mean * vae.config.scaling_factor).float()
+        latents = mean.float()
+        if self._shift is not None:
+            center, deviation = (part.to(latents) for part in self._shift)
+            latents = (latents - center) / deviation
+        return latents * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         with self._encoding():
-            pixels = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+            latents = latents.float() / vae.config.scaling_factor
+            if self._shift is not None:
+                center, deviation = (part.to(latents) for part in self._shift)
+                latents = latents * deviation + center
+            pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample
         return pixels.float().clamp(-1, 1).cpu()
 
     @torch.no_grad()
@@ -233,7 +259,7 @@ def sampling_of_file(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             keys, stated = set(file.keys()), (file.metadata() or {}).get("modelspec.prediction_type", "")
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"model {path.name}: damaged, or not a whole safetensors file ({error})") from error
+        raise ModelError(f"model {path.name}: damaged, or not a whole safetensors file ({str(error)[:300]})") from error
     if "v_pred" not in keys and stated not in ("v", "v_prediction"):
         return {}
     zero_terminal = {"rescale_betas_zero_snr": True} if "ztsnr" in keys else {}

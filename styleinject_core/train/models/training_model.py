@@ -120,7 +120,12 @@ class TextToImageModel(TrainingModel):
 
     @cached_property
     def _encoders_fingerprint(self) -> str:
-        return weights_hash(parameter for encoder in self.encoders() for parameter in encoder.parameters())
+        weights = weights_hash(parameter for encoder in self.encoders() for parameter in encoder.parameters())
+        return tensors_hash([weights, self.reading()]) if self.reading() else weights
+
+    def reading(self) -> list[Any]:
+        """What beside the encoders' weights decides what they make: how a text becomes tokens, as numbers and strings."""
+        return []
 
     def encoders(self) -> list[nn.Module]:
         """What makes latents of pictures and conditioning of captions."""

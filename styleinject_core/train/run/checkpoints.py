@@ -25,7 +25,7 @@ from ...files import save_adapter
 from ...files.atomic import check_writable, replacing
 from ...files.checked import CHECKSUM, DAMAGE, checksum, read
 
-# 1 had no checksum, and knew less about the model and the data; 2 knew weights by other hashes, and 3 folders of images
+# 1 had no checksum, and knew less about model and data; 2 knew weights by other hashes, 3 folders of images and encoders too
 STATE_VERSION = 4
 _HEADER = "styleinject_training"
 _TENSOR = "tensor"
@@ -349,20 +349,18 @@ def _read_state(path: Path) -> TrainState:
 
 
 def _take_hashes(was: dict[str, Any], now: Mapping[str, Any], version: int) -> None:
-    """Let a plan of an older version have today's hashes where its own were of less: of the ends of images, and before version
-    3 of the first values of weights."""
+    """Let a plan of an older version have today's hashes where its own were of less: of the ends of images, of encoders without
+    their tokenizers, and before version 3 of the first values of weights."""
     for key in ("data", "prior", "validation"):
         folders = was.get(key), now.get(key)
         if all(isinstance(folder, Mapping) and "images" in folder and "content" in folder for folder in folders):
             was[key] = {**was[key], "content": now[key]["content"]}
-    if version > 2:
-        return
-    for key in ("model", "teacher"):
-        if key in was and key in now:
-            was[key] = now[key]
     for key in ("sampling", "teacher_sampling"):
         if isinstance(was.get(key), dict) and "encoders" in was[key]:
             was[key] = {**was[key], "encoders": now.get(key, {}).get("encoders")}
+    for key in ("model", "teacher") if version < 3 else ():
+        if key in was and key in now:
+            was[key] = now[key]
 
 
 def _differences(was: Any, now: Any, where: str = "", known_alone: bool = False) -> list[tuple[str, Any, Any]]:

@@ -209,9 +209,9 @@ class _Loop:
             return
         try:
             self._go_on_from(state.parts)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-            if isinstance(error, DataError):
-                raise
+        except (DataError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # anything: it has no checksum where a version wrote it that had none
             where = f"{run.path.name}/{run.state_file.name}"
             reason = str(error)[:300]
             raise CheckpointError(f"{where}: not the state of such a run ({reason}): delete it to start anew") from error
@@ -294,8 +294,10 @@ class _Loop:
         )
 
     def _note_deleted(self, run: RunFolder) -> None:
-        if not run.path.is_dir():
-            self.observer.problem(f"the run's folder {run.path} was deleted, and what was in it; it is made again")
+        if not run.path.exists():
+            self.observer.problem(
+                f"the run's folder {run.path} is gone, deleted or renamed, with all that was in it; it is made again"
+            )
 
     def _surviving(self, what: str) -> AbstractContextManager[None]:
         return _Surviving(self.observer, f"{what} of step {self.result.step}")
