@@ -54,19 +54,24 @@ class Decided(Listener, Observer):
         self.now.clear()
 
 
+def decided(problem: Problem, pool: str, rate: float) -> list[float]:
+    """How decided the convolutions' routers are in each step of a training."""
+    torch.manual_seed(0)
+    config = AdapterConfig(r=4, n_styles=4, router_pool=pool, target_modules=("conv",))
+    adapter = Adapter.create(ARCHITECTURES["demo"].shapes(), config, pool)
+    settings, model, heard = problem.settings(rate, 0), Heard.load(), Decided()
+    model.listener = heard
+    train(adapter, problem.task(model, settings), settings, observer=heard)
+    return heard.by_step
+
+
 def main() -> None:
     problem = Problem("openmoji-line", Size(steps=max(STEPS)))
-    problem.base = Heard.load()
     rows = [["router_pool, learning rate", *(f"step {step}" for step in STEPS)], ["---", *["---:"] * len(STEPS)]]
     for pool in ("sum", "mean"):
         for rate in RATES:
-            torch.manual_seed(0)
-            config = AdapterConfig(r=4, n_styles=4, router_pool=pool, target_modules=("conv",))
-            adapter = Adapter.create(ARCHITECTURES["demo"].shapes(), config, pool)
-            settings, heard = problem.settings(rate, 0), Decided()
-            problem.base.listener = heard
-            train(adapter, problem.task(problem.base, settings), settings, observer=heard)
-            rows.append([f"{pool}, {rate:g}", *(f"{heard.by_step[step - 1]:.2f}" for step in STEPS)])
+            found = decided(problem, pool, rate)
+            rows.append([f"{pool}, {rate:g}", *(f"{found[step - 1]:.2f}" for step in STEPS)])
     print(markdown(rows))
 
 
