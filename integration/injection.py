@@ -35,6 +35,7 @@ _PLAIN_LAYERS = {
     comfy.ops.manual_cast.Linear,
     comfy.ops.manual_cast.Conv2d,
 }
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
 # what a module has where its weights are changed at each use
 _ON_THE_WAY = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
 _TITLES = {
@@ -84,9 +85,12 @@ class ComfyProgram(HostProgram):
             return False
         if "_v" in attributes or REPLACED in attributes or any(map(attributes.get, _ON_THE_WAY)):
             return False
-        parameters = attributes["_parameters"]
+        parameters, dtype, device = attributes["_parameters"], x.dtype, x.device
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        return _plain(weight, x) and (bias is None or _plain(bias, x))
+        for parameter in (weight,) if bias is None else (weight, bias):
+            if type(parameter) not in _PLAIN_TENSORS or parameter.dtype != dtype or parameter.device != device:
+                return False
+        return True
 
     def frozen_weight(self, module: nn.Module, x: Tensor) -> Tensor:
         """W0 with what low-VRAM LoRAs add to it on the way."""
@@ -104,10 +108,6 @@ class ComfyProgram(HostProgram):
     def samples(self, x: Tensor, layer: str, images: int) -> int:
         """Where HyperTile may have split images over rows, as many as the call has."""
         return images if images and layer in self._tiled else x.shape[0]
-
-
-def _plain(parameter: Any, x: Tensor) -> bool:
-    return type(parameter) in (nn.Parameter, Tensor) and parameter.dtype == x.dtype and parameter.device == x.device
 
 
 @dataclass(frozen=True, eq=False)

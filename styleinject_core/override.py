@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import CurrentCall, ModelCall
-from .functional.host import HostLayer
+from .functional.host import HostLayer, as_tokens
 from .layers import LayerShape
 from .plan import Plan
 from .site import Site
@@ -49,7 +49,6 @@ class Override:
         self.sites: list[Site] = []
         self.tails: list[Tail] = []
         self._plan: Plan | None = None
-        self._host: HostLayer | None = None
         self._constants: dict[Any, Any] = {}
         self._class_forward = type(module).forward.__get__(module)
         self._former: Callable[..., Tensor] | None = None  # an instance-level forward somebody set before us
@@ -74,8 +73,9 @@ class Override:
         active = attributes.get(_ACTIVE)
         if not isinstance(active, Override):
             return
-        active.sites[:] = [site for site in active.sites if site is not part]
-        active.tails[:] = [tail for tail in active.tails if tail is not part]
+        parts: list[Any] = active.tails if isinstance(part, Tail) else active.sites
+        if part in parts:
+            parts.remove(part)
         on_top = attributes.get("forward") is active
         if active.sites or active.tails or not on_top:
             return
@@ -91,8 +91,13 @@ class Override:
         if not self.sites:  # rows alone, or neither where somebody else's forward is on top
             out = self._original(x, *args, **kwargs)
             return self._with_tails(x, out) if self.tails else out
-        plan = self._current_plan(x)
-        if not plan.active:
+        plan = self._plan
+        if plan is None or not plan.holds(self.sites, x, self._class_forward if self._former is None else self._former):
+            plan = self._new_plan(x)
+        line = None if args or kwargs else plan.line(x)
+        if line is not None:
+            out = line(x)
+        elif not plan.active:
             out = self._original(x, *args, **kwargs)
         elif self.shape.other:
             with _changed(self.module, plan.active):
@@ -135,28 +140,22 @@ class Override:
     def _original(self) -> Callable[..., Tensor]:
         return self._class_forward if self._former is None else self._former
 
-    def _current_plan(self, x: Tensor) -> Plan:
-        compiling = torch.compiler.is_compiling()
-        plan, host = self._plan, self._frozen(x, keep=not compiling)
-        if plan is None or compiling or torch.is_grad_enabled() or not plan.holds(self.sites, x, host):
-            plan = Plan(self.sites, x, host, keep=not compiling)
-            if not compiling:
-                self._plan = plan if plan.kept else None
+    def _new_plan(self, x: Tensor) -> Plan:
+        keep = not torch.compiler.is_compiling()
+        plan = Plan(self.sites, x, self._frozen(x, keep), keep)
+        if keep:
+            self._plan = plan if plan.kept else None
         return plan
 
     def _frozen(self, x: Tensor, keep: bool) -> HostLayer:
-        """The module by itself; one object for as long as nothing of it changes."""
-        forward, weight, bias = self._original, None, None
-        program = self.sites[0].program if self.sites else None
-        if self._former is None and program is not None and program.readable(self.module, x):
-            weight, bias = self.module._parameters["weight"], self.module._parameters["bias"]
-        host = self._host
-        if not keep or host is None or host.forward is not forward or host.weight is not weight or host.bias is not bias:
-            read = None if program is None else partial(program.frozen_weight, self.module)
-            host = HostLayer(self.shape, forward, weight, bias, self.module, self._constants if keep else None, read)
-            if keep:
-                self._host = host
-        return host
+        """The module by itself."""
+        weight = bias = read = None
+        if self.sites:
+            program = self.sites[0].program
+            read = partial(program.frozen_weight, self.module)
+            if self._former is None and program.readable(self.module, x):
+                weight, bias = self.module._parameters["weight"], self.module._parameters["bias"]
+        return HostLayer(self.shape, self._original, weight, bias, self.module, self._constants if keep else None, read)
 
 
 Part = TypeVar("Part", Site, Tail)
@@ -212,9 +211,3 @@ def _changed(module: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
         yield
     finally:
         module._parameters.update(kept)
-
-
-def as_tokens(x: Tensor, samples: int) -> Tensor:
-    """A Linear's input (..., k) as (B, L, k) with B the images: undoes what splits one image into rows of the batch."""
-    images = samples if samples and x.shape[0] % samples == 0 else x.shape[0]
-    return x if x.ndim == 3 and images == x.shape[0] else x.reshape(images, -1, x.shape[-1])

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from .functional import dispatch
-from .functional.host import HostLayer, statistics_dtype
+from .functional.host import HostLayer, as_tokens, statistics_dtype
 from .functional.update import Hear, LayerWeights, prepare
 from .layers import LayerShape
 from .site import Rows, Site
 
-_data_ptr, _version = Tensor.data_ptr, attrgetter("_version")
+Line = Callable[[Tensor], Tensor]
+_MOST_LINES = 16  # shapes of inputs that a plan knows at a time
+_geometry = attrgetter("padding_mode", "stride", "padding", "dilation")
 
 
 class Plan:
@@ -46,32 +48,86 @@ class Plan:
         self.looks = {site.layer.tokens for site in self.active} - {"all"}
         self.reading = [site for site in self.active if site.layer.prompt_features]  # the prompt
         places = dict.fromkeys(site.rows for site in self.active)
-        self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x, host) for rows in places}
+        self.groups = {rows: _Group([site for site in self.active if site.rows == rows], x) for rows in places}
         self.whole = self.groups[None] if list(self.groups) == [None] else None  # nothing but adapters of the whole layer
         self.kept = keep and not torch.is_grad_enabled() and all(group.lasting for group in self.groups.values())
+        self._lines: dict[Any, Line | None] = {}  # by shape of x and the call's number of images
+        # torch knows no autocast for meta tensors
+        self._simple = self.kept and self.whole is not None and not self.reading and x.device.type != "meta"
         if self.kept:
-            self._strengths = [(site, site.dma, site.sta) for site in sites]
-            self._tables = [site.layer._parameters for site in self.active]
-            parameters = [p for table in self._tables for p in table.values()]
-            # no other has these ids while `_tensors` keeps them
-            self._parameters = [list(map(id, table.values())) for table in self._tables]
-            self._tensors = [p for p in parameters if p is not None]
-            self._pointers = list(map(_data_ptr, self._tensors))
-            # those made in inference mode, as ComfyUI makes them, have no count of changes, and are changed by nobody
-            self._counted = [p for p in self._tensors if not p.is_inference()]
-            self._versions = list(map(_version, self._counted))
+            self._remember()
 
-    def holds(self, sites: Sequence[Site], x: Tensor, host: HostLayer) -> bool:
-        """Whether it is what would be prepared now."""
-        if self.host is not host or self._sites != sites or self._dtype != x.dtype or self._device != x.device:
+    def _remember(self) -> None:
+        """Note what all this was made of."""
+        live = {id(tensor) for group in self.groups.values() for tensor in group.prepared.live}
+        module, forward = self.host.module, self.host.forward
+        own = getattr(forward, "__func__", None) is type(module).forward
+        self._program = self._sites[0].program if own else None  # below somebody's forward W0 cannot be read
+        self._strengths = [(site, site.dma, site.sta) for site in self._sites]
+        self._geometry = _geometry(module) if self.host.shape.is_conv else None
+        self._parameters: list[tuple[Any, str, Any, int]] = [  # table, name, tensor, where its numbers are
+            (site.layer._parameters, name, tensor, 0 if tensor is None else tensor.data_ptr())
+            for site in self.active
+            for name, tensor in site.layer._parameters.items()
+        ]
+        copied = [tensor for *_, tensor, pointer in self._parameters if pointer and id(tensor) not in live]
+        self._addresses = [tensor.detach() for tensor in copied]  # nothing else comes to lie there while these do
+        # those made in inference mode, as ComfyUI makes them, have no count of changes, and are changed by nobody
+        self._versions = [(tensor, tensor._version) for tensor in copied if not tensor.is_inference()]
+
+    def holds(self, sites: Sequence[Site], x: Tensor, forward: Callable[..., Tensor]) -> bool:
+        """Whether it is what would be prepared now: it is asked in every call, and written for that.
+
+        Args:
+            sites: everything on the module, in order.
+            x: the input.
+            forward: the module's, below ours.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        host, program = self.host, self._program
+        if self._dtype is not x.dtype or self._device != x.device or self._sites != sites or host.forward is not forward:
+            return False
+        if program is not None and program.readable(host.module, x):
+            parameters = host.module.__dict__["_parameters"]
+            if parameters["weight"] is not host.weight or parameters["bias"] is not host.bias:
+                return False
+        elif host.weight is not None:
+            return False
+        if self._geometry is not None and _geometry(host.module) != self._geometry:
             return False
         for site, dma, sta in self._strengths:
             if site.dma != dma or site.sta != sta:
                 return False
-        for table, ids in zip(self._tables, self._parameters, strict=True):
-            if list(map(id, table.values())) != ids:
+        for table, name, tensor, pointer in self._parameters:
+            if table[name] is not tensor or (pointer and tensor.data_ptr() != pointer):
                 return False
-        return list(map(_data_ptr, self._tensors)) == self._pointers and list(map(_version, self._counted)) == self._versions
+        return all(tensor._version == version for tensor, version in self._versions)
+
+    def line(self, x: Tensor) -> Line | None:
+        """All that is to be done to inputs like x as one function of x, where nothing is left to choose in this call."""
+        if not self._simple or torch.is_autocast_enabled(self._device.type):
+            return None
+        images = 0
+        for current in self.current:
+            call = current.call
+            if call.listeners or (self.looks and call.tokens is not None):
+                return None
+            images = call.images
+        key = x.shape, images
+        if key not in self._lines:
+            if len(self._lines) >= _MOST_LINES:
+                self._lines.clear()
+            self._lines[key] = self._line(x, images)
+        return self._lines[key]
+
+    def _line(self, x: Tensor, images: int) -> Line | None:
+        host, first = self.host, self.active[0]
+        if x.shape[1 if host.shape.is_conv else -1] != self._known:
+            return None
+        if not host.shape.is_conv and as_tokens(x, first.program.samples(x, first.name, images)) is not x:
+            return None
+        return dispatch.straight(x, host, self.groups[None].prepared)
 
     def run(self, x: Tensor, host: HostLayer) -> Tensor:
         """h* of the layer. Slices of a fused layer are adapted on their own channels, after what adapts it whole.
@@ -185,15 +241,14 @@ def _first_channels(host: HostLayer, h: Tensor, inputs: int) -> HostLayer:
 class _Group:
     """The sites that adapt the same channels."""
 
-    def __init__(self, sites: Sequence[Site], x: Tensor, host: HostLayer):
-        self.sites, self.lasting, self._host = list(sites), True, host
+    def __init__(self, sites: Sequence[Site], x: Tensor):
+        self.sites, self.lasting = list(sites), True
         self.current = list({site.current: None for site in sites})
         # torch knows no autocast for meta tensors
         self._device = None if x.device.type == "meta" else x.device.type
         precise = statistics_dtype(x)
         self.weights = [self._weights(site, x, precise) for site in sites]
         self.prepared = prepare([weights for weights in self.weights if weights.active])
-        self._straight: tuple[torch.Size, Callable[[Tensor], Tensor] | None] | None = None
 
     def _weights(self, site: Site, x: Tensor, precise: torch.dtype) -> LayerWeights:
         def cast(parameter: Tensor) -> Tensor:
@@ -216,13 +271,6 @@ class _Group:
     def _forward(self, x: Tensor, host: HostLayer, hear: Hear | None = None) -> Tensor:
         if self._device is not None and torch.is_autocast_enabled(self._device):
             return dispatch.forward(x, host, self.weights, hear)
-        # the layer by itself: another host belongs to one call, and may hold its input
-        if hear is None and host is self._host and host.constants is not None and not torch.is_grad_enabled():
-            known = self._straight  # for inputs of one shape
-            if known is None or known[0] != x.shape:
-                self._straight = known = (x.shape, dispatch.straight(x, host, self.prepared))
-            if known[1] is not None:
-                return known[1](x)
         return dispatch.run(x, host, self.prepared, hear)
 
     def _heard(self, x: Tensor, host: HostLayer) -> Tensor:

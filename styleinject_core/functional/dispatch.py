@@ -51,14 +51,17 @@ def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None
     """The same with adapters that are ready for calls, outside of autocast."""
     if not prepared.prepared:
         return host(x)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        line = straight(x, host, prepared, hear)
+        if line is not None:
+            return line(x)
     return (fold if prefers_fold(x, host, prepared) else stack).run(x, host, prepared, hear)
 
 
-def straight(x: Tensor, host: HostLayer, prepared: Together) -> Callable[[Tensor], Tensor] | None:
-    """`run` for inputs of x's shape, dtype and device as one function of x, for calls without gradients, autocast and
-    listeners; None where there is none."""
-    form = fold if prefers_fold(x, host, prepared) else stack
-    return form.straight(host, prepared, x.dtype)
+def straight(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None) -> Callable[[Tensor], Tensor] | None:
+    """`run` for inputs of x's shape, dtype and device as one function of x with nothing left to choose, for calls without
+    gradients and autocast, uncompiled; None where there is none."""
+    return (fold if prefers_fold(x, host, prepared) else stack).straight(x, host, prepared, hear)
 
 
 def _under_autocast(x: Tensor, host: HostLayer, adapters: Sequence[LayerWeights], hear: Hear | None) -> Tensor:

@@ -64,29 +64,49 @@ def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None
     return _product(x, host, folded, bias, sign)
 
 
-def straight(host: HostLayer, prepared: Together, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """`run` for a Linear and x of that dtype, without its choices and without gradients; None where it has to choose."""
-    head, weight, bias = prepared.head, host.weight, host.bias
-    if head is None or weight is None or host.shape.is_conv:
+def straight(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None) -> Callable[[Tensor], Tensor] | None:
+    """`run` for inputs of x's shape, dtype and device, without its choices and without gradients; None where it has to
+    choose."""
+    head = prepared.head
+    if head is None or not can_fold(host, prepared):
         return None
-    of, up, scale, precise = head.of, head.up, head.scale, torch.promote_types(dtype, torch.float32)
-    linear, baddbmm, same = F.linear, torch.baddbmm, dtype == precise
+    batch, dtype, is_conv, weight = x.shape[0], x.dtype, host.shape.is_conv, host.weight
+    bias = x.new_zeros(weight.shape[0]) if host.bias is None else host.bias
+    precise, kernel = statistics_dtype(x), is_conv and not is_pointwise(host)
+    # sums do for means: what they are too large by goes into factors of what comes next
+    positions = 1 if kernel else host.count(x)
+    of, up, same = head.of(batch, positions, dtype, hear), head.up.expand(batch, -1, -1), dtype == precise
+    share, scaled = -1 / positions, {} if head.scale == 1 else {"alpha": head.scale}
+    linear, addcmul, baddbmm = F.linear, torch.addcmul, torch.baddbmm
+
+    def folded(total: Tensor, taps: Tensor) -> tuple[Tensor, Tensor]:
+        """W_eff (B, d, k·kh·kw) and c (B, d)."""
+        gain, down = of(total)
+        W = weight.flatten(1) if is_conv else weight
+        if same:
+            shift = addcmul(bias, gain, linear(taps, W), value=share)
+            scaled_weight = addcmul(W, W, gain.unsqueeze(2))
+        else:
+            shift = rounded(addcmul, gain, dtype, bias, gain, linear(taps, W.to(precise)), value=share)
+            scaled_weight = _rescaled(W, gain.unsqueeze(2))
+        return scaled_weight.baddbmm_(up, down, **scaled), shift
 
     def line(x: Tensor) -> Tensor:
-        mean, batch = x.mean(1, dtype=precise), x.shape[0]
-        gain, down = of(mean, dtype)
-        center = linear(mean, weight if same else weight.to(precise))
-        if same:
-            shift = gain * center if bias is None else torch.addcmul(bias, gain, center, value=-1)
-            folded = torch.addcmul(weight, weight, gain.unsqueeze(2))
-        else:
-            operation, arguments = (torch.mul, (gain, center)) if bias is None else (torch.addcmul, (bias, gain, center))
-            shift = rounded(operation, gain, dtype, *arguments, **({} if bias is None else {"value": -1}))
-            folded = _rescaled(weight, gain.unsqueeze(2))
-        folded.baddbmm_(up.expand(batch, -1, -1), down, alpha=scale)
-        return baddbmm(shift.unsqueeze(1), x, folded.mT, beta=-1 if bias is None else 1)
+        total = x.sum(1, dtype=precise)
+        W, shift = folded(total, total)
+        return baddbmm(shift.unsqueeze(1), x, W.mT)
 
-    return line
+    def pointwise(x: Tensor) -> Tensor:
+        total = x.sum((2, 3), dtype=precise)
+        W, shift = folded(total, total)
+        return baddbmm(shift.unsqueeze(2), W, x.flatten(2)).unflatten(2, x.shape[2:])
+
+    def convolution(x: Tensor) -> Tensor:
+        mean, taps = _tap_means(x, host)
+        W, shift = folded(mean, taps.flatten(1))
+        return per_image_conv(x, host, W.unflatten(2, weight.shape[1:]), shift)
+
+    return convolution if kernel else pointwise if is_conv else line
 
 
 def _rescaled(weight: Tensor, gain: Tensor) -> Tensor:
@@ -136,7 +156,8 @@ def _tap_masks(x: Tensor, host: HostLayer, dtype: torch.dtype) -> tuple[Tensor, 
     """What is to be multiplied with an image from the left (kh + 1, H) and from the right (W, kw + 1) for `_tap_means`."""
     if host.constants is None:
         return _taps_along(x, host, 0, dtype), _taps_along(x, host, 1, dtype).mT
-    key = ("taps", x.shape[2:], x.device, dtype)
+    module = host.module
+    key = ("taps", x.shape[2:], x.device, dtype, module.stride, module.padding, module.dilation)
     if key not in host.constants:
         with torch.inference_mode(False):  # they may be met again with gradients
             host.constants[key] = _taps_along(x, host, 0, dtype), _taps_along(x, host, 1, dtype).mT

@@ -171,3 +171,9 @@ def is_pointwise(host: HostLayer) -> bool:
     """Whether a convolution is a matrix product at each pixel."""
     module = host.module
     return host.shape.kernel == (1, 1) and tuple(module.stride) == (1, 1) and module.padding in ((0, 0), "valid", "same")
+
+
+def as_tokens(x: Tensor, samples: int) -> Tensor:
+    """A Linear's input (..., k) as (B, L, k) with B the images: undoes what splits one image into rows of the batch."""
+    images = samples if samples and x.shape[0] % samples == 0 else x.shape[0]
+    return x if x.ndim == 3 and images == x.shape[0] else x.reshape(images, -1, x.shape[-1])

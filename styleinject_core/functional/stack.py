@@ -30,28 +30,32 @@ def run(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None
     return out
 
 
-def straight(host: HostLayer, prepared: Together, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """`run` for x of that dtype, without its choices and without gradients; None where it has to choose."""
-    head, is_conv, positions = prepared.head, host.shape.is_conv, host.positions
+def straight(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None = None) -> Callable[[Tensor], Tensor] | None:
+    """`run` for inputs of x's shape, dtype and device, without its choices and without gradients; None where it has to
+    choose."""
+    head, is_conv, where, batch, dtype = prepared.head, host.shape.is_conv, host.positions, x.shape[0], x.dtype
     if head is None or host.tokens is not None:
         return None
-    of, up, scale, frozen = head.of, head.up, head.scale, host.forward
-    precise = torch.promote_types(dtype, torch.float32)
-    same = dtype == precise
+    precise, positions = statistics_dtype(x), host.count(x)
+    of, up, scale, frozen = head.of(batch, positions, dtype, hear), head.up, head.scale, host.forward
+    same, raising = dtype == precise, up.mT.expand(batch, -1, -1)
+    scaled = {} if scale == 1 else {"alpha": scale}
+    sub, addcmul, bmm = torch.sub, torch.addcmul, torch.bmm
 
     def line(x: Tensor) -> Tensor:
         h = frozen(x)
-        gain, down = of(x.mean(positions, dtype=precise), dtype)
+        gain, down = of(x.sum(where, dtype=precise))
         gain = gain[:, :, None, None] if is_conv else gain.unsqueeze(1)
-        mean = h.mean(positions, keepdim=True, dtype=precise)
         if same:
-            out = torch.addcmul(h, gain, h - mean)
+            seen = h.shape[2] * h.shape[3] if is_conv else positions
+            out = addcmul(h, gain, sub(h, h.sum(where, keepdim=True), alpha=1 / seen))
         else:  # as in `_rescaled_image`
+            mean = h.mean(where, keepdim=True, dtype=precise)
             factor = rounded(torch.add, gain, dtype, gain, 1)
-            out = torch.addcmul(rounded(torch.addcmul, gain, dtype, mean, factor, mean, value=-1), h, factor)
+            out = addcmul(rounded(addcmul, gain, dtype, mean, factor, mean, value=-1), h, factor)
         if is_conv:
-            return LowRank(down, up, scale).beside(out, x, host, owned=True)
-        return out.baddbmm_(torch.bmm(x, down.mT), up.mT.expand(x.shape[0], -1, -1), alpha=scale)
+            return LowRank(down.unflatten(2, host.shape.weight[1:]), up, scale).beside(out, x, host, owned=True)
+        return out.baddbmm_(bmm(x, down.mT), raising, **scaled)
 
     return line
 

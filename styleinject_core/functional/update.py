@@ -51,23 +51,24 @@ class Update:
     mask: Tensor | None = None
 
 
+Hear = Callable[[Any, Tensor], Tensor]  # (weights of a layer, s) -> the s to use: how a call listens to routers, and steers
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Head:
     """An update that is a gain G and one change of low rank for each image, both known from the mean of x alone.
 
     Args:
-        of: mean of x (B, k), in at least float32, and a dtype -> G (B, d), in at least float32, and down (B, R, k[, kh, kw]) in
-            that dtype.
+        of: how many rows x has, over how many positions of each it is summed, x's dtype, and who listens -> a function of
+            that sum (B, k), in at least float32, which gives G (B, d), in at least float32, and down (B, R, k·kh·kw) in
+            x's dtype.
         up: (d, R).
         scale: of the change.
     """
 
-    of: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
+    of: Callable[[int, int, torch.dtype, Hear | None], Callable[[Tensor], tuple[Tensor, Tensor]]]
     up: Tensor
     scale: float
-
-
-Hear = Callable[[Any, Tensor], Tensor]  # (weights of a layer, s) -> the s to use: how a call listens to routers, and steers
 
 
 class Prepared(Protocol):
@@ -80,6 +81,10 @@ class Prepared(Protocol):
     @property
     def needs_mean(self) -> bool:
         """Whether `update` wants the mean of x."""
+
+    @property
+    def live(self) -> Sequence[Tensor]:
+        """Those of the layers' tensors that it reads in each call as they are then, and has neither copies nor views of."""
 
     def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
         """The update for one call.
@@ -124,6 +129,7 @@ class Together:
         self.prepared = tuple(prepared)
         self.folds = all(one.folds for one in self.prepared)
         self.needs_mean = any(one.needs_mean for one in self.prepared)
+        self.live = [tensor for one in self.prepared for tensor in one.live]
 
     def __iter__(self) -> Iterator[Prepared]:
         return iter(self.prepared)

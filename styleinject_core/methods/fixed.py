@@ -218,6 +218,10 @@ class _Fixed:
     needs_mean = False
 
     @property
+    def live(self) -> Sequence[Tensor]:
+        return tuple(self.weights.parts.values())
+
+    @property
     def folds(self) -> bool:
         return not torch.is_grad_enabled()
 

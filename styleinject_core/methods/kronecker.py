@@ -155,6 +155,10 @@ class KroneckerChange:
     needs_mean = False
 
     @property
+    def live(self) -> Sequence[Tensor]:
+        return (self.B,)
+
+    @property
     def folds(self) -> bool:
         """Not in training: the gradient of A ⊗ B is as large as the layer's own."""
         return not torch.is_grad_enabled()

@@ -3,7 +3,7 @@ position is touched, and with several adapters side by side (method, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +139,10 @@ class _SideBySide:
     def needs_mean(self) -> bool:
         return self.router is not None
 
+    @property
+    def live(self) -> Sequence[Tensor]:
+        return self.down
+
     def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
         gain: Tensor | None = None
         changes: tuple[Change, ...] = ()
@@ -158,7 +162,12 @@ class _SideBySide:
             else:
                 gain = torch.addmm(self.hyper_bias, s, self.hyper.mT, beta=self.sta, alpha=self.sta)
         if self.up is not None:
-            changes = (LowRank(self._mixed(s if s.dtype == x.dtype else s.to(x.dtype)), self.up, self.dma),)
+            low = s if s.dtype == x.dtype else s.to(x.dtype)
+            if len(self.down) == 1:
+                mixed = low @ self.down[0].flatten(1)
+            else:
+                mixed = self._mixing(low.shape[0])(low.view(low.shape[0], len(self.down), -1))
+            changes = (LowRank(mixed.view(x.shape[0], -1, *self.down[0].shape[2:]), self.up, self.dma),)
         return _update(gain, changes, self.several[0])
 
     @property
@@ -169,21 +178,33 @@ class _SideBySide:
             return None
         if self.several[0].router_pool != "mean":
             return None
-        A, layers, mixed = self.down[0], len(self.down), self._mixed
-        linear, softmax, shape = F.linear, torch.softmax, A.shape[1:]
+        first, A, layers = self.several[0], self.down[0], len(self.down)
+        router_t, hyper_t, styles = router.mT, hyper.mT, router_bias.shape[0] // layers
+        addmm, mm, softmax = torch.addmm, torch.mm, torch.softmax
+        scaled: dict[str, Any] = (
+            {} if sta == 1 else {"beta": sta, "alpha": sta}
+        )  # a number that is given takes time, also where it is 1
 
-        def of(mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            s = linear(mean, router, router_bias)
-            if layers > 1:
-                s = softmax(s.view(s.shape[0], layers, -1), -1).flatten(1)
-            else:
-                s = softmax(s, -1)
-            if sta == 1:
-                gain = linear(s, hyper, hyper_bias)
-            else:
-                gain = torch.addmm(hyper_bias, s, hyper.mT, beta=sta, alpha=sta)
-            low = s if s.dtype == dtype else s.to(dtype)
-            return gain, mixed(low) if layers > 1 else (low @ A.flatten(1)).view(-1, *shape)
+        def of(batch: int, positions: int, dtype: torch.dtype, hear: Hear | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+            share, same, down = 1 / positions, dtype == router.dtype, (batch, A.shape[1], A[0, 0].numel())
+            by_layer, flat = (batch, layers, styles), (batch, layers * styles)
+            mixed = self._mixing(batch)
+
+            def one(total: Tensor) -> tuple[Tensor, Tensor]:
+                s = softmax(addmm(router_bias, total, router_t, alpha=share), 1)
+                if hear is not None:
+                    s = hear(first, s)
+                low = mm(s if same else s.to(dtype), A.flatten(1))
+                return addmm(hyper_bias, s, hyper_t, **scaled), low.view(down)
+
+            def several(total: Tensor) -> tuple[Tensor, Tensor]:
+                s = softmax(addmm(router_bias, total, router_t, alpha=share).view(by_layer), 2)
+                if hear is not None:
+                    s = torch.stack([hear(*heard) for heard in zip(self.several, s.unbind(1), strict=True)], 1)
+                low = mixed(s if same else s.to(dtype))
+                return addmm(hyper_bias, s.view(flat), hyper_t), low
+
+            return one if layers == 1 else several
 
         return Head(of, self.up, self.dma)
 
@@ -206,24 +227,29 @@ class _SideBySide:
             s = torch.cat([hear(weights, part) for weights, part in zip(self.several, parts, strict=True)], 1)
         return s.flatten(1) if s.ndim == 3 else s
 
-    def _mixed(self, s: Tensor) -> Tensor:
-        """Σ_i s_i A_i of every layer, side by side: (B, J·r, k[, kh, kw])."""
-        layers, batch, shape = len(self.down), s.shape[0], self.down[0].shape  # shape: (n, r, k[, kh, kw])
-        if layers == 1:
-            return (s @ self.down[0].flatten(1)).view(batch, *shape[1:])
-        s = s.view(batch, layers, -1)
+    def _mixing(self, batch: int) -> Callable[[Tensor], Tensor]:
+        """Σ_i s_i A_i of several layers side by side, as a function of s: (B, J, n) -> (B, J·r, k·kh·kw)."""
+        first, layers = self.down[0], len(self.down)
+        styles, rank = first.shape[:2]
+        numbers = first.numel() // styles
+        shape = batch, layers * rank, numbers // rank
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            mixed = torch.stack([s[:, j] @ A.flatten(1) for j, A in enumerate(self.down)], 1)
-        else:
-            size = shape[1:].numel()
-            mixed = s.new_empty(batch, layers, size)
-            if self.together:
-                whole = self.down[0].as_strided((layers, shape[0], size), (shape[0] * size, size, 1))
-                torch.bmm(s.transpose(0, 1), whole, out=mixed.transpose(0, 1))
-            else:
-                for j, A in enumerate(self.down):
-                    torch.mm(s[:, j], A.flatten(1), out=mixed[:, j])
-        return mixed.view(batch, layers * shape[1], *shape[2:])
+            return lambda s: torch.stack([s[:, j] @ A.flatten(1) for j, A in enumerate(self.down)], 1).view(shape)
+        by_layer = (layers, batch, numbers), (numbers, layers * numbers, 1)  # of what is `shape` in memory
+        stack, bmm, mm = ((layers, styles, numbers), (styles * numbers, numbers, 1)), torch.bmm, torch.mm
+
+        def together(s: Tensor) -> Tensor:
+            mixed = s.new_empty(shape)
+            bmm(s.transpose(0, 1), first.as_strided(*stack), out=mixed.as_strided(*by_layer))
+            return mixed
+
+        def apart(s: Tensor) -> Tensor:
+            mixed = s.new_empty(shape)
+            for one, A, out in zip(s.unbind(1), self.down, mixed.as_strided(*by_layer).unbind(), strict=True):
+                mm(one, A.flatten(1), out=out)
+            return mixed
+
+        return together if self.together else apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +259,10 @@ class _TokenByToken:
     weights: StyleInjectWeights
     folds = False
     needs_mean = False
+
+    @property
+    def live(self) -> Sequence[Tensor]:
+        return self.weights.A, self.weights.B
 
     def update(self, x: Tensor, host: HostLayer, mean: Tensor | None, hear: Hear | None) -> Update:
         weights = self.weights

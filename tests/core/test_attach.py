@@ -271,6 +271,14 @@ def test_adapters_loaded_in_inference_mode_run_in_and_out_of_it(inference: bool)
     torch.testing.assert_close(run(0, 1), both)
 
 
+def data_twice(parameter: torch.Tensor) -> None:
+    """Other numbers of a parameter, where its first ones were: its storage is freed in between, and its version stays."""
+    address, values = parameter.data_ptr(), -parameter.detach().clone()
+    parameter.data = torch.empty(0)
+    candidates = [torch.empty_like(values) for _ in range(100)]  # the allocator gives the place to one of these
+    parameter.data = next((c for c in candidates if c.data_ptr() == address), candidates[0]).copy_(values)
+
+
 CHANGES = {
     "nothing": lambda host, attachment, adapters: None,
     "a strength": lambda host, attachment, adapters: attachment.set_strength(0.3, adapter=adapters[0]),
@@ -282,6 +290,28 @@ CHANGES = {
     ),
     "a parameter's data": lambda host, attachment, adapters: setattr(
         adapters[0].layers["layer"].hyper_weight, "data", -adapters[0].layers["layer"].hyper_weight.data
+    ),
+    **{
+        f"the data of {part}, twice": lambda host, attachment, adapters, part=part: data_twice(
+            getattr(adapters[0].layers["layer"], part)
+        )
+        for part in ("A", "B", "router_weight", "router_bias", "hyper_weight", "hyper_bias")
+    },
+    "all data, twice": lambda host, attachment, adapters: [data_twice(p) for a in adapters for p in a.parameters()],
+    "a parameter in its table": lambda host, attachment, adapters: (
+        adapters[-1]
+        .layers["layer"]
+        ._parameters.update(B=nn.Parameter(-adapters[-1].layers["layer"].B.detach(), requires_grad=False))
+    ),
+    "the last adapter's strength": lambda host, attachment, adapters: attachment.set_strength(-0.4, adapter=adapters[-1]),
+    "one adapter to strength 0": lambda host, attachment, adapters: attachment.set_strength(0.0, adapter=adapters[0]),
+    "the order of adapters": lambda host, attachment, adapters: host["layer"].forward.sites.reverse(),
+    "the frozen weight's data": lambda host, attachment, adapters: setattr(host["layer"].weight, "data", -host["layer"].weight),
+    "another frozen weight": lambda host, attachment, adapters: setattr(
+        host["layer"], "weight", nn.Parameter(-host["layer"].weight.detach(), requires_grad=False)
+    ),
+    "another bias": lambda host, attachment, adapters: setattr(
+        host["layer"], "bias", nn.Parameter(host["layer"].bias + 1, requires_grad=False)
     ),
     "the frozen weight": lambda host, attachment, adapters: host["layer"].weight.mul_(-1),
     "the dtype": lambda host, attachment, adapters: [host.double(), *(adapter.double() for adapter in adapters)],
@@ -322,6 +352,10 @@ STRAIGHT = {
     "one token": (nn.Linear(6, 10, bias=False), (3, 1, 6)),
     "a convolution, stride 2": (nn.Conv2d(4, 8, 3, stride=2, padding=1), (3, 4, 5, 5)),
     "one pixel": (nn.Conv2d(4, 8, 3, padding=1, bias=False), (2, 4, 1, 1)),
+    "a convolution, fold": (nn.Conv2d(4, 6, 3, padding=1), (3, 4, 9, 8)),
+    "a convolution, fold, no bias": (nn.Conv2d(4, 6, 3, padding=(0, 1), stride=(2, 1), bias=False), (2, 4, 16, 12)),
+    "a convolution, fold, large": (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 32, 33)),
+    "a convolution of single pixels": (nn.Conv2d(4, 6, 1), (3, 4, 5, 5)),
 }
 
 
@@ -347,7 +381,7 @@ def test_the_straight_line_is_the_reference(case, count, dtype):
                 found = host["layer"](x).double()
             expected = reference.forward(x.double(), plain, weights)
             assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-        assert host["layer"].forward._plan.whole._straight[1] is not None, "it took another way"
+        assert host["layer"].forward._plan.line(x) is not None, "it took another way"
 
 
 def test_an_attachment_that_leaves_takes_its_part_with_it():
@@ -359,3 +393,45 @@ def test_an_attachment_that_leaves_takes_its_part_with_it():
         with attach(host, second):
             assert not torch.allclose(host["layer"](x), alone)
         torch.testing.assert_close(host["layer"](x), alone)
+
+
+def seamless(module):
+    """What nodes for seamless textures put in the place of a convolution."""
+
+    def conv(x, weight, bias):
+        return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias, module.stride)
+
+    module._conv_forward = conv
+
+
+CONVOLUTIONS = {
+    "nothing": lambda module: None,
+    "its border": lambda module: setattr(module, "padding_mode", "circular"),
+    "its padding": lambda module: setattr(module, "padding", (2, 0)),
+    "its stride": lambda module: setattr(module, "stride", (2, 1)),
+    "its dilation": lambda module: setattr(module, "dilation", (1, 2)),
+    "its own convolution": seamless,
+    "its weight": lambda module: module.weight.mul_(-1),
+    "its bias": lambda module: module.bias.add_(1),
+}
+
+
+@pytest.mark.parametrize("change", CONVOLUTIONS)
+@pytest.mark.parametrize("size", [12, 3], ids=["fold", "stack"])
+def test_a_convolution_may_change_between_two_calls(change, size):
+    module = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
+    module._reversed_padding_repeated_twice = [1, 1, 1, 1]  # as padding_mode reads it, of which "zeros" makes none
+    host = nn.ModuleDict({"layer": module})
+    adapter = trained(host, target_modules=("layer",)).requires_grad_(False)
+    x = torch.randn(2, 4, size, size)
+    with torch.no_grad(), attach(host, adapter) as attachment:
+        for _ in range(2):
+            module(x)
+        assert module.forward._plan.line(x) is not None
+        CONVOLUTIONS[change](module)
+        for _ in range(2):
+            found = module(x)
+        weights = [site.layer.weights(lambda p: p, dma=site.dma, sta=site.sta) for sites in attachment.sites for site in sites]
+    plain = HostLayer(LayerShape.of(module), module.forward, None, None, module)
+    with torch.no_grad():
+        torch.testing.assert_close(found, reference.forward(x, plain, weights), rtol=1e-4, atol=1e-5)

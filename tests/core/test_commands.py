@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,6 +257,20 @@ def test_what_cannot_be_written_ends_no_run(here, capsys, monkeypatch):
     changes = {"train": {"sample_every": 2}, "output": {"prompts": ["red apple"]}}
     assert main(["train", str(write(here, **changes))]) == 0
     assert load_adapter(here / "run" / "noto style.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("", "output.folder: it is empty, name a folder for the run"),
+        ("config.toml", "output.folder: .*config.toml cannot be made: File exists"),
+        ("x" * 300, "output.folder: x{200} cannot be made: File name too long"),
+        ("gone/run", "output.folder: 'gone' is not a folder, create it first"),
+    ],
+)
+def test_folders_that_cannot_be_made(here, capsys, folder, message):
+    assert main(["train", str(write(here, output={"folder": folder}))]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_run_is_not_its_own_data(here, capsys):

@@ -65,7 +65,7 @@ class ToyWeights:
     def active(self):
         return self.dma != 0
 
-    folds, needs_mean = True, False
+    folds, needs_mean, live = True, False, ()
 
     def cast(self, dtype):
         return replace(self, u=self.u.to(dtype), v=self.v.to(dtype))

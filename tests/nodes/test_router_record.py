@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from random_adapters import random_adapter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SAMPLERS = [("euler", 1, 4), ("heun", 3, 7), ("dpmpp_sde", 2, 7), ("uni_pc", 1, 4)]  # images, model calls in 4 steps
 
@@ -37,30 +38,35 @@ def latent(samples):
     return {"samples": samples}
 
 
+class Softmax(TorchDispatchMode):
+    """Writes down what softmax makes of one router's logits."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.router, self.routing, self.used = router.data_ptr(), False, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name == "addmm":
+            self.routing = args[2].data_ptr() == self.router
+        elif name in ("softmax", "_softmax") and self.routing:  # in inference mode the former
+            self.used.append(out.clone())
+            self.routing = False
+        return out
+
+
 def spied(pack, model, seen: list, layer: str):
     """A clone that writes down, at each model call, sigma, what the rows are, and the s that one layer has used."""
     from comfy.patcher_extension import WrappersMP
 
-    side = pack.submodule("styleinject_core.methods.styleinject_calls")._SideBySide
-    true_route = side.route
     (injection,) = pack.submodule("integration.patcher").injections_of(model)
     wanted = injection.applied.adapter.layers[layer]
 
     def spy(executor, *args, **kwargs):
-        used = []
-
-        def route(self, *rest):
-            s = true_route(self, *rest)
-            if self.router.data_ptr() == wanted.router_weight.data_ptr():
-                used.append(s.clone())
-            return s
-
-        side.route = route
-        try:
-            return executor(*args, **kwargs)
-        finally:
-            side.route = true_route
-            seen.append((float(args[1][0]), list(args[5]["cond_or_uncond"]), args[0].shape[0], used))
+        with Softmax(wanted.router_weight) as softmax:
+            out = executor(*args, **kwargs)
+        seen.append((float(args[1][0]), list(args[5]["cond_or_uncond"]), args[0].shape[0], softmax.used))
+        return out
 
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
