@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -196,6 +197,8 @@ class _Loop:
             return
         try:
             self._go_on_from(state.parts)
+            if state.version == 1:
+                self._try_step(state.parts["optimizer"])
         except (DataError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # anything: it has no checksum where a version wrote it that had none
@@ -221,6 +224,15 @@ class _Loop:
         if "router" in parts:
             self.meter.load_state_dict(parts["router"])
         self.waited = parts["waited"]
+
+    def _try_step(self, state: Mapping[str, Any]) -> None:
+        """Of a state without a checksum only a step tells whether the optimizer's part is whole; raises whatever that does."""
+        twins = [nn.Parameter(parameter.detach().clone()) for parameter in self.parameters]
+        for twin in twins:
+            twin.grad = torch.zeros_like(twin)
+        optimizer = make_optimizer(twins, self.settings)
+        optimizer.load_state_dict(deepcopy(dict(state)))
+        optimizer.step()
 
     def try_writing(self) -> None:
         """Before step 1, whether the disk takes a checkpoint. Raises WriteError."""
