@@ -10,7 +10,8 @@ from .files.sorting import reasons
 from .hosts.architectures import describe
 from .layer_names import parse
 from .methods import METHODS, AdapterLayer, config_to_dict
-from .router.mean import ROUTER_MEAN, UNUSED, shares, unused
+from .router.analysis import UNUSED
+from .router.mean import ROUTER_MEAN, shares, unused
 
 
 def summarize(adapter: Adapter) -> dict[str, Any]:

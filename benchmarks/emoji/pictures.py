@@ -1,6 +1,7 @@
 """Pictures of benchmarks/emoji/run.py's results: which styles are drawn where each is asked for, and what long trainings do.
 
 python benchmarks/emoji/pictures.py results.jsonl FOLDER    # FOLDER/styles.png, FOLDER/long-TASK.png
+python benchmarks/emoji/pictures.py results.jsonl FOLDER --kept KEPT    # and drawings.png, with adapters of run.py --keep KEPT
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from problems import Size, Styles
 from run import METHODS, read
 from table import COLUMNS, TITLES
 
+from styleinject_core import load_adapter
 from styleinject_core.colors import INK, PAPER, STYLE_COLORS
 from styleinject_core.demo import data
+from styleinject_core.demo.pictures import grid
 from styleinject_core.files.atomic import replacing
 from styleinject_core.router.canvas import color_map
 
+_NAMES = {"lora_equal": "LoRA", "n4_prompt_taught": "StyleInject"}
 _SHOWN = ("concept", "style", "both", "val")
 
 
@@ -27,12 +32,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--kept", type=Path)
+    parser.add_argument("--steps", type=int, default=Styles.steps, help="of the adapters that draw")
     arguments = parser.parse_args()
     lines = [line for line in read(arguments.results) if not line["tuning"]]
     arguments.folder.mkdir(parents=True, exist_ok=True)
     several(lines, arguments.folder / "styles.png")
     for task in TITLES:
         long(task, lines, arguments.folder / f"long-{task}.png")
+    if arguments.kept is not None:
+        drawings(arguments.kept, arguments.steps, arguments.folder / "drawings.png")
+
+
+def drawings(kept: Path, steps: int, path: Path) -> None:
+    """Things that were held out, in each style, by the artist and by two adapters that learned all of them from the others."""
+    problem = Styles(Size())
+    concepts = problem.new[:: len(problem.new) // 8][:8]
+    rows = []
+    for k, style in enumerate(problem.styles):
+        rows.append((f"{style}: the artist", data.images(style)[concepts]))
+        for row in ("lora_equal", "n4_prompt_taught"):
+            adapter = load_adapter(kept / f"styles-{row}-{steps}-0.safetensors")
+            with torch.no_grad(), problem.base.attachment(adapter):
+                rows.append((_NAMES[row], problem.draw(problem.base, problem.prompts(k, concepts), seed=1000)))
+    title = f"Four styles in one adapter, {steps} steps: the style is a word of the prompt"
+    grid(path, title, rows, [data.concepts()[k].name for k in concepts], [False] * len(concepts))
 
 
 def several(lines: Sequence[dict[str, Any]], path: Path) -> None:

@@ -43,7 +43,6 @@ class Size:
         concepts: how many are trained on and measured at most.
         alignment: training steps of the Chinese encoder.
         search: whether the best learning rate is looked for, or the method's own is taken.
-        long: how many times the usual steps, at a constant rate and measured on the way; 1 is the usual training.
     """
 
     steps: int | None = None
@@ -52,7 +51,6 @@ class Size:
     concepts: int = 10_000
     alignment: int = 300
     search: bool = True
-    long: int = 1
 
 
 QUICK = Size(steps=2, batch=2, sampling_steps=2, concepts=3, alignment=2, search=False)
@@ -108,8 +106,14 @@ class Problem:
         batch = min(settings.batch_size, len(latents))
         return LatentSource(list(latents), prompts, batch_size=batch, seed=settings.seed, **more)
 
-    def settings(self, rate: float, seed: int) -> TrainSettings:
-        steps, long = self.size.long * (self.size.steps or self.steps), self.size.long > 1
+    @property
+    def usual(self) -> int:
+        """Steps of the usual training."""
+        return self.size.steps or self.steps
+
+    def settings(self, rate: float, seed: int, steps: int = 0) -> TrainSettings:
+        """Of a training; one of more steps than usual has a constant rate, and is measured on the way."""
+        steps, long = steps or self.usual, steps > self.usual
         return TrainSettings(
             steps,
             self.size.batch,

@@ -82,21 +82,17 @@ class Bar(Observer):
 class Bench:
     """The runs of one results file."""
 
-    def __init__(self, out: Path, size: Size, keep: Path | None = None):
-        self.out, self.size, self.keep = out, size, keep
+    def __init__(self, out: Path, size: Size, keep: Path | None = None, long: int = 1):
+        self.out, self.size, self.keep, self.long = out, size, keep, long
         self.lines = read(out)
         if out.exists() and not out.read_bytes().endswith(b"\n"):  # stopped while it wrote: the next line is one of its own
             with out.open("a") as file:
                 file.write("\n")
         self.problem = cache(lambda task: PROBLEMS[task](size))
 
-    def steps(self, task: str) -> int:
-        """Of a usual training."""
-        return self.size.steps or self.problem(task).steps
-
     def table_row(self, task: str, row: str, seed: int) -> None:
         rate = self.rate(TUNED_ON.get(task, task), row) if METHODS[row].rate else 0.0
-        self.line(Run(task, row, seed, rate, self.size.long * self.steps(task)))
+        self.line(Run(task, row, seed, rate, self.long * self.problem(task).usual))
 
     def rate(self, task: str, row: str) -> float:
         """The best learning rate, better than the next lower and higher one.
@@ -107,7 +103,7 @@ class Bench:
 
         @cache
         def badness(k: int) -> tuple[float, float]:
-            metrics = self.line(Run(task, row, TUNING_SEED, RATES[k], self.steps(task), True))["metrics"]
+            metrics = self.line(Run(task, row, TUNING_SEED, RATES[k], self.problem(task).usual, True))["metrics"]
             return -round(metrics.get("seen_both", 0.0), 4), metrics.get("seen_kid", math.inf)  # as many up to rounding
 
         best, steps = RATES.index(METHODS[row].rate), (0, 1, -1) if self.size.search else (0,)
@@ -139,7 +135,7 @@ class Bench:
             return columns if measured.validation is None else {**columns, "val": measured.validation_loss()}
 
         if run.rate:
-            settings, bar = problem.settings(run.rate, run.seed), Bar(run, on_the_way)
+            settings, bar = problem.settings(run.rate, run.seed, run.steps), Bar(run, on_the_way)
             try:
                 losses = train(trained, problem.task(model, settings, given or taught), settings, observer=bar).losses
             except TrainingError as error:  # diverged: that is a result too
@@ -161,7 +157,7 @@ class Bench:
 
     def ideal(self, task: str) -> None:
         """The line of what is learned from, for the table."""
-        run = Run(task, IDEAL, 0, 0.0, self.steps(task))
+        run = Run(task, IDEAL, 0, 0.0, self.problem(task).usual)
         if not any(run.of(line) for line in self.lines):
             self.append({**dataclasses.asdict(run), "parameters": 0, "metrics": self.problem(task).ideal(), "seconds": 0.0})
 
@@ -193,8 +189,8 @@ def main(options: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few steps, few concepts: only shows that it runs")
     arguments = parser.parse_args(options)
     size = QUICK if arguments.quick else Size()
-    size = dataclasses.replace(size, steps=arguments.steps or size.steps, long=10 if arguments.long else 1)
-    bench = Bench(arguments.out, size, arguments.keep)
+    size = dataclasses.replace(size, steps=arguments.steps or size.steps)
+    bench = Bench(arguments.out, size, arguments.keep, 10 if arguments.long else 1)
     for task in PROBLEMS if arguments.task == "all" else [arguments.task]:
         bench.ideal(task)
         for seed in arguments.seeds:

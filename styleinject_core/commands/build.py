@@ -88,8 +88,7 @@ def build(config: TrainConfig, here: Path, processes: Processes, dry: bool = Fal
     class_folder = config.dreambooth.class_folder if isinstance(config, DreamBoothConfig) else ""
     out = output_folder(here, config.output, {"data.folder": config.data.folder, "dreambooth.class_folder": class_folder})
     if processes.is_main and not dry:
-        out.mkdir(exist_ok=True)
-        RunFolder(out, name=config.output.name).try_writing(0, config.train.steps)  # images may be drawn for an hour first
+        make_folder(out, config.output, config.train.steps)  # images may be drawn for an hour first
     processes.wait()
     model = load_model(config.model, here)
     if config.data.resolution % model.pixels_per_latent:
@@ -120,6 +119,20 @@ def output_folder(here: Path, output: OutputTable, data: Mapping[str, str]) -> P
         if folder and out.resolve().is_relative_to((here / folder).resolve()):
             raise ConfigError(f"output.folder: it is inside {name}, where the run's pictures would be taken for data")
     return out
+
+
+def make_folder(out: Path, output: OutputTable, steps: int) -> None:
+    """Make a run's folder, and try what the run will write.
+
+    Raises:
+        ConfigError: it cannot be made.
+        WriteError: it refuses one of the files.
+    """
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output.folder: {str(out)[-200:]} cannot be made: {error.strerror}") from None
+    RunFolder(out, name=output.name).try_writing(0, steps)
 
 
 def _fitted(config: TrainConfig, model: TextToImageModel, teacher: TextToImageModel | None, previous: dict[str, Any]) -> Choice:

@@ -145,6 +145,8 @@ class OutputTable:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
+        if not self.folder.strip():
+            raise ValueError("folder: it is empty, name a folder for the run")
         object.__setattr__(self, "name", check_name(self.name))
 
 

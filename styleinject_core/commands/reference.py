@@ -20,12 +20,11 @@ from ..train.data.source import check_latents
 from ..train.models.training_model import TextToImageModel
 from ..train.objectives.reference import TASKS, PairedImages, ReferenceTask, Shares, align, start_from_host
 from ..train.parallel import Processes, launched_processes
-from ..train.run.checkpoints import RunFolder
 from ..train.run.loop import Result, train
 from ..train.run.reference_folder import ReferenceFolder
 from ..train.run.watch import ProgressBar, loss_plot
 from ..train.settings import TrainSettings, about
-from .build import load_model, output_folder
+from .build import load_model, make_folder, output_folder
 from .config_files import ConfigError, ModelTable, OutputTable, load_config
 
 _CONFIGS = {config.base: config for config in (SD15, DEMO_CONFIG)}
@@ -128,8 +127,7 @@ def run(path: Path, dry: bool = False) -> Result | None:
     deadiff = _start(config, here, model)
     encode = _encoder(config, here, deadiff)
     if processes.is_main and not dry:  # encoding and aligning take their time
-        out.mkdir(exist_ok=True)
-        RunFolder(out, name=config.output.name).try_writing(0, config.train.steps)
+        make_folder(out, config.output, config.train.steps)
     processes.wait()
     images = read_images(model, shown, config.data.resolution, encode)
     validation = read_images(model, held_out, config.data.resolution, encode) if held_out else None

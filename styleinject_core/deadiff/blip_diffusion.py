@@ -64,8 +64,10 @@ def _state(
     """One stream's state dict: the file's tensors in the stream's shapes, and the rows of its text."""
     wanted = deadiff.streams[stream].state_dict()
     ids = list(WORD_IDS[stream][: deadiff.config.words])
-    if len(words) <= max(ids) or len(positions) < len(ids):
-        raise DeadiffFileError(f"{path.name}: its table of words has shape {tuple(words.shape)}, too small for {stream!r}")
+    tables = words.ndim == positions.ndim == 2 and words.shape[1] == positions.shape[1]
+    if not tables or len(words) <= max(ids) or len(positions) < len(ids):
+        shapes = f"{tuple(words.shape)} and {tuple(positions.shape)}"
+        raise DeadiffFileError(f"{path.name}: its tables of words and positions have shapes {shapes}, too small for {stream!r}")
     rows = {**values, "qformer.text": words[ids].float() + positions[: len(ids)].float()}
     for name, like in wanted.items():
         found = rows[name]

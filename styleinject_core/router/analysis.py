@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .trace import RouterTrace, TraceError
 
+UNUSED = 0.01  # a style whose mean share is smaller is hardly ever chosen
+
 
 def timeline(trace: RouterTrace, role: str | None = None, image: int | None = None) -> Tensor:
     """The mean probability of every style at every step, over layers and images: (steps, n)."""
@@ -47,15 +49,19 @@ def layer_statistics(trace: RouterTrace, role: str | None = None, image: int | N
         entropy: of its s, 0 one style to 1 all alike, mean over steps and images.
         reaction: how much s depends on step and image: the mean distance (half the sum of absolute differences, 0 to 1)
             of s from the layer's own mean.
+        unused: the share of its styles that are hardly ever chosen (a mean of s below `UNUSED`).
         dma, sta: the mean sizes of its increments, relative to the frozen layer's output; NaN where not measured.
     """
     s = _of_image(trace.by_step(role), image)  # (steps, layers, images, n)
     sizes = _of_image(trace.by_step(role, trace.sizes), image).nanmean((0, 2))
     away = (s - s.nanmean((0, 2), keepdim=True)).abs().nansum(-1) / 2
     missing = s.isnan().all(-1)
+    mean = s.nanmean((0, 2))  # (layers, n); a layer with fewer styles than others has NaN for those it has not
+    unused = (mean < UNUSED).float().where(~mean.isnan(), math.nan).nanmean(-1)
     return {
         "entropy": entropy(s).nanmean((0, 2)),
         "reaction": torch.where(missing, math.nan, away).nanmean((0, 2)),
+        "unused": unused,
         "dma": sizes[:, 0],
         "sta": sizes[:, 1],
     }

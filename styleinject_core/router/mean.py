@@ -17,9 +17,9 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..call import Listener
 from ..config import is_finite
+from .analysis import UNUSED
 
 ROUTER_MEAN = "styleinject.router_mean"  # metadata: JSON, {layer: [share of each style]}
-UNUSED = 0.01  # a style whose share is smaller is hardly ever chosen
 _RATE = 0.01  # of a step in the mean: it spans about the last hundred
 
 

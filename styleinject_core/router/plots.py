@@ -106,6 +106,8 @@ def layers(trace: RouterTrace, role: str | None = None, image: int | None = None
     ]
     whose = f"{role} prompt" if role in ("positive", "negative") else role or "all roles"
     subtitle = f"mean over the steps, {whose}{_which_image(image)}" + (", layers of a kind together" if grouped else "")
+    unused = float(statistics["unused"].nanmean().nan_to_num(0.0))
+    subtitle += f"; {unused:.0%} of the layers' styles hardly ever chosen" if unused else ""
     drawn = figure(max(4.5, 1.9 + 0.19 * len(names)), trace.title, subtitle, trace.remarks)
     axes = drawn.subplots(1, len(columns), sharey=True)
     for axis, (key, label, color) in zip(axes, columns, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("tqdm")
-MODULES = ("measure", "methods", "chinese", "problems", "run", "table")
+MODULES = ("measure", "methods", "chinese", "problems", "run", "table", "pictures", "saturation")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,6 @@ def test_quick_run_is_complete_and_resumable(bench, tmp_path, task, row, column)
 
 @pytest.mark.parametrize(("best", "tried"), [(1e-2, [3e-3, 1e-2, 3e-2]), (1e-1, [3e-3, 1e-2, 3e-2, 1e-1, 3e-1])])
 def test_learning_rates_are_tried_until_the_best_has_worse_neighbors(bench, tmp_path, monkeypatch, best, tried):
-    import math
-
     def execute(_, run):  # 3e-1 diverges
         return {"metrics": {"seen_kid": abs(math.log(run.rate / best))} if run.rate < 0.3 else {}, "error": "diverged"}
 
@@ -117,6 +116,40 @@ def test_a_line_that_was_cut_off_spoils_no_other(bench, tmp_path):
     assert runs.lines == []
     runs.append({"task": "style"})
     assert bench["run"].read(out) == [{"task": "style"}]
+
+
+def test_information_is_what_a_choice_says_of_the_style_that_is_asked_for(bench):
+    choices = bench["problems"].Choices()
+    says = {"all": torch.eye(2), "nothing": torch.full((2, 2), 0.5)}
+    for style in (0, 1, 1):  # a style may be drawn more often
+        choices.style = style
+        for layer, s in says.items():
+            choices.record(layer, torch.stack([s[style]] * 3 + [torch.tensor([1.0, 0.0])] * 3))  # the other half is unasked
+    found = choices.information()
+    assert found["all"] == pytest.approx(math.log(2)) and found["nothing"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_long_trainings_are_measured_on_the_way_and_drawn(bench, tmp_path):
+    out, kept = tmp_path / "results.jsonl", tmp_path / "kept"
+    options = ["--task", "styles", "--rows", "n4_prompt_taught", "--seeds", "0", "--quick", "--steps", "1", "--long"]
+    bench["run"].main([*options, "--out", str(out), "--keep", str(kept)])
+    lines = bench["run"].read(out)
+    tuning, long = (line for line in lines if line["row"] == "n4_prompt_taught")
+    assert (tuning["steps"], long["steps"]) == (1, 10) and "curve" not in tuning and long["rate"] == tuning["rate"]
+    assert [point["step"] for point in long["curve"]] == list(range(1, 11)) and {"both", "val"} <= long["curve"][0].keys()
+    assert long["metrics"]["information"] >= 0 and len(long["metrics"]["confusion"]) == 4
+    assert [path.name for path in kept.iterdir()] == ["styles-n4_prompt_taught-10-0.safetensors"]
+    usual = {name: value for name, value in long.items() if name != "curve"}
+    bench["pictures"].several([usual], tmp_path / "styles.png")
+    bench["pictures"].long("styles", lines, tmp_path / "long.png")
+    assert (tmp_path / "styles.png").stat().st_size > 5000 and (tmp_path / "long.png").stat().st_size > 5000
+
+
+def test_a_sum_of_logits_decides_earlier_than_their_mean(bench):
+    problem = bench["problems"].Problem("openmoji-line", bench["problems"].Size(steps=4, batch=2, concepts=3))
+    both = {pool: bench["saturation"].decided(problem, pool, 1e-2) for pool in ("sum", "mean")}
+    assert both["sum"][0] == both["mean"][0] == pytest.approx(0, abs=1e-6), "all styles alike before training"
+    assert both["sum"][3] > 5 * both["mean"][3]
 
 
 def test_table_has_means_spreads_and_what_was_tried(bench):

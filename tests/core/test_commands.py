@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,10 +174,10 @@ def test_texts_of_other_systems(here):
     ):
         load_config(TrainConfig, path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    for command in ("train", "dreambooth", "distill"):
-        done = subprocess.run([sys.executable, "-m", "styleinject_core.cli", command, "--template"], env=environment,
-                              capture_output=True, timeout=120)  # fmt: skip
-        assert done.returncode == 0 and b"[output]" in done.stdout and b"?" not in done.stdout.replace(b"?,", b"")
+    commands = "[main([command, '--template']) for command in ('train', 'dreambooth', 'distill')]"
+    script = f"from styleinject_core.cli import main; raise SystemExit(any({commands}))"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count(b"[output]") == 3 and b"?" not in done.stdout.replace(b"?,", b"")
 
 
 def test_missing_parts_and_files(tmp_path):
@@ -256,6 +257,20 @@ def test_what_cannot_be_written_ends_no_run(here, capsys, monkeypatch):
     changes = {"train": {"sample_every": 2}, "output": {"prompts": ["red apple"]}}
     assert main(["train", str(write(here, **changes))]) == 0
     assert load_adapter(here / "run" / "noto style.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("", "output.folder: it is empty, name a folder for the run"),
+        ("config.toml", "output.folder: .*config.toml cannot be made: File exists"),
+        ("x" * 300, "output.folder: x{200} cannot be made: File name too long"),
+        ("gone/run", "output.folder: 'gone' is not a folder, create it first"),
+    ],
+)
+def test_folders_that_cannot_be_made(here, capsys, folder, message):
+    assert main(["train", str(write(here, output={"folder": folder}))]) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_run_is_not_its_own_data(here, capsys):

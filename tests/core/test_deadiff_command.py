@@ -110,7 +110,7 @@ def test_a_folder_that_refuses_is_said_before_anything_is_encoded(folder, monkey
     """And that the run is not its own data: loss.png would be a picture of the style "run"."""
     monkeypatch.setattr("styleinject_core.commands.reference.read_images", lambda *_: pytest.fail("it encodes"))
     (folder / "run").write_text("a file")
-    with pytest.raises(OSError, match="run"):
+    with pytest.raises(ConfigError, match="output.folder: .*run cannot be made: File exists"):
         run(write(folder))
     path = write(folder)
     path.write_text(path.read_text().replace('folder = "run"', 'folder = "drawings/run"'))

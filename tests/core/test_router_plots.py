@@ -56,6 +56,7 @@ def test_means_over_what_is_there():
     assert analysis.plain(analysis.decidedness(trace)) == [[1, 1, None, None]] * 2
     found = analysis.layer_statistics(trace)
     assert found["reaction"].tolist() == [0.5, 0.0] and found["entropy"].tolist() == [0, 0]
+    assert found["unused"].tolist() == [0.0, 0.5], "the second layer never chooses its second style"
     with pytest.raises(TraceError, match="image 2 of the batch: the trace has 1"):
         analysis.timeline(trace, image=1)
 

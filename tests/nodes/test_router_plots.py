@@ -61,7 +61,7 @@ def test_layers(execute, recorded):
     monitor, latent, _ = recorded
     (image,), shown = execute("StyleInjectRouterLayers", trace=monitor, after=latent)
     statistics = shown["styleinject"][0]["values"]["negative"]
-    assert set(statistics) == {"entropy", "reaction", "dma", "sta"}
+    assert set(statistics) == {"entropy", "reaction", "unused", "dma", "sta"}
     assert all(0 < value < 1 for value in statistics["entropy"])
     assert all(value is not None and value > 0 for key in ("dma", "sta") for value in statistics[key])
     assert image.std() > 0.02

@@ -45,7 +45,13 @@ OnCorrupt = Literal["skip", "stop"]
 
 
 class DataError(ValueError):
-    """Training data that cannot be used; the message names the file, what was found and what was expected."""
+    """Training data that cannot be used; the message names the file, what was found and what was expected.
+
+    What was found may be of any length: the middle of a long message is left out.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= 4 * _LONGEST else f"{message[: 3 * _LONGEST]} ... {message[-_LONGEST:]}")
 
 
 class CorruptError(DataError):
