@@ -99,21 +99,23 @@ class Plan:
         for site, dma, sta in self._strengths:
             if site.dma != dma or site.sta != sta:
                 return False
-        for table, name, tensor, pointer in self._parameters:
-            if table[name] is not tensor or (pointer and tensor.data_ptr() != pointer):
-                return False
+        try:
+            for table, name, tensor, pointer in self._parameters:
+                if table[name] is not tensor or (pointer and tensor.data_ptr() != pointer):
+                    return False
+        except KeyError:  # one has left
+            return False
         return all(tensor._version == version for tensor, version in self._versions)
 
     def line(self, x: Tensor) -> Line | None:
         """All that is to be done to inputs like x as one function of x, where nothing is left to choose in this call."""
         if not self._simple or torch.is_autocast_enabled(self._kind):
             return None
-        images = 0
         for current in self.current:
             call = current.call
             if call.listeners or (self.looks and call.tokens is not None):
                 return None
-            images = call.images
+        images = self.current[0].call.images
         key = x.shape, images
         if key not in self._lines:
             if len(self._lines) >= _MOST_LINES:
@@ -140,7 +142,8 @@ class Plan:
             return self._on_known_channels(x, host)
         if self.whole is not None:
             return self.whole.run(x, host)
-        h = self.groups[None].run(x, host) if None in self.groups else host(x)
+        frozen = None not in self.groups
+        h = host(x) if frozen else self.groups[None].run(x, host)
         places = sorted((rows for rows in self.groups if rows is not None), key=lambda rows: (rows.start, rows.size))
         while places:  # slices that overlap, one after the other
             apart: list[Rows] = []
@@ -149,8 +152,8 @@ class Plan:
             for rows in places:
                 (apart if rows.start >= end else later).append(rows)
                 end = rows.start + rows.size if rows is apart[-1] else end
-            h = self._in_slices(x, h, host, apart)
-            places = later
+            h = self._in_slices(x, h, host if frozen else replace(host, weight=None, bias=None), apart)
+            places, frozen = later, False  # from here on W0 and b do not give h
         return h
 
     def run_on(self, x: Tensor, host: HostLayer, tokens: slice, frames: int) -> Tensor:

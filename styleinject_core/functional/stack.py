@@ -40,7 +40,7 @@ def straight(x: Tensor, host: HostLayer, prepared: Together, hear: Hear | None =
         return None
     precise, positions = statistics_dtype(x), host.count(x)
     of, up, scale, frozen = head.of(batch, positions, dtype, hear), head.up, head.scale, host.forward
-    if host.weight is not None and not is_conv and hear is None:  # who listens hears of h too
+    if host.weight is not None and not is_conv and getattr(frozen, "__self__", None) is host.module:  # h is not given
         frozen = partial(_linear, host.weight, host.bias)
     same, raising = dtype == precise, up.mT.expand(batch, -1, -1)
     scaled = {} if scale == 1 else {"alpha": scale}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 from styleinject_core import Adapter, AdapterConfig, AdapterMismatchError, Applied, LayerShape, SelectorError, attach
+from styleinject_core.attach import Attachment, Place
 from styleinject_core.call import Listener, ModelCall
 from styleinject_core.functional import reference
 from styleinject_core.functional.host import HostLayer
+from styleinject_core.site import Rows
 
 
 class Block(nn.Module):
@@ -435,3 +438,31 @@ def test_a_convolution_may_change_between_two_calls(change, size):
     plain = HostLayer(LayerShape.of(module), module.forward, None, None, module)
     with torch.no_grad():
         torch.testing.assert_close(found, reference.forward(x, plain, weights), rtol=1e-4, atol=1e-5)
+
+
+class Unreadable(nn.Linear):
+    """A Linear that the program does not know: forms ask it for h, and cannot fold."""
+
+
+def test_a_slice_is_adapted_after_the_whole_layer_and_after_slices_it_overlaps():
+    """The same whether W0 can be read or not: folding it anew would lose what was there before."""
+    fused = nn.Linear(6, 12).requires_grad_(False)
+    other = Unreadable(6, 12).requires_grad_(False)
+    other.load_state_dict(fused.state_dict())
+    whole = trained(nn.ModuleDict({"qkv": fused}), 1, target_modules=("qkv",))
+    slices = [trained(nn.ModuleDict({"to_q": nn.Linear(6, 8)}), seed, target_modules=("to_q",)) for seed in (2, 3)]
+    x = torch.randn(2, 40, 6)
+    for adapters in ([whole, slices[0]], slices, [whole, *slices]):
+        found = []
+        for module in (fused, other):
+            attachments = [
+                Attachment(
+                    nn.ModuleDict({"qkv": module}), [Applied(a)], {} if a is whole else {"to_q": Place("qkv", Rows(2 * k, 8))}
+                )
+                for k, a in enumerate(adapters)
+            ]
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                for attachment in attachments:
+                    stack.enter_context(attachment)
+                found.append([module(x) for _ in range(2)])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
