@@ -89,7 +89,7 @@ class FileChoices:
             status = self.path(name).stat()
         except (OSError, ValueError):
             return ""
-        return f"{status.st_size}:{status.st_mtime_ns}"
+        return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
     def problem(self, name: str | None) -> str | None:
         """Why a name cannot be loaded, for the message when a workflow is queued; None where it can, or is not known yet."""

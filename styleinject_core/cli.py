@@ -22,7 +22,7 @@ from .router.plots import VIEWS
 from .selector import SelectorError
 from .summary import as_text, summarize
 from .train.request import SIZES, AdapterRequest
-from .train.run.loop import TrainingError
+from .train.run.saver import TrainingError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

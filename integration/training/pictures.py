@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...styleinject_core.train.data.buckets import bucket_sizes, nearest_bucket
 from ...styleinject_core.train.data.captions import one_line
-from ...styleinject_core.train.data.folder import ImageFolder
+from ...styleinject_core.train.data.folder import ImageFolder, walk
 from ...styleinject_core.train.data.images import SUFFIXES, DataError
 
 FROM_FILES, ONE_FOR_ALL, TRIGGER_ALONE = CAPTIONS = ("from files", "one caption for all", "trigger word alone")
@@ -192,8 +192,9 @@ def _report(images: list[Tensor], captions: list[str], skipped: list[str], advic
 
 
 def _stats(folder: Path) -> Iterator[str]:
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            status = (Path(place) / name).stat()
-            yield f"{place}/{name}:{status.st_size}:{status.st_mtime_ns}"
+    for place, files in walk(folder):
+        for name in files:
+            path = place / name
+            status = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
+            # ctime too: who edits a file may set its time of modification back
+            yield f"{path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"

@@ -174,10 +174,10 @@ def test_texts_of_other_systems(here):
     ):
         load_config(TrainConfig, path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    for command in ("train", "dreambooth", "distill"):
-        done = subprocess.run([sys.executable, "-m", "styleinject_core.cli", command, "--template"], env=environment,
-                              capture_output=True, timeout=120)  # fmt: skip
-        assert done.returncode == 0 and b"[output]" in done.stdout and b"?" not in done.stdout.replace(b"?,", b"")
+    commands = "[main([command, '--template']) for command in ('train', 'dreambooth', 'distill')]"
+    script = f"from styleinject_core.cli import main; raise SystemExit(any({commands}))"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count(b"[output]") == 3 and b"?" not in done.stdout.replace(b"?,", b"")
 
 
 def test_missing_parts_and_files(tmp_path):

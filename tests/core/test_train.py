@@ -438,6 +438,17 @@ def test_a_state_of_an_older_version_goes_on(task, tmp_path, version):
     assert train(task.adapter(), task, TrainSettings(5), run=RunFolder(tmp_path / "run")).resumed_from == 3
 
 
+def test_an_optimizer_that_lost_a_part_is_noticed_without_a_checksum(task, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    train(task.adapter(), task, TrainSettings(3), run=run)
+    with safe_open(run.state_file, framework="pt") as file:
+        text = file.metadata()["styleinject_training"]
+    header = json.loads(text.replace('"exp_avg_sq"', '"exp_avg_squared"'))
+    save_file(load_file(run.state_file), run.state_file, {"styleinject_training": json.dumps({**header, "version": 1})})
+    with pytest.raises(CheckpointError, match=r"run/resume.state: not the state of such a run \('exp_avg_sq'\)"):
+        train(task.adapter(), task, TrainSettings(5), run=RunFolder(tmp_path / "run"))
+
+
 def test_the_best_is_kept_and_patience_ends(task, tmp_path):
     values = iter([5.0, 3.0, 4.0, 3.5, 1.0])
     task.validation_loss = lambda: next(values)

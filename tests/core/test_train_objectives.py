@@ -17,7 +17,6 @@ from styleinject_core.train.data.source import LatentSource
 from styleinject_core.train.models.noise import (
     DiscreteSchedule,
     add_noise,
-    logit_normal,
     matching_times,
     min_snr_weight,
     predicted_sample,
@@ -38,7 +37,7 @@ ALPHAS = torch.linspace(0.99, 0.01, 100)
 
 @dataclass(frozen=True)
 class FlowSchedule:
-    """Rectified flow: z_t = (1 - t) x0 + t ε, the model predicts ε - x0; times are shifted logit-normal ones."""
+    """Rectified flow: z_t = (1 - t) x0 + t ε, the model predicts ε - x0; times are shifted."""
 
     shift: float = 1.0
     prediction_type: str = "flow"
@@ -47,8 +46,7 @@ class FlowSchedule:
         return 1 - times.float(), times.float()
 
     def times(self, uniform: torch.Tensor) -> torch.Tensor:
-        t = logit_normal(uniform)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return self.shift * uniform / (1 + (self.shift - 1) * uniform)
 
 
 SCHEDULES = [DiscreteSchedule(ALPHAS, kind) for kind in ("epsilon", "v_prediction", "sample")] + [FlowSchedule(3.0)]

@@ -366,6 +366,31 @@ def test_another_tokenizer_is_another_run(models, tmp_path, capsys):
     assert "sampling.encoders: was" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("part", "stated", "field"),
+    [
+        ("unet", {"attention_head_dim": 4}, "model"),
+        ("unet", {"norm_eps": 1e-3}, "model"),
+        ("text_encoder", {"hidden_act": "gelu"}, "sampling.encoders"),
+        ("vae", {"norm_num_groups": 16}, "sampling.encoders"),
+    ],
+)
+def test_what_weights_do_not_say_of_a_network_is_part_of_a_run(models, tmp_path, part, stated, field):
+    """The same weights compute something else; what a config states as its class does anyhow changes nothing."""
+
+    def plan(model):
+        return {"model": model.fingerprint, "sampling.encoders": model.sampling["encoders"]}
+
+    expected = plan(PipelineModel.load(models["sd"], CPU, torch.float32))
+    shutil.copytree(models["sd"], tmp_path / "model")
+    file = tmp_path / "model" / part / "config.json"
+    known = json.loads(file.read_text())
+    for values, differs in ((stated, {field}), ({"_name_or_path": "elsewhere"}, set())):
+        file.write_text(json.dumps({**known, **values}))
+        found = plan(PipelineModel.load(tmp_path / "model", CPU, torch.float32))
+        assert {name for name in found if found[name] != expected[name]} == differs
+
+
 def test_latents_that_a_pipeline_centers_are_centered(models, tmp_path):
     """As diffusers' own XL pipelines do where the VAE's config says so; another center is another run."""
     from diffusers import StableDiffusionXLImg2ImgPipeline

@@ -163,6 +163,30 @@ def test_a_changed_folder_is_read_again(pack, folder) -> None:
     assert len(set(seen)) == 3 and seen[-1] == node.fingerprint_inputs(folder="mine")
 
 
+def test_an_edit_that_keeps_size_and_date_is_read_again(pack, folder) -> None:
+    import os
+    import time
+
+    node, file = pack["StyleInjectPictures"], folder / "a.txt"
+    file.write_text("a cat")
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    date, before = file.stat().st_mtime_ns, node.fingerprint_inputs(folder="mine")
+    time.sleep(0.02)
+    file.write_text("a dog")
+    os.utime(file, ns=(date, date))
+    assert before and node.fingerprint_inputs(folder="mine") != before
+
+
+def test_a_change_in_a_linked_subfolder_is_seen(pack, folder, tmp_path) -> None:
+    """Its pictures are read with the others."""
+    (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "round").symlink_to(folder, target_is_directory=True)
+    node = pack["StyleInjectPictures"]
+    before = node.fingerprint_inputs(folder="mine")
+    (tmp_path / "b.txt").write_text("x")
+    assert before and node.fingerprint_inputs(folder="mine") != before
+
+
 def test_connected_images_take_the_folders_place(run_node) -> None:
     batch = torch.zeros(2, 80, 80, 4)
     batch[1] = 1

@@ -239,6 +239,19 @@ class ImageFolder:
         }
 
 
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder from `root` down, with the names of its files, sorted; linked folders are followed, each once, and names that
+    begin with a dot are passed over."""
+    been: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in been:
+            folders[:] = []
+            continue
+        been.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), sorted(name for name in files if not name.startswith("."))
+
+
 def _pictures_and_others(root: Path) -> tuple[list[str], list[str], list[str]]:
     """Names of pictures, of all other files, and of pictures of kinds that are not read, relative to the folder, with forward
     slashes, sorted. Linked folders are followed, each once."""
@@ -247,17 +260,9 @@ def _pictures_and_others(root: Path) -> tuple[list[str], list[str], list[str]]:
     pictures: list[str] = []
     other_files: list[str] = []
     unreadable: list[str] = []
-    been: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in been:
-            folders[:] = []
-            continue
-        been.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for folder, files in walk(root):
         for file in files:
-            name = (Path(folder) / file).relative_to(root).as_posix()
-            if file.startswith("."):
-                continue
+            name = (folder / file).relative_to(root).as_posix()
             kind = kind_of(root / name)
             (pictures if kind == "picture" else unreadable if kind == "unreadable" else other_files).append(name)
     if not pictures and not unreadable:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..data.batches import Conditioning, rows
+from ..data.batches import Conditioning, rows, tensors_hash
 from ..data.buckets import Size
 from .noise import DiscreteSchedule
 from .training_model import TextToImageModel
@@ -20,6 +22,7 @@ from .training_model import TextToImageModel
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
 
 
+_NOT_THE_NETWORK = ("transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")  # of a config
 _SIGNS = [chr(code) for code in range(33, 127)]
 _EVERY_SIGN = "".join(_SIGNS) + " ".join([*_SIGNS, "a photo of the quick brown fox, caf\u00e9, \u732b"])
 
@@ -138,9 +141,15 @@ class PipelineModel(TextToImageModel):
             if self._spared:
                 self.spare_encoders()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The weights, and what their numbers do not say of the network, as its heads."""
+        return tensors_hash([super().fingerprint, _stated(self.denoiser)])
+
     def reading(self) -> list[Any]:
         tokenizers = [getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
-        return [[t.model_max_length, t(_EVERY_SIGN, verbose=False).input_ids] for t in tokenizers if t is not None]
+        tokens = [[t.model_max_length, t(_EVERY_SIGN, verbose=False).input_ids] for t in tokenizers if t is not None]
+        return [*tokens, *map(_stated, self.encoders())]
 
     @property
     def latent_space(self) -> tuple[Any, ...]:
@@ -247,6 +256,25 @@ class PipelineModel(TextToImageModel):
             ).images.float()
         finally:
             self.pipeline.scheduler = former
+
+
+def _stated(network: Any) -> dict[str, str]:
+    """What a network's config states beside its class's defaults, which later versions of a library may add to."""
+    config = network.config
+    if hasattr(config, "to_diff_dict"):  # of transformers
+        stated = config.to_diff_dict()
+    else:
+        defaults = {name: parameter.default for name, parameter in inspect.signature(type(network).__init__).parameters.items()}
+        stated = {
+            name: value for name, value in config.items() if name not in defaults or _plain(defaults[name]) != _plain(value)
+        }
+    return {
+        name: repr(_plain(value)) for name, value in stated.items() if not name.startswith("_") and name not in _NOT_THE_NETWORK
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def sampling_of_file(path: Path) -> dict[str, Any]:

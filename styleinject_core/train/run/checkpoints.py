@@ -25,7 +25,7 @@ from ...files import save_adapter
 from ...files.atomic import check_writable, replacing
 from ...files.checked import CHECKSUM, DAMAGE, checksum, read
 
-# 1 had no checksum, and knew less about model and data; 2 knew weights by other hashes, 3 folders of images and encoders too
+# 1 had no checksum, and knew less about model and data; 2 and 3 knew models, encoders and images by other hashes
 STATE_VERSION = 4
 _HEADER = "styleinject_training"
 _TENSOR = "tensor"
@@ -224,7 +224,7 @@ class RunFolder:
         with suppress(KeyError, AttributeError):  # version 0.1.0 did not say the method: other fields tell it
             state.plan["adapter"].setdefault("method", plan["adapter"]["method"])
         if state.version < STATE_VERSION:
-            _take_hashes(state.plan, plan, state.version)
+            _take_hashes(state.plan, plan)
         if different := _differences(state.plan, plan, known_alone=state.version < 2):
             lines = "\n".join(f"  {field[:99]}: was {str(was)[:200]}, is {str(now)[:200]}" for field, was, now in different[:8])
             raise CheckpointError(
@@ -348,9 +348,9 @@ def _read_state(path: Path) -> TrainState:
         raise _DamagedError(f"{name}: damaged, or not a training state ({str(error)[:300]})") from error
 
 
-def _take_hashes(was: dict[str, Any], now: Mapping[str, Any], version: int) -> None:
-    """Let a plan of an older version have today's hashes where its own were of less: of the ends of images, of encoders without
-    their tokenizers, and before version 3 of the first values of weights."""
+def _take_hashes(was: dict[str, Any], now: Mapping[str, Any]) -> None:
+    """Let a plan of an older version have today's hashes where its own were of less: of the ends of images, of models without
+    their configs and tokenizers, and before version 3 of the first values of weights."""
     for key in ("data", "prior", "validation"):
         folders = was.get(key), now.get(key)
         if all(isinstance(folder, Mapping) and "images" in folder and "content" in folder for folder in folders):
@@ -358,7 +358,7 @@ def _take_hashes(was: dict[str, Any], now: Mapping[str, Any], version: int) -> N
     for key in ("sampling", "teacher_sampling"):
         if isinstance(was.get(key), dict) and "encoders" in was[key]:
             was[key] = {**was[key], "encoders": now.get(key, {}).get("encoders")}
-    for key in ("model", "teacher") if version < 3 else ():
+    for key in ("model", "teacher"):
         if key in was and key in now:
             was[key] = now[key]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from ...adapter import Adapter
 from ...attach import Attachment
 from ...call import ModelCall
-from ...files import AdapterFileError
 from ...router.mean import MeanMeter, keep_router_mean
 from ..data.images import DataError
 from ..parallel import Processes
@@ -26,18 +24,10 @@ from ..random_numbers import RandomNumbers
 from ..settings import TrainSettings
 from .checkpoints import CheckpointError, RunFolder, TrainState, validations
 from .optimizers import evaluating, make_optimizer, set_rate
+from .saver import CheckpointsRefusedError, Saver, TrainingError
 
 _MANY = 0.2  # of the layers: an attention function without a backward pass
-_REFUSED = 2  # checkpoints in a row, after which a run stops while what it has reached can be kept
 _OVERFLOWS = 40  # in a row, each of which halves the scale of the loss, from 2 ** 16 on
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and what is on disk."""
-
-
-class CheckpointsRefusedError(TrainingError):
-    """The run's folder has refused several checkpoints in a row; the message says where the last state is instead."""
 
 
 class Task(Protocol):
@@ -186,9 +176,7 @@ class _Loop:
         self.result = Result()
         self.best: tuple[float, dict[str, Tensor], dict[str, Tensor]] | None = None  # its loss, parameters and mean of s
         self.waited = 0  # measurements since the best one
-        self.saved_at = 0
-        self.refused = 0  # checkpoints in a row
-        self.complained = False  # that the loss file cannot be written
+        self.saver = Saver(run, self._write, observer.problem, processes)
         self.position = task.state_dict()  # in the data, after the last whole step
         self.overflows = 0  # steps in a row that float16 made too large, and the scaler left out
         self.mid_step = False  # between the optimizer's step and the end of what belongs to it
@@ -209,6 +197,8 @@ class _Loop:
             return
         try:
             self._go_on_from(state.parts)
+            if state.version == 1:
+                self._try_step(state.parts["optimizer"])
         except (DataError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # anything: it has no checksum where a version wrote it that had none
@@ -219,7 +209,7 @@ class _Loop:
         lines = run.history(until=state.step if self.run is not None else None)
         self.result.losses = [line["loss"] for line in lines if line["step"] <= state.step]
         self.result.validation = validations(lines)
-        self.result.step = self.result.resumed_from = self.saved_at = state.step
+        self.result.step = self.result.resumed_from = self.saver.saved_at = state.step
 
     def _go_on_from(self, parts: Mapping[str, Any]) -> None:
         if parts["best"] is not None:
@@ -235,6 +225,15 @@ class _Loop:
             self.meter.load_state_dict(parts["router"])
         self.waited = parts["waited"]
 
+    def _try_step(self, state: Mapping[str, Any]) -> None:
+        """Of a state without a checksum only a step tells whether the optimizer's part is whole; raises whatever that does."""
+        twins = [nn.Parameter(parameter.detach().clone()) for parameter in self.parameters]
+        for twin in twins:
+            twin.grad = torch.zeros_like(twin)
+        optimizer = make_optimizer(twins, self.settings)
+        optimizer.load_state_dict(deepcopy(dict(state)))
+        optimizer.step()
+
     def try_writing(self) -> None:
         """Before step 1, whether the disk takes a checkpoint. Raises WriteError."""
         if self.run is None or self.result.step >= self.settings.steps:
@@ -242,16 +241,6 @@ class _Loop:
         numbers = sum(tensor.numel() for tensor in self.adapter.state_dict().values())
         kept = 4 if self.settings.validate_every else 3  # float32: the adapter, AdamW's two moments, the best one
         self.run.try_writing(numbers * (4 * kept + self.run.dtype.itemsize), self.settings.steps)
-
-    def save(self) -> None:
-        """A checkpoint of the step reached. What the disk refuses is reported, and training goes on: it may be mended."""
-        if self.run is None or self.saved_at == self.result.step:
-            return
-        self._note_deleted(self.run)
-        self.refused += 1
-        with self._surviving("checkpoint"):
-            self._write(self.run)
-            self.saved_at, self.refused = self.result.step, 0
 
     def _write(self, run: RunFolder) -> None:
         best = None if self.best is None else [self.result.best_step, *self.best]
@@ -269,39 +258,6 @@ class _Loop:
             run.save_adapter(self.adapter, run.adapter_file(self.result.step), self.result.step)
         run.save_state(TrainState(self.result.step, self.plan(), parts))
 
-    def _stop_if_refused(self) -> None:
-        """Raises CheckpointsRefusedError, in all processes."""
-        if self.processes.any(self.refused >= _REFUSED):
-            raise CheckpointsRefusedError(
-                f"{self.refused} checkpoints in a row could not be written, so training stopped at step {self.result.step}. "
-                f"{self._saved_elsewhere()}"
-            )
-
-    def _saved_elsewhere(self) -> str:
-        """Save what the run's folder refuses in the system's folder for temporary files; says what became of it."""
-        if self.run is None:
-            return ""
-        at = f"the last one in {self.run.path.name} is step {self.saved_at}" if self.saved_at else "none is on disk"
-        try:
-            other = self.run.at(Path(tempfile.mkdtemp(prefix=f"styleinject-{self.run.path.name}-")))
-            self._write(other)
-            other.write_lines()
-        except (AdapterFileError, OSError) as error:
-            return f"Nothing could be saved elsewhere either ({error}); {at}"
-        return (
-            f"Step {self.result.step} is saved in {other.path}: once {self.run.path} can be written to again, move these files "
-            "there, and the same run goes on from them"
-        )
-
-    def _note_deleted(self, run: RunFolder) -> None:
-        if not run.path.exists():
-            self.observer.problem(
-                f"the run's folder {run.path} is gone, deleted or renamed, with all that was in it; it is made again"
-            )
-
-    def _surviving(self, what: str) -> AbstractContextManager[None]:
-        return _Surviving(self.observer, f"{what} of step {self.result.step}")
-
     # the steps
 
     def go(self, attachment: Attachment | None) -> None:
@@ -314,29 +270,23 @@ class _Loop:
             while self.result.step < settings.steps and not self.result.stopped_early:
                 self.step()
                 if settings.checkpoint_every and self.result.step % settings.checkpoint_every == 0:
-                    self.save()
+                    self.saver.save(self.result.step)
                     if self.result.step < settings.steps:
-                        self._stop_if_refused()
+                        self.saver.stop_if_refused(self.result.step)
         except CheckpointsRefusedError:
             raise
         except TrainingError as error:
-            raise TrainingError(f"{error}. {self._on_disk()}") from None
+            raise TrainingError(f"{error}. {self.saver.on_disk()}") from None
         except BaseException:
             if not self.mid_step:
-                self._save_at_last()
+                self.saver.save_at_last(self.result.step)
             raise
-        self._save_at_last()
+        self.saver.save_at_last(self.result.step)
         self._keep_mean(self.meter.means if self.best is None else self.best[2])
         if self.best is not None:
             self.adapter.load_state_dict(self.best[1])
         elif hasattr(self.optimizer, "eval"):
             self.optimizer.eval()  # a schedule-free optimizer's own average is the result
-
-    def _save_at_last(self) -> None:
-        """The checkpoint that no other follows; what the folder refuses is kept elsewhere."""
-        self.save()
-        if self.refused:
-            self.observer.problem(self._saved_elsewhere())
 
     def step(self) -> None:
         began, settings, step = time.perf_counter(), self.settings, self.result.step
@@ -362,8 +312,7 @@ class _Loop:
         line: dict[str, Any] = {"step": self.result.step, "loss": value, "rate": rate}
         if settings.validate_every and self.result.step % settings.validate_every == 0:
             line["validation"] = self._validate()
-        if self.run is not None:
-            self._append(self.run, line)
+        self.saver.append(line)
         self.position = self.task.state_dict()
         self.mid_step = False
         if settings.sample_every and self.result.step % settings.sample_every == 0 and self.processes.is_main:
@@ -379,16 +328,6 @@ class _Loop:
         if step == self.result.resumed_from == 0 and not math.isfinite(value):  # nothing has been learned yet
             return "the model itself gives it, with no change learned yet; let it compute in bfloat16 or float32"
         return "lower the learning rate"
-
-    def _append(self, run: RunFolder, line: Mapping[str, Any]) -> None:
-        """A line for the loss file. That it cannot be written is said once: checkpoints say it again."""
-        self._note_deleted(run)
-        try:
-            run.append(line)
-        except OSError as error:
-            if not self.complained:
-                self.complained = True
-                self.observer.problem(f"loss of step {self.result.step}: {error}")
 
     def _gradients(self, step: int) -> Tensor:
         """Gradients of one optimizer step, averaged over its forward passes; returns their mean loss."""
@@ -430,7 +369,7 @@ class _Loop:
                 self.result.best_step, self.waited = self.result.step, 0
                 self._keep_mean(self.meter.means)
                 if self.run is not None:
-                    with self._surviving("best adapter"):
+                    with self.saver.surviving(f"best adapter of step {self.result.step}"):
                         self.run.save_adapter(self.adapter, self.run.best_file, self.result.step)
             else:
                 self.waited += 1
@@ -443,25 +382,3 @@ class _Loop:
 
     def _patience_is_over(self) -> bool:
         return 0 < self.settings.patience <= self.waited
-
-    def _on_disk(self) -> str:
-        if self.run is None:
-            return "The adapter is as it was after the last good step"
-        if not self.run.has_state:
-            return "No checkpoint had been written yet"
-        where = f"The last checkpoint is step {self.saved_at}, in {self.run.path.name}"
-        return f"{where}; a run with another rate is a new one, in a folder of its own"
-
-
-class _Surviving(suppress):
-    """Passes what the disk refuses to the observer instead of raising it."""
-
-    def __init__(self, observer: Observer, what: str):
-        super().__init__(AdapterFileError, OSError)
-        self.observer, self.what = observer, what
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        survived = bool(super().__exit__(kind, error, trace))
-        if survived:
-            self.observer.problem(f"{self.what}: {error}")
-        return survived
