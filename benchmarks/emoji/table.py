@@ -29,6 +29,7 @@ COLUMNS = {
     "kid": "KID, new",
     "val": "val",
     "both_area": "both, mean over strengths 0.6 to 1.5",
+    "information": "I(style; s), nats",
     "seen_both": "both, seen",
     "seen_kid": "KID, seen",
     "likeness": "likeness",
@@ -37,6 +38,7 @@ COLUMNS = {
     "others_kept": "others kept",
     "others_kid": "KID, others",
 }
+_AS_THEY_ARE = {"likeness": (1, 3), "information": (1, 2), "val": (1, 4)}  # factor, digits
 LABELS = {**{key: method.label for key, method in METHODS.items()}, IDEAL: "what is learned from"}
 
 
@@ -106,12 +108,10 @@ def kinds(lines: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def spread(column: str, values: list[float]) -> str:
-    """Mean ± standard deviation: shares in per cent, KID times 1,000, likeness and denoising error as they are."""
+    """Mean ± standard deviation: shares in per cent, KID times 1,000, others as they are."""
     if not values:
         return ""
-    factor, digits = (
-        (1000, 0) if column.endswith("kid") else (1, 3) if column == "likeness" else (1, 4) if column == "val" else (100, 0)
-    )
+    factor, digits = (1000, 0) if column.endswith("kid") else _AS_THEY_ARE.get(column, (100, 0))
     mean = f"{factor * statistics.mean(values):.{digits}f}"
     return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..demo.training import DemoTrainingModel
 from ..train.data.batches import Conditioning, joined
+from ..train.data.captions import decoded, one_line
 from ..train.data.drawn import draw_once, kept_latents
 from ..train.data.folder import ImageFolder
 from ..train.data.kept import Kept
@@ -422,8 +423,8 @@ def _prompt_pairs(config: DistilConfig, here: Path) -> dict[str, str]:
 
 def _lines(path: Path, field: str) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [one_line(line) for line in decoded(path.read_bytes()).splitlines()]
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{field}: {path.name} cannot be read: {error}") from None
     if not (found := [line for line in lines if line]):
         raise ConfigError(f"{field}: {path.name} has no prompts")

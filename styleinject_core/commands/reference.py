@@ -14,6 +14,7 @@ from ..deadiff.blip_diffusion import start_from_blip_diffusion
 from ..deadiff.config import DEMO_ENCODER
 from ..demo.deadiff import DEMO_CONFIG, FIVE_STYLES, five_style_training, new_deadiff
 from ..demo.features import demo_features
+from ..train.data.batches import weights_hash
 from ..train.data.images import View, decode
 from ..train.data.pairs import Picture, pictures_in_folder, pictures_in_shards
 from ..train.data.source import check_latents
@@ -132,10 +133,16 @@ def run(path: Path, dry: bool = False) -> Result | None:
     images = read_images(model, shown, config.data.resolution, encode)
     validation = read_images(model, held_out, config.data.resolution, encode) if held_out else None
     task = ReferenceTask(
-        model, images, config.train, config.deadiff.shares(), validation=validation, dropout=config.deadiff.dropout
+        model,
+        images,
+        config.train,
+        config.deadiff.shares(),
+        validation=validation,
+        dropout=config.deadiff.dropout,
+        begins=f"{weights_hash(deadiff.parameters())}, aligned for {config.deadiff.align_steps} steps",
     )
     if processes.is_main:
-        print(_heading(config, deadiff, shown, held_out))
+        print(_heading(config, model, deadiff, shown, held_out))
     if dry:
         return None
     return _train(config, out, model, deadiff, task, processes)
@@ -238,10 +245,13 @@ def _split(pictures: Sequence[Picture], validation: int) -> tuple[list[Picture],
     return [p for p in pictures if p.subject not in held], [p for p in pictures if p.subject in held]
 
 
-def _heading(config: ReferenceConfig, deadiff: Deadiff, shown: Sequence[Picture], held_out: Sequence[Picture]) -> str:
+def _heading(
+    config: ReferenceConfig, model: TextToImageModel, deadiff: Deadiff, shown: Sequence[Picture], held_out: Sequence[Picture]
+) -> str:
     styles, subjects = ({getattr(p, label) for p in shown} for label in ("style", "subject"))
     held = f", {len(held_out)} held out" if held_out else ""
     return (
         f"DEADiff on {config.model.path}: {len(shown)} pictures in {len(styles)} styles of {len(subjects)} subjects{held}; "
         f"{deadiff.counts()['all']:,} parameters, {config.train.batch_size} images a step, {config.train.steps} steps"
+        f"\n{model.name} {model.about}"
     )

@@ -464,7 +464,7 @@ def test_drawing_goes_on_after_an_interrupt(here, capsys, monkeypatch):
 
 def test_distil_without_and_with_pictures(here, capsys):
     (here / "prompts.txt").write_text("red apple\ncat face\n\n")
-    (here / "teacher.txt").write_text("apple\ncat\n")
+    (here / "teacher.txt").write_bytes("apple\r\n\0\r\ncat\r\n".encode("utf-16"))  # as a shell of Windows writes it
     table = {"prompts": "prompts.txt", "sampling_steps": 2, "images_per_prompt": 2}
     no_pictures = {"data": {"folder": ""}, "teacher": {"path": "demo:noto"}}
     assert main(["distill", str(write(here, **no_pictures, distil=table))]) == 0

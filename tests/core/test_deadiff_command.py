@@ -12,12 +12,13 @@ from PIL import Image
 
 from styleinject_core.cli import main
 from styleinject_core.commands.config_files import ConfigError
-from styleinject_core.commands.reference import run
+from styleinject_core.commands.reference import _split, run
 from styleinject_core.deadiff import load_deadiff
 from styleinject_core.demo import data
 from styleinject_core.demo.deadiff import DEMO_CONFIG
 from styleinject_core.train.data.images import DataError
 from styleinject_core.train.data.pairs import pictures_in_folder, pictures_in_shards
+from styleinject_core.train.run.checkpoints import CheckpointError
 
 pytest.importorskip("diffusers")
 CONFIG = """
@@ -193,6 +194,21 @@ def test_a_config_becomes_a_file_and_goes_on(folder, capsys):
     run(path)
     again = load_deadiff(folder / "again" / "mine.safetensors")
     assert not torch.equal(again.streams["style"].qformer.queries, made.streams["style"].qformer.queries)
+
+
+def test_another_beginning_and_other_held_out_images_are_another_run(folder, capsys):
+    """And the first lines say what the model predicts."""
+    path = write(folder, data="validation = 2", train="validate_every = 3")
+    run(path)
+    assert "predicts" in capsys.readouterr().out
+    path = write(folder, data="validation = 2", train="validate_every = 3", deadiff="align_steps = 2")
+    with pytest.raises(CheckpointError, match=r"begins: was \w+, aligned for 0 steps, is \w+, aligned for 2 steps"):
+        run(path)
+    held_out = _split(pictures_in_folder(folder / "drawings"), 2)[1][0]
+    Image.new("RGB", (64, 64), "red").save(held_out.path)
+    with pytest.raises(CheckpointError) as raised:
+        run(write(folder, data="validation = 2", train="validate_every = 3"))
+    assert "validation.images: was" in str(raised.value) and "data.images" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

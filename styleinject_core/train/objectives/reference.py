@@ -92,6 +92,14 @@ class PairedImages:
             if len(getattr(self, label)) != count:
                 raise ValueError(f"{count} latents and {len(getattr(self, label))} {label}")
 
+    def summary(self) -> dict[str, Any]:
+        """What they are, to recognize them by."""
+        return {
+            "images": tensors_hash([self.latents, self.features]),
+            "labels": tensors_hash([torch.tensor(list("\n".join([*self.styles, *self.subjects]).encode()))]),
+            "prompts": conditioning_hash(self.subject_prompts) + conditioning_hash(self.style_prompts),
+        }
+
     def partners(self, task: str) -> list[list[int]]:
         """For each image those that may be its reference.
 
@@ -120,6 +128,7 @@ class ReferenceTask:
         images: what to train on.
         shares: how often each task comes.
         validation: images that are never trained on.
+        begins: what the Deadiff is before training, as a hash; for recognizing the run.
         dropout: share of targets that get empty tokens instead. Nothing is learned from them, since everything but the
             tokens' path is frozen: the authors' .15 only makes batches smaller.
     """
@@ -137,11 +146,13 @@ class ReferenceTask:
         validation: PairedImages | None = None,
         validation_batches: int = 4,
         dropout: float = 0.0,
+        begins: str = "",
     ):
         if settings.validate_every and validation is None:
             raise ValueError("validate_every is set, but there are no validation images")
         self.model, self.images, self.settings, self.shares = model, images, settings, shares
         self.validation, self.validation_batches, self.dropout = validation, validation_batches, dropout
+        self.begins = begins
         used = [task for task in TASKS if getattr(shares, task) > 0]
         self._partners = {id(own): {task: own.partners(task) for task in used} for own in (images, validation) if own}
         self._tokens: dict[str, Tensor] = {}  # of the batch in work, by stream
@@ -213,15 +224,12 @@ class ReferenceTask:
         return {name: value[list(targets)] for name, value in source.items()}
 
     def plan(self) -> dict[str, Any]:
-        images = self.images
-        data = {
-            "images": tensors_hash([images.latents, images.features]),
-            "labels": tensors_hash([torch.tensor(list("\n".join([*images.styles, *images.subjects]).encode()))]),
-            "prompts": conditioning_hash(images.subject_prompts) + conditioning_hash(images.style_prompts),
-        }
+        data = self.images.summary()
         shares = {task: getattr(self.shares, task) for task in TASKS}
         model = {"model": self.model.fingerprint, "sampling": self.model.sampling}
-        plan = {"objective": self.objective, **model, "data": data, "shares": shares}
+        plan = {"objective": self.objective, **model, "data": data, "shares": shares, "begins": self.begins}
+        if self.validation is not None:
+            plan["validation"] = self.validation.summary()
         return {**plan, "dropout": self.dropout}
 
     def state_dict(self) -> dict[str, Any]:

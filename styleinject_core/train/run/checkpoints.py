@@ -225,7 +225,7 @@ class RunFolder:
             state.plan["adapter"].setdefault("method", plan["adapter"]["method"])
         if state.version < STATE_VERSION:
             _take_hashes(state.plan, plan)
-        if different := _differences(state.plan, plan, known_alone=state.version < 2):
+        if different := _differences(state.plan, plan, known_alone=state.version < STATE_VERSION):
             lines = "\n".join(f"  {field[:99]}: was {str(was)[:200]}, is {str(now)[:200]}" for field, was, now in different[:8])
             raise CheckpointError(
                 f"{name} is at step {state.step} of another run; it differs in\n{lines}\n"
