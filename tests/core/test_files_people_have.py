@@ -162,7 +162,7 @@ def test_alpha_tensors_come_before_the_header(tmp_path):
         (json.dumps({"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_q": None}}), "alpha_pattern is"),
         ('{"r": 4, "lora_alpha": 1e999}', "lora_alpha is inf"),
         (json.dumps({"r": 4, "lora_alpha": 8, "alpha_pattern": {"(a+)+b": 1}}), "too complicated to be tried"),
-        (json.dumps({"r": 4, "lora_alpha": 8, "alpha_pattern": {"[": 1}}), "no regular expression"),
+        (json.dumps({"r": 4, "lora_alpha": 8, "alpha_pattern": {"[": 1}}), "not a regular expression"),
         ("[" * 100_000, "lora_adapter_metadata: nested too deep"),
         ('{"r": 4, "r": 5, "lora_alpha": 8}', "lora_adapter_metadata: r is in it twice"),
     ],
