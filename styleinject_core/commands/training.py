@@ -148,7 +148,17 @@ def _heading(job: Job) -> str:
         f"{job.adapter.parameter_count():,} parameters, {passes} images a step, on {next(job.adapter.parameters()).device}"
         + (f"\n{job.memory}" if job.memory else "")
         + f"\n{job.model.name} {job.model.about}\nlayers: {', '.join(job.config.adapter.targets)}; {_found(data)}"
+        + _styles(job)
     )
+
+
+def _styles(job: Job) -> str:
+    """The styles that images have, in words, and what chooses them later."""
+    counts = job.task.source.style_counts() if isinstance(job.task.source, FolderSource) else {}
+    named = ", ".join(f"{name} ({count})" for name, count in counts.items()) or ", ".join(job.config.data.styles)
+    reads = getattr(job.adapter.config, "router_input", "layer")
+    read = {"layer": "each layer's input", "prompt": "the prompt", "both": "each layer's input and the prompt"}[reads]
+    return f"\nstyles: {named}; the router reads {read}" if named else ""
 
 
 def _found(data: dict[str, Any]) -> str:

@@ -319,6 +319,7 @@ def test_styles_are_named_by_folders_and_captions(here, capsys):
     assert seen == expected
     assert "1 of 12 images name no style, or several" in job.task.advice
     assert main(["train", str(path)]) == 0
+    assert "styles: Twemoji (5), noto (3), fluent3d (3); the router reads the prompt" in capsys.readouterr().out
     saved = load_adapter(here / "run" / "noto style.safetensors")
     assert saved.style_names[:3] == ("Twemoji", "noto", "fluent3d")
 

@@ -242,6 +242,12 @@ class FolderSource:
     def batch(self, index: int) -> Batch:
         return self._encoding.batch([self._example(self.indices[k], index) for k in self.order.batch(index)])
 
+    def style_counts(self) -> dict[str, int]:
+        """How many of the images trained on have each style; empty where styles are not looked for."""
+        labels = self._encoding.labels
+        numbers = [self._styles[k] for k in self.indices]
+        return {} if labels is None else {name: numbers.count(k) for k, name in enumerate(labels.names)}
+
     def _example(self, k: int, index: int) -> _Encoded:
         if not self.folder.center_crop or self.folder.flip:
             return self._encoding.example(self.folder.read(k, index, self._among))
