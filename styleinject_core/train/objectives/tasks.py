@@ -110,7 +110,7 @@ class FineTune:
         with self._given_styles(batch, rng, dropout) as given:
             prediction = self.model.predict(noisy, times, conditioning)
         loss = fine_tune_loss(prediction, self.model.schedule, latents, noise, times, self.settings.min_snr_gamma)
-        return loss if given is None else loss + FOLLOWING * given.unlike()
+        return _following(loss, given)
 
     def _noisy(self, latents: Tensor, rng: RandomNumbers) -> tuple[Tensor, Tensor, Tensor]:
         schedule = self.model.schedule
@@ -237,7 +237,7 @@ class Distil(FineTune):
             sample = predicted_sample(self.teacher.schedule, teacher, noisy, at)
             teacher = prediction_of(self.model.schedule, sample, noisy, times)
         loss = distil_loss(student, teacher, features, wanted, self.output_weight, self.feature_weight)
-        return loss if given is None else loss + FOLLOWING * given.unlike()
+        return _following(loss, given)
 
     def plan(self) -> dict[str, Any]:
         weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}
@@ -245,6 +245,11 @@ class Distil(FineTune):
         teacher["teacher_reads"] = self.teacher_reads
         plan = {**super().plan(), **teacher, **weights}
         return plan if self.teacher_empty is None else {**plan, "teacher_empty": conditioning_hash(self.teacher_empty)}
+
+
+def _following(loss: Tensor, given: GivenStyles | None) -> Tensor:
+    """The loss with what routers learn of the styles that were given, if there were any."""
+    return loss if given is None else loss + FOLLOWING * given.unlike()
 
 
 def check_teacher(model: TrainingModel, teacher: TrainingModel) -> None:
