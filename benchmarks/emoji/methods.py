@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,9 @@ class Method:
         equal: its rank is raised until it has as many parameters as StyleInject with n = 16.
         factors: of a DiffuseKronA adapter.
         four: adapts all four attention projections, as DiffuseKronA's paper does; a LoRA then has half the rank.
+        root: the increment is scaled by alpha / sqrt(r) with alpha = r (rsLoRA, arXiv 2312.03732), not by alpha / r = 1.
+        wide: A starts with values so many times as large.
+        plain_values: to_v of cross-attention has a plain LoRA of the same rank, as one sentence of the paper can be read.
         rate: the learning rate, one of RATES, from which the best is looked for; 0 trains nothing.
         pool: how its router sees an image.
         reads: what its router reads.
@@ -45,6 +49,9 @@ class Method:
     rate: float = 1e-2
     factors: tuple[int, int] | None = None
     four: bool = False
+    root: bool = False
+    wide: float = 1.0
+    plain_values: bool = False
     pool: str = "mean"
     given: bool = False
     taught: bool = False
@@ -61,10 +68,13 @@ METHODS = {
     "full": Method("U-Net tune", rate=3e-4),
     "lora": Method("LoRA, rank r", 1),
     "lora_equal": Method("LoRA, parameters of n = 16", 1, equal=True),
+    "lora_root": Method("LoRA, parameters of n = 16, alpha / sqrt(r)", 1, equal=True, root=True),
+    "lora_wide": Method("LoRA, parameters of n = 16, A starts 4 times as large", 1, equal=True, wide=4.0),
     "dma": Method("DMA only, n = 16", 16),
     "n1": Method("STA only (StyleInject, n = 1)", 1, sta=True),
     "n4": Method("StyleInject, n = 4", 4, sta=True),
     "n16": Method("StyleInject, n = 16", 16, sta=True),
+    "n16_plain_values": Method("StyleInject, n = 16, cross-attention's to_v as LoRA", 16, sta=True, plain_values=True),
     "n16_paper": Method("StyleInject, n = 16, routed by token", 16, sta=True, pool="paper"),
     "n4_prompt": Method("StyleInject, n = 4, the router reads the prompt", 4, sta=True, reads="prompt"),
     "n4_given": Method("StyleInject, n = 4, s given by the style", 4, sta=True, given=True),
@@ -101,7 +111,11 @@ def trainee(key: str, base: DemoTrainingModel, rank: int, targets: tuple[str, ..
     """
     if METHODS[key].adapts:
         torch.manual_seed(seed)
-        return base, Adapter.create(ARCHITECTURES["demo"].shapes(), config(key, rank, targets), key)
+        adapter = Adapter.create(ARCHITECTURES["demo"].shapes(), config(key, rank, targets), key)
+        for name, parameter in adapter.named_parameters() if METHODS[key].wide != 1 else ():
+            if name.endswith("A"):
+                parameter.data.mul_(METHODS[key].wide)
+        return base, adapter
     unet = copy.deepcopy(base.denoiser).requires_grad_(key == "full")
     return TunedModel(unet, base.text_encoder, base.autoencoder, base.name), unet
 
@@ -117,6 +131,11 @@ def config(key: str, rank: int, targets: tuple[str, ...]) -> LayerConfig:
         rank = _equal_rank(rank, targets)
     sta = "multiplicative" if method.sta else "none"
     fields = {"router_pool": method.pool, "router_input": method.reads, "sta": sta, "target_modules": targets}
+    if method.root:
+        fields["alpha"] = rank * math.sqrt(rank)  # of which alpha / r is what alpha / sqrt(r) is with alpha = r
+    if method.plain_values:
+        values = [name for name in ARCHITECTURES["demo"].shapes() if name.endswith("attn2.to_v")]
+        fields["layers"] = {name: {"n_styles": 1, "sta": "none"} for name in values}
     return AdapterConfig(r=rank, n_styles=method.n, **fields)  # type: ignore[arg-type]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,13 +155,26 @@ class Problem:
             result |= {prefix + name: value for name, value in columns.items() if not prefix or name not in DETAILS}
         if attachment is None or tuning:
             return result
+        columns = partial(self.columns, model, self.new, seed, attachment, given)
+        return result | self.at_strengths(attachment, columns, ("concept", "style", "both"), result)
+
+    def at_strengths(
+        self, attachment: Attachment, columns: Callable[[], dict[str, Any]], names: Sequence[str], at_one: dict[str, Any]
+    ) -> dict[str, float]:
+        """Some columns at strengths other than 1, and `NAME_area`, the last one's mean over all strengths.
+
+        Args:
+            at_one: the columns at strength 1.
+        """
+        result: dict[str, float] = {}
         for strength in self.strengths:
             attachment.set_strength(strength)
-            columns = self.columns(model, self.new, seed, attachment, given)
-            result |= {f"{name}@{strength:g}": columns[name] for name in ("concept", "style", "both")}
+            found = columns()
+            result |= {f"{name}@{strength:g}": found[name] for name in names}
         attachment.set_strength(1.0)
-        boths = [result["both"], *(result[f"both@{strength:g}"] for strength in self.strengths)]
-        return {**result, "both_area": sum(boths) / len(boths)}
+        last = names[-1]
+        values = [at_one[last], *(result[f"{last}@{strength:g}"] for strength in self.strengths)]
+        return {**result, f"{last}_area": sum(values) / len(values)}
 
     def columns(
         self, model: DemoTrainingModel, concepts: list[int], seed: int, attachment: Attachment | None, given: bool
@@ -369,7 +384,14 @@ class Subject(Problem):
             settings,
             model.encode_text([""]),
             prior=self.source(self.class_latents, model.encode_text(self.classes[:1]), settings),
+            validation=self.kept(model, settings),
+            validation_batches=self.validation_batches(settings),
         )
+
+    def kept(self, model: DemoTrainingModel, settings: TrainSettings) -> LatentSource:
+        """What should stay as it is: other things, none of them trained on, by the base's artist."""
+        latents = model.encode(data.images(data.BASE_STYLE)[self.others])
+        return self.source(latents, model.encode_text(self.names(self.others)), settings)
 
     def measure(
         self,
@@ -379,18 +401,30 @@ class Subject(Problem):
         attachment: Attachment | None = None,
         given: bool = False,
     ) -> dict[str, float]:
+        columns = partial(self.columns, model, self.others, seed, attachment, given)
+        result = columns()
+        if attachment is None:
+            return result
+        names = ("likeness", "subject_style", "others_kept", "subject_and_others")
+        return result | self.at_strengths(attachment, columns, names, result)
+
+    def columns(
+        self, model: DemoTrainingModel, concepts: list[int], seed: int, attachment: Attachment | None, given: bool
+    ) -> dict[str, Any]:
+        """The subject's, whatever the concepts; `subject_and_others` is the product of two shares, which either can spoil."""
         instances = self.draw(model, self.instances, 1000 + seed)
         before, after = data.styles().index(data.BASE_STYLE), data.styles().index(self.style)
         subject = features(self.classifier, self.pictures)
         others = self.draw(model, self.names(self.others), 1000 + seed)
         classes = self.draw(model, self.classes, 3000 + seed)
-        return {
+        columns = {
             "likeness": likeness(features(self.classifier, instances), subject),
             "subject_style": self._both(instances, [self.concept] * len(instances), after),
             "class_kept": self._both(classes, [self.concept] * len(classes), before),
             "others_kept": self._both(others, self.others, before),
             "others_kid": kid(features(self.classifier, others), self._before(seed)),
         }
+        return {**columns, "subject_and_others": columns["subject_style"] * columns["others_kept"]}
 
     def ideal(self) -> dict[str, float]:
         subject, count = features(self.classifier, self.pictures), len(self.pictures)
@@ -402,7 +436,8 @@ class Subject(Problem):
 
     def _before(self, seed: int) -> Tensor:
         if seed not in self.drift:
-            self.drift[seed] = features(self.classifier, self.draw(self.base, self.names(self.others), 4000 + seed))
+            untouched = DemoTrainingModel.load()  # self.base has the row's adapter on it
+            self.drift[seed] = features(self.classifier, self.draw(untouched, self.names(self.others), 4000 + seed))
         return self.drift[seed]
 
 

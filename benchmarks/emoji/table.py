@@ -37,6 +37,7 @@ COLUMNS = {
     "class_kept": "class kept",
     "others_kept": "others kept",
     "others_kid": "KID, others",
+    "subject_and_others_area": "subject in its style times others kept, mean over strengths 0.6 to 1.5",
 }
 _AS_THEY_ARE = {"likeness": (1, 3), "information": (1, 2), "val": (1, 4)}  # factor, digits
 LABELS = {**{key: method.label for key, method in METHODS.items()}, IDEAL: "what is learned from"}
