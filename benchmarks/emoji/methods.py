@@ -29,7 +29,7 @@ class Method:
     Args:
         n: styles; 0 trains no adapter.
         sta: with the AdaIN step; n = 1 without it is a LoRA.
-        equal: its rank is raised until it has as many parameters as StyleInject with n = 16.
+        equal: its rank is raised until it has as many parameters as this row.
         factors: of a DiffuseKronA adapter.
         four: adapts all four attention projections, as DiffuseKronA's paper does; a LoRA then has half the rank.
         root: the increment is scaled by alpha / sqrt(r) with alpha = r (rsLoRA, arXiv 2312.03732), not by alpha / r = 1.
@@ -45,7 +45,7 @@ class Method:
     label: str
     n: int = 0
     sta: bool = False
-    equal: bool = False
+    equal: str = ""
     rate: float = 1e-2
     factors: tuple[int, int] | None = None
     four: bool = False
@@ -67,9 +67,10 @@ METHODS = {
     "base": Method("base model", rate=0.0),
     "full": Method("U-Net tune", rate=3e-4),
     "lora": Method("LoRA, rank r", 1),
-    "lora_equal": Method("LoRA, parameters of n = 16", 1, equal=True),
-    "lora_root": Method("LoRA, parameters of n = 16, alpha / sqrt(r)", 1, equal=True, root=True),
-    "lora_wide": Method("LoRA, parameters of n = 16, A starts 4 times as large", 1, equal=True, wide=4.0),
+    "lora_equal": Method("LoRA, parameters of n = 16", 1, equal="n16"),
+    "lora_small": Method("LoRA, parameters of n = 4", 1, equal="n4"),
+    "lora_root": Method("LoRA, parameters of n = 16, alpha / sqrt(r)", 1, equal="n16", root=True),
+    "lora_wide": Method("LoRA, parameters of n = 16, A starts 4 times as large", 1, equal="n16", wide=4.0),
     "dma": Method("DMA only, n = 16", 16),
     "n1": Method("STA only (StyleInject, n = 1)", 1, sta=True),
     "n4": Method("StyleInject, n = 4", 4, sta=True),
@@ -128,7 +129,7 @@ def config(key: str, rank: int, targets: tuple[str, ...]) -> LayerConfig:
     if method.factors:
         return KroneckerConfig(method.factors, target_modules=targets)
     if method.equal:
-        rank = _equal_rank(rank, targets)
+        rank = _equal_rank(method.equal, rank, targets)
     sta = "multiplicative" if method.sta else "none"
     fields = {"router_pool": method.pool, "router_input": method.reads, "sta": sta, "target_modules": targets}
     if method.root:
@@ -140,9 +141,9 @@ def config(key: str, rank: int, targets: tuple[str, ...]) -> LayerConfig:
 
 
 @cache
-def _equal_rank(rank: int, targets: tuple[str, ...]) -> int:
-    """The rank at which a LoRA is as large as StyleInject with n = 16; a LoRA's size is proportional to its rank."""
-    return round(_size(config("n16", rank, targets)) / _size(config("lora", 1, targets)))
+def _equal_rank(row: str, rank: int, targets: tuple[str, ...]) -> int:
+    """The rank at which a LoRA is as large as a row; a LoRA's size is proportional to its rank."""
+    return round(_size(config(row, rank, targets)) / _size(config("lora", 1, targets)))
 
 
 def _size(adapter: LayerConfig) -> int:
