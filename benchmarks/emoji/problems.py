@@ -20,7 +20,6 @@ from styleinject_core.attach import Attachment
 from styleinject_core.call import Listener, ModelCall
 from styleinject_core.demo import data
 from styleinject_core.demo.classifier import Classifier, load_classifier
-from styleinject_core.demo.text import TextEncoder
 from styleinject_core.demo.training import DemoTrainingModel
 from styleinject_core.router.control import Rule, Steered, Steering
 from styleinject_core.train.data.source import LatentSource
@@ -28,9 +27,6 @@ from styleinject_core.train.objectives.tasks import Distil, DreamBooth, FineTune
 from styleinject_core.train.settings import TrainSettings
 
 PIXELS = 64
-# Of 32 random embeddings, those beside which the base still draws the thing (97 to 100 % of those it was trained on), as it
-# should beside a rare word; beside others it draws as few as 30 %.
-IGNORED = (9, 13, 27, 8)
 DETAILS = ("confusion", "information", "layers")  # of one drawing of the new concepts alone
 QUERY_VALUE, WITH_CONVOLUTIONS = ("to_q", "to_v"), ("to_q", "to_v", "conv")
 
@@ -245,7 +241,7 @@ class Distillation(Problem):
 class Styles(Problem):
     """One adapter for all the drawing styles that the base does not know, each named in the prompt by a word of its own.
 
-    The words are new to the text encoder: their embeddings are random, and frozen like everything that is the base's.
+    The base has never met the words: their embeddings are random, and frozen like everything that is the base's.
     """
 
     steps = 300
@@ -253,8 +249,7 @@ class Styles(Problem):
     def __init__(self, size: Size):
         super().__init__(data.BASE_STYLE, size)
         self.styles = [style for style in data.styles() if style != data.BASE_STYLE]
-        self.words = [f"style{k}" for k in range(len(self.styles))]
-        self.base.text_encoder = with_words(self.base.text_encoder, self.words)
+        self.words = [data.STYLE_WORDS[style] for style in self.styles]
 
     def prompts(self, style: int, concepts: list[int]) -> list[str]:
         return [f"{self.words[style]} {name}" for name in self.names(concepts)]
@@ -340,17 +335,6 @@ class Choices(Listener):
             ratio = torch.special.xlogy(chosen, chosen) - torch.special.xlogy(chosen, chosen.mean(0, keepdim=True))
             found[layer] = float(ratio.sum(1).mean())
         return found
-
-
-def with_words(encoder: TextEncoder, words: list[str]) -> TextEncoder:
-    """The text encoder with more words, whose embeddings are random; the words it had keep theirs."""
-    wider = TextEncoder([*encoder.vocabulary, *words])
-    state = encoder.state_dict()
-    known = state["embedding.weight"]
-    drawn = torch.randn(max(IGNORED) + 1, known.shape[1], generator=torch.Generator().manual_seed(0)) * known.std()
-    new = drawn[list(IGNORED[: len(words)])]
-    wider.load_state_dict({**state, "embedding.weight": torch.cat([known, new])})
-    return wider.eval().requires_grad_(False)
 
 
 class Subject(Problem):

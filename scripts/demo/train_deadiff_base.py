@@ -35,30 +35,23 @@ from styleinject_core.demo.model import (
     NOISE_SCHEDULE,
     build_unet,
     load_autoencoder,
-    load_text_encoder,
+    read_base,
     read_unet,
 )
 from styleinject_core.demo.text import TextEncoder
 from styleinject_core.files.atomic import save_tensors
 
-# One word a style, none of them in the names of the drawings
-STYLE_WORDS = {
-    "twemoji": "flat",
-    "noto": "shaded",
-    "openmoji": "outlined",
-    "openmoji-line": "lineart",
-    "fluent3d": "rendered",
-}
+STYLE_WORDS = {style: "outlined" if style == data.BASE_STYLE else data.STYLE_WORDS[style] for style in data.styles()}
 TARGET = data.ASSETS / "deadiff-base.safetensors"
 NULL_ROWS = 4
 SAVE_EVERY = 100
 PICTURE_EVERY = 500
 
 
-def with_style_words(encoder: TextEncoder) -> TextEncoder:
-    """The text encoder with a word more for each style; the words it had keep their rows."""
-    wider = TextEncoder([*encoder.vocabulary, *STYLE_WORDS.values()])
-    state = encoder.state_dict()
+def text_encoder() -> TextEncoder:
+    """The base's text encoder with a word more for each style; the words it had keep their rows."""
+    state, vocabulary = read_base("text_encoder")
+    wider = TextEncoder([*vocabulary, *STYLE_WORDS.values()])
     rows = state.pop("embedding.weight")
     state["embedding.weight"] = torch.cat([rows, torch.randn(len(STYLE_WORDS), rows.shape[1]) * rows.std()])
     wider.load_state_dict(state)
@@ -108,7 +101,7 @@ def export(work: Path, name: str) -> None:
 def build() -> nn.ModuleDict:
     unet = build_unet()
     unet.load_state_dict(read_unet())
-    return nn.ModuleDict({"unet": unet, "text_encoder": with_style_words(load_text_encoder())}).requires_grad_(True).train()
+    return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder()}).requires_grad_(True).train()
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ ADAPTERS = ASSETS / "adapters"
 DEADIFFS = ASSETS / "deadiff"
 BASE_STYLE = "openmoji"
 NEW_STYLES = ("fluent-flat", "fluent-high-contrast")
+STYLE_WORDS = {"twemoji": "flat", "noto": "shaded", "openmoji-line": "lineart", "fluent3d": "rendered"}
+"""One word for each style that the base model does not draw; none of them is in the name of a drawing."""
 LICENSES = {
     "twemoji": "CC-BY-4.0",
     "noto": "Apache-2.0",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..files import load_adapter
@@ -22,6 +23,7 @@ from .text import WIDTH, TextEncoder
 
 Module = TypeVar("Module", bound=nn.Module)
 BASE_FILE = ASSETS / "base.safetensors"
+WORDS_FILE = ASSETS / "style-words.safetensors"
 
 # diffusers' UNet2DConditionModel arguments; Stable Diffusion 1.5's layout with two levels and one block per level
 UNET_CONFIG: dict[str, Any] = {
@@ -60,8 +62,12 @@ def read_base(part: str, path: Path = BASE_FILE) -> tuple[dict[str, Tensor], lis
 
 
 def load_text_encoder(path: Path = BASE_FILE) -> TextEncoder:
-    """The embedded model's text encoder, frozen."""
+    """The embedded model's text encoder, frozen. It knows the words of `data.STYLE_WORDS`, which the base has never met."""
     state, vocabulary = read_base("text_encoder", path)
+    if unmet := [word for word in load_file(WORDS_FILE).items() if word[0] not in vocabulary]:
+        words, rows = zip(*unmet, strict=True)
+        vocabulary += words
+        state["embedding.weight"] = torch.cat([state["embedding.weight"], torch.stack(rows)])
     return _frozen(TextEncoder(vocabulary), state)
 
 
