@@ -124,6 +124,30 @@ def straight_line(linear: nn.Linear, adapters: int = 1, n: int = 16, r: int = 4)
     return forward
 
 
+def straight_convolution(conv: nn.Conv2d, n: int = 16, r: int = 4) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same for one adapter beside a convolution, as few positions have it."""
+    d, k = conv.weight.shape[:2]
+    kernel, stride, padding = conv.weight.shape[2:], conv.stride, conv.padding
+    router, router_bias, hyper, hyper_bias = (torch.randn(shape) * 0.02 for shape in ((k, n), n, (n, d), d))
+    A, B = torch.randn(n, r * k * kernel[0] * kernel[1]) * 0.02, torch.randn(d, r) * 0.02
+    frozen, pointwise = type(conv).forward.__get__(conv), tuple(kernel) == (1, 1)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        batch = x.shape[0]
+        s = torch.softmax(torch.addmm(router_bias, x.sum((2, 3)), router, alpha=1 / (x.shape[2] * x.shape[3])), 1)
+        gain, down = torch.addmm(hyper_bias, s, hyper)[:, :, None, None], torch.mm(s, A)
+        h = frozen(x)
+        out = torch.addcmul(h, gain, torch.sub(h, h.sum((2, 3), keepdim=True), alpha=1 / (h.shape[2] * h.shape[3])))
+        if pointwise:
+            low = torch.bmm(down.view(batch, r, k), x.flatten(2))
+        else:
+            images, kernels = x.reshape(1, -1, *x.shape[2:]), down.view(batch * r, k, *kernel)
+            low = torch.conv2d(images, kernels, None, stride, padding, 1, batch).view(batch, r, -1)
+        return out.flatten(2).baddbmm_(B.expand(batch, -1, -1), low).view_as(out)
+
+    return forward
+
+
 COUNTS = (0, 1, 4)
 
 
@@ -176,10 +200,12 @@ def comfyui_calls(root: Path, runs: int) -> dict[str, Callable[[], Any]]:
         "1 adapter, with all convolutions": patched(1, "to_q", "to_v", "conv"),
         "a reference image (DEADiff)": with_reference(pack, model),
     }
-    modules = [module for name, module in model.model.diffusion_model.named_modules() if name.endswith(("to_q", "to_v"))]
+    layers = {name: module for name, module in model.model.diffusion_model.named_modules() if name.endswith(("to_q", "to_v"))}
+    convolutions = [module for module in model.model.diffusion_model.modules() if isinstance(module, nn.Conv2d)]
 
-    def alone(adapters: int) -> Callable[[], None]:
-        lines = [straight_line(module, adapters) for module in modules]
+    def alone(adapters: int, *others: Any) -> Callable[[], None]:
+        modules = [*layers.values(), *others]
+        lines = [*(straight_line(m, adapters) for m in layers.values()), *(straight_convolution(m) for m in others)]
 
         def run() -> None:
             try:
@@ -193,7 +219,12 @@ def comfyui_calls(root: Path, runs: int) -> dict[str, Callable[[], Any]]:
         return run
 
     calls: dict[str, Callable[[], Any]] = {key: lambda m=m: tiny_model.sample(m, steps=runs) for key, m in models.items()}
-    return {**calls, "torch calls alone, 1 adapter": alone(1), "torch calls alone, 4 adapters": alone(4)}
+    return {
+        **calls,
+        "torch calls alone, 1 adapter": alone(1),
+        "torch calls alone, 4 adapters": alone(4),
+        "torch calls alone, 1 adapter, with all convolutions": alone(1, *convolutions),
+    }
 
 
 def with_reference(pack: Any, model: Any) -> Any:

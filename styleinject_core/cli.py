@@ -92,7 +92,11 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train an adapter on real images, sample with it, write pictures")
     demo.add_argument("--out", type=Path, default=Path("styleinject_demo"), help="folder for pictures and the adapter")
-    demo.add_argument("--style", default="openmoji-line", help="the drawing style to learn (default openmoji-line)")
+    demo.add_argument(
+        "--style",
+        default="openmoji-line",
+        help='the drawing style to learn (default %(default)s), or "all" of them in one adapter',
+    )
     demo.add_argument("--steps", type=int, default=None, help="training steps (default 140, under two minutes on two cores)")
     demo.add_argument("--no-train", action="store_true", help="use the adapter that ships with the demo")
     demo.add_argument("--seed", type=int, default=0)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from styleinject_core.demo.classifier import Classifier
+from styleinject_core.demo.classifier import Classifier, recognized
 
 
 def features(classifier: Classifier, images: Tensor) -> Tensor:
@@ -38,10 +37,6 @@ def likeness(x: Tensor, subject: Tensor) -> float:
     return float(F.cosine_similarity(x, subject.mean(0, keepdim=True)).mean())
 
 
-def recognized(classifier: Classifier, images: Tensor, concepts: list[int], style: int) -> dict[str, float]:
+def shares(classifier: Classifier, images: Tensor, concepts: list[int], style: str) -> dict[str, float]:
     """Shares of images (N, 3, 64, 64): recognized as their concept, as the style, and as both."""
-    concept, drawn = classifier(images)
-    right = concept.argmax(1) == torch.tensor(concepts)
-    in_style = drawn.argmax(1) == style
-    shares = {"concept": right, "style": in_style, "both": right & in_style}
-    return {name: share.float().mean().item() for name, share in shares.items()}
+    return dict(zip(("concept", "style", "both"), recognized(classifier, images, concepts, style), strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from chinese import chinese_names, train_chinese_encoder
-from measure import features, kid, likeness, recognized
+from measure import features, kid, likeness, shares
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -183,8 +183,8 @@ class Problem:
 
     def compared(self, images: Tensor, concepts: list[int], style: str, wanted: Tensor) -> dict[str, float]:
         """What is recognized in images of one style, and how far they are from those that are wanted."""
-        shares = recognized(self.classifier, images, concepts, data.styles().index(style))
-        return {**shares, "kid": kid(features(self.classifier, images), features(self.classifier, wanted))}
+        found = shares(self.classifier, images, concepts, style)
+        return {**found, "kid": kid(features(self.classifier, images), features(self.classifier, wanted))}
 
     def ideal(self) -> dict[str, float]:
         """The columns of what is learned from."""
@@ -310,11 +310,8 @@ class Styles(Problem):
     def ideal(self) -> dict[str, float]:
         columns = []
         for concepts in (self.new, self.seen):
-            shares = [
-                recognized(self.classifier, data.images(style)[concepts], concepts, data.styles().index(style))
-                for style in self.styles
-            ]
-            columns.append({name: sum(each[name] for each in shares) / len(shares) for name in shares[0]})
+            found = [shares(self.classifier, data.images(style)[concepts], concepts, style) for style in self.styles]
+            columns.append({name: sum(each[name] for each in found) / len(found) for name in found[0]})
         return {**columns[0], **{f"seen_{name}": value for name, value in columns[1].items()}}
 
 
@@ -397,7 +394,7 @@ class Subject(Problem):
     ) -> dict[str, Any]:
         """The subject's, whatever the concepts; `subject_and_others` is the product of two shares, which either can spoil."""
         instances = self.draw(model, self.instances, 1000 + seed)
-        before, after = data.styles().index(data.BASE_STYLE), data.styles().index(self.style)
+        before, after = data.BASE_STYLE, self.style
         subject = features(self.classifier, self.pictures)
         others = self.draw(model, self.names(self.others), 1000 + seed)
         classes = self.draw(model, self.classes, 3000 + seed)
@@ -412,11 +409,11 @@ class Subject(Problem):
 
     def ideal(self) -> dict[str, float]:
         subject, count = features(self.classifier, self.pictures), len(self.pictures)
-        shown = self._both(self.pictures, [self.concept] * count, data.styles().index(self.style))
+        shown = self._both(self.pictures, [self.concept] * count, self.style)
         return {"likeness": likeness(subject, subject), "subject_style": shown}
 
-    def _both(self, images: Tensor, concepts: list[int], style: int) -> float:
-        return recognized(self.classifier, images, concepts, style)["both"]
+    def _both(self, images: Tensor, concepts: list[int], style: str) -> float:
+        return shares(self.classifier, images, concepts, style)["both"]
 
     def _before(self, seed: int) -> Tensor:
         if seed not in self.drift:

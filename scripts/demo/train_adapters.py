@@ -1,8 +1,10 @@
 """Train the adapters that ship with the demo, StyleInject and LoRA of as many parameters for every style.
 
 python scripts/demo/train_adapters.py [--styles noto openmoji-line] [--steps 400]
+python scripts/demo/train_adapters.py --styles all --steps 1000 --batch 16 --learning-rate 3e-3
 
 The styles' names in the files were given afterwards, by what Style Grid draws with each alone: another training has others.
+Those of "all" are the words that call them.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from styleinject_core.train.run.watch import ProgressBar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    others = [style for style in data.styles() if style != data.BASE_STYLE]
-    parser.add_argument("--styles", nargs="+", choices=others, default=others)
+    every = [*data.STYLE_WORDS, styles.ALL]
+    parser.add_argument("--styles", nargs="+", choices=every, default=every)
     parser.add_argument("--methods", nargs="+", choices=list(styles.CONFIGS), default=list(styles.CONFIGS))
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
     model = styles.DemoModel()
@@ -32,8 +35,9 @@ def main() -> None:
             adapter = styles.new_adapter(style, method)
             print(f"{style} {method} ({adapter.parameter_count():,} parameters)")
             with ProgressBar(args.steps) as bar:
-                styles.train_style(model, adapter, style, steps=args.steps, learning_rate=args.learning_rate, observer=bar)
-            note = {"styleinject.steps": str(args.steps), "modelspec.license": data.LICENSES[style]}
+                how = {"steps": args.steps, "batch": args.batch, "learning_rate": args.learning_rate}
+                styles.train_style(model, adapter, style, **how, observer=bar)
+            note = {"styleinject.steps": str(args.steps), "modelspec.license": styles.license_of(style)}
             save_adapter(adapter.half(), styles.adapter_path(style, method), note)
 
 

@@ -46,8 +46,8 @@ def load_classifier(path: Path = CLASSIFIER_FILE) -> Classifier:
 
 
 @torch.no_grad()
-def recognized(classifier: Classifier, images: Tensor, concepts: list[int], style: str) -> tuple[float, float]:
-    """How often the classifier sees the concept that was asked for, and the target style.
+def recognized(classifier: Classifier, images: Tensor, concepts: list[int], style: str) -> tuple[float, float, float]:
+    """How often the classifier sees the concept that was asked for, the target style, and both.
 
     Args:
         images: (N, 3, 64, 64) in [-1, 1].
@@ -55,9 +55,10 @@ def recognized(classifier: Classifier, images: Tensor, concepts: list[int], styl
         style: the target style.
 
     Returns:
-        (share of images recognized as their concept, share recognized as the style), each in [0, 1].
+        (share of images recognized as their concept, share recognized as the style, share as both), each in [0, 1].
     """
     concept, drawn = classifier(images)
     right = concept.argmax(1) == torch.tensor(concepts)
     in_style = drawn.argmax(1) == data.styles().index(style)
-    return right.float().mean().item(), in_style.float().mean().item()
+    concept_share, style_share, both = (share.float().mean().item() for share in (right, in_style, right & in_style))
+    return concept_share, style_share, both

@@ -23,7 +23,7 @@ from ..train.run.watch import ProgressBar, loss_plot
 from . import data, pictures
 from .classifier import load_classifier, recognized
 from .model import sample
-from .styles import DemoModel, adapter_path, new_adapter, train_style
+from .styles import ALL, DemoModel, adapter_path, learned, license_of, new_adapter, prompts, train_style
 
 STEPS = 140
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
@@ -35,14 +35,14 @@ def run(out: Path, style: str, *, steps: int | None = None, train: bool = True, 
     """Run the demo and write its pictures into `out`.
 
     Args:
-        style: the drawing style to learn; any but the base model's.
+        style: the drawing style to learn; any but the base model's, or "all" of them in one adapter.
         steps: training steps, None for the default.
         train: False takes the adapter that ships with the demo.
 
     Raises:
         ValueError: an unknown style, or steps without training.
     """
-    choices = [s for s in data.styles() if s != data.BASE_STYLE]
+    choices = [*data.STYLE_WORDS, ALL]
     if style not in choices:
         raise ValueError(f"--style {style!r}: expected one of {', '.join(choices)}")
     if steps is not None and not train:
@@ -50,19 +50,23 @@ def run(out: Path, style: str, *, steps: int | None = None, train: bool = True, 
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model = DemoModel()
-    shipped = load_adapter(adapter_path(style))
+    shipped, lora = load_adapter(adapter_path(style)), load_adapter(adapter_path(style, "lora"))
     rows: list[tuple[str, Adapter | None, bool]] = [
         ("base model, no adapter", None, False),
-        (f"LoRA, {_steps(lora := load_adapter(adapter_path(style, 'lora')))} steps", lora, False),
+        (f"LoRA, {_steps(lora)} steps", lora, False),
         (f"StyleInject, {_steps(shipped)} steps", shipped, False),
-        ("the same, its router held at its mean", shipped, True),
     ]
+    if style != ALL:
+        rows.append(("the same, its router held at its mean", shipped, True))
     adapter = shipped
     if train:
         adapter = _train(model, out, style, steps or STEPS, seed)
         rows.append((f"StyleInject, {steps or STEPS} steps, just trained", adapter, False))
-    _draw(model, out, adapter, style, seed)
-    _measure(model, rows, style, seed, samples=2 if train else 1)
+    if style == ALL:
+        _draw_all(model, out, lora, adapter, seed)
+    else:
+        _draw(model, out, adapter, style, seed)
+    _measure(model, rows, style, seed, samples=2 if train and style != ALL else 1)
     print(f"\nPictures and adapter are in {out}{'/' if not str(out).endswith('/') else ''} ({time.monotonic() - began:.0f} s)")
 
 
@@ -74,14 +78,32 @@ def _train(model: DemoModel, out: Path, style: str, steps: int, seed: int) -> Ad
     """Train, with a progress bar; write the adapter and the loss curve."""
     adapter = new_adapter(style, seed=seed)
     shown = sum(not concept.held_out for concept in data.concepts())
-    print(f"Learning {style} from {shown} drawings: {adapter.parameter_count():,} parameters on {len(adapter.names)} layers")
+    shown *= len(learned(style))
+    what = "four styles" if style == ALL else style
+    print(f"Learning {what} from {shown} drawings: {adapter.parameter_count():,} parameters on {len(adapter.names)} layers")
     with ProgressBar(steps) as bar:
         losses = train_style(model, adapter, style, steps=steps, seed=seed, observer=bar)
     path = out / f"{style}.safetensors"
-    save_adapter(adapter, path, {"styleinject.steps": str(steps), "modelspec.license": data.LICENSES[style]})
-    loss_plot(out / "loss.png", f"Fine-tuning StyleInject on {style}", losses)
+    save_adapter(adapter, path, {"styleinject.steps": str(steps), "modelspec.license": license_of(style)})
+    loss_plot(out / "loss.png", f"Fine-tuning StyleInject on {what}", losses)
     print(f"  {path.name}, loss.png")
     return load_adapter(path)  # what a user would load
+
+
+def _draw_all(model: DemoModel, out: Path, lora: Adapter, adapter: Adapter, seed: int) -> None:
+    """The same prompts and noise, each with the word of every style before it."""
+    held_out = [k for k, concept in enumerate(data.concepts()) if concept.held_out]
+    chosen = _spread(held_out, 2 * SHOWN)
+    names = [data.concepts()[k].name for k in chosen]
+    rows = []
+    for style in learned(ALL):
+        word, asked = data.STYLE_WORDS[style], prompts(style, names, called=True)
+        rows.append((f"LoRA, {word}", _images(model, lora, asked, seed)))
+        rows.append((f"StyleInject, {word}", _images(model, adapter, asked, seed)))
+        rows.append((f"{style}'s artists", data.images(style)[chosen]))
+    title = "Four styles in one adapter, each asked for by its word: things that neither adapter ever saw in them"
+    pictures.grid(out / "styles.png", title, rows, names, [False] * len(names))
+    print("  styles.png")
 
 
 def _draw(model: DemoModel, out: Path, adapter: Adapter, style: str, seed: int) -> None:
@@ -115,24 +137,32 @@ def _liveliest(trace: RouterTrace, by_step: Tensor, part: str) -> str:
 
 
 def _measure(model: DemoModel, rows: Sequence[tuple[str, Adapter | None, bool]], style: str, seed: int, samples: int) -> None:
-    """Print how often a classifier recognizes concept and style in `samples` of each held-out concept."""
+    """Print how often a classifier recognizes concept and style in `samples` of each held-out concept in each style."""
     from tqdm import tqdm
 
     held_out = [k for k, concept in enumerate(data.concepts()) if concept.held_out]
     names = [data.concepts()[k].name for k in held_out]
-    classifier = load_classifier()
+    classifier, of = load_classifier(), learned(style)
     results = []
     for label, adapter, held in tqdm(rows, desc="Measuring", leave=False):
-        drawn = [_images(model, adapter, names, seed + k + 1, held=held) for k in range(samples)]
-        shares = [recognized(classifier, images, held_out, style) for images in drawn]
-        concept, found = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-        results.append((label, 0 if adapter is None else adapter.parameter_count(), concept, found))
-    truth = recognized(classifier, data.images(style)[held_out], held_out, style)
-    print(f"\n{len(names)} concepts never shown in {style}, {samples} each; what a classifier of all styles sees:\n")
-    print(f"  {'':44} {'parameters':>10}  {'concept':>8}  {'style':>8}")
-    for label, parameters, concept, found in results:
-        print(f"  {label:44} {parameters:>10,}  {concept:>8.0%}  {found:>8.0%}")
-    print(f"  {'the drawings themselves':44} {'':>10}  {truth[0]:>8.0%}  {truth[1]:>8.0%}")
+        drawn = [
+            (one, _images(model, adapter, prompts(one, names, called=style == ALL), seed + k + 1, held=held))
+            for one in of
+            for k in range(samples)
+        ]
+        shares = [recognized(classifier, images, held_out, one) for one, images in drawn]
+        results.append((label, 0 if adapter is None else adapter.parameter_count(), *_means(shares)))
+    truth = _means([recognized(classifier, data.images(one)[held_out], held_out, one) for one in of])
+    where = f"{len(of)} styles" if style == ALL else style
+    print(f"\n{len(names)} concepts never shown in {where}, {samples * len(of)} each; what a classifier of all styles sees:\n")
+    print(f"  {'':44} {'parameters':>10}  {'concept':>8}  {'style':>8}  {'both':>8}")
+    for label, parameters, *found in results:
+        print(f"  {label:44} {parameters:>10,}" + "".join(f"  {share:>8.0%}" for share in found))
+    print(f"  {'the drawings themselves':44} {'':>10}" + "".join(f"  {share:>8.0%}" for share in truth))
+
+
+def _means(shares: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) / len(shares) for column in zip(*shares, strict=True)]
 
 
 def _images(

@@ -1,8 +1,9 @@
-"""Train an adapter of the embedded model on another drawing style: the plain fine-tuning objective, real images."""
+"""Train an adapter of the embedded model on another drawing style, or on all of them: plain fine-tuning, real images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from .model import load_autoencoder, load_text_encoder, load_unet
 from .text import TextEncoder
 from .training import DemoTrainingModel
 
+ALL = "all"  # in the place of a style: every one that the base does not draw, called by its word
 TARGETS = ("attention", "conv")
 CONFIGS = {
     "styleinject": AdapterConfig(r=4, n_styles=4, target_modules=TARGETS),
@@ -47,13 +49,36 @@ def adapter_path(style: str, method: str = "styleinject") -> Path:
 
 
 def new_adapter(style: str, method: str = "styleinject", seed: int = 0) -> Adapter:
-    """An untrained adapter for the embedded model."""
+    """An untrained adapter for the embedded model. Of all styles, one that chooses by the prompt, with a place for each."""
     torch.manual_seed(seed)
     metadata = {
         "modelspec.architecture": f"{ARCHITECTURES['demo'].modelspec}/{method}",
         "modelspec.description": f"The demo's emoji in the style {style}",
     }
-    return Adapter.create(ARCHITECTURES["demo"].shapes(), CONFIGS[method], adapter_path(style, method).stem, metadata)
+    config = CONFIGS[method]
+    if style != ALL:
+        return Adapter.create(ARCHITECTURES["demo"].shapes(), config, adapter_path(style, method).stem, metadata)
+    words = [data.STYLE_WORDS[name] for name in learned(ALL)]
+    metadata["modelspec.description"] = f"The demo's emoji in four styles, by a word in the prompt: {', '.join(words)}"
+    if config.has_router:
+        config = replace(config, n_styles=len(words), router_input="prompt")
+    adapter = Adapter.create(ARCHITECTURES["demo"].shapes(), config, adapter_path(style, method).stem, metadata)
+    return adapter.with_style_names(words) if config.has_router else adapter
+
+
+def learned(style: str) -> list[str]:
+    """The styles that an adapter of a style draws: itself, or every one of `ALL`."""
+    return [name for name in data.styles() if name in data.STYLE_WORDS] if style == ALL else [style]
+
+
+def license_of(style: str) -> str:
+    """The license of what is trained on a style's drawings; of all of them, OpenMoji's, which asks to be kept."""
+    return data.LICENSES[data.BASE_STYLE if style == ALL else style]
+
+
+def prompts(style: str, names: Sequence[str], *, called: bool) -> list[str]:
+    """The prompts of things in a style, with its word before them where it has to be `called`."""
+    return [f"{data.STYLE_WORDS[style]} {name}" for name in names] if called else list(names)
 
 
 def train_style(
@@ -67,14 +92,19 @@ def train_style(
     seed: int = 0,
     observer: Observer | None = None,
 ) -> list[float]:
-    """Train an adapter on the style's drawings of every concept that is not held out. Returns the loss of every step."""
+    """Train an adapter on the style's drawings of every concept that is not held out. Returns the loss of every step.
+
+    Of `ALL`, each drawing has its style, so that a router that reads the prompt learns to choose it.
+    """
     shown = [k for k, concept in enumerate(data.concepts()) if not concept.held_out]
+    names, of = [data.concepts()[k].name for k in shown], learned(style)
     frozen = model.for_training()
     settings = TrainSettings(
         steps, batch, learning_rate=learning_rate, schedule="cosine", warmup=10, caption_dropout=0.1, seed=seed
     )
-    latents = frozen.encode(data.images(style)[shown])
-    prompts = frozen.encode_text([data.concepts()[k].name for k in shown])
-    source = LatentSource(list(latents), prompts, batch_size=batch, seed=seed)
+    latents = torch.cat([frozen.encode(data.images(one)[shown]) for one in of])
+    captions = frozen.encode_text([prompt for one in of for prompt in prompts(one, names, called=style == ALL)])
+    labels = [k for k in range(len(of)) for _ in shown] if style == ALL and adapter.routed else None
+    source = LatentSource(list(latents), captions, batch_size=batch, seed=seed, styles=labels)
     task = FineTune(frozen, source, settings, frozen.encode_text([""]))
     return train(adapter, task, settings, observer=observer).losses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ pytest.importorskip("diffusers")
 from styleinject_core import load_adapter
 from styleinject_core.demo import data, pictures, show, styles
 from styleinject_core.demo.classifier import load_classifier, recognized
+from styleinject_core.demo.deadiff import BASE_FILE as FIVE_STYLES_FILE
+from styleinject_core.demo.model import load_text_encoder
 from styleinject_core.hosts.architectures import ARCHITECTURES, architecture_of
 
 
@@ -50,7 +54,7 @@ def test_the_base_model_draws_its_concepts(model):
     chosen = list(range(0, len(data.concepts()), 15))
     names = [data.concepts()[k].name for k in chosen]
     images = show._images(model, None, names, seed=0)
-    concept, in_style = recognized(load_classifier(), images, chosen, data.BASE_STYLE)
+    concept, in_style, _ = recognized(load_classifier(), images, chosen, data.BASE_STYLE)
     assert concept > 0.5
     assert in_style > 0.5
 
@@ -60,13 +64,48 @@ def test_unknown_words_are_left_out(model):
     assert torch.equal(model.text_encoder(["zyzzyva cat face"]), model.text_encoder(["Cat face!"]))
 
 
-@pytest.mark.parametrize("style", [s for s in data.styles() if s != data.BASE_STYLE])
+def test_the_text_encoder_knows_a_word_for_each_style(model):
+    words = [data.STYLE_WORDS[style] for style in styles.learned(styles.ALL)]
+    assert len(set(words)) == 4 and model.text_encoder.unknown_words(" ".join(words)) == []
+    assert not set(words) & {word for concept in data.concepts() for word in concept.name.split()}
+    drawn = show._images(model, None, [f"{word} cat face" for word in words], seed=0)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    of_five_styles = load_text_encoder(FIVE_STYLES_FILE)  # which was trained with the same words, and has its own rows
+    assert of_five_styles.vocabulary.count("flat") == 1
+
+
+def test_one_adapter_of_all_styles_draws_each_by_its_word(model):
+    """Not a quality bar: far above chance, and above what is drawn with the word of another style."""
+    adapter, classifier = load_adapter(styles.adapter_path(styles.ALL)), load_classifier()
+    chosen = [k for k, concept in enumerate(data.concepts()) if not concept.held_out][::18]
+    names, of = [data.concepts()[k].name for k in chosen], styles.learned(styles.ALL)
+    assert list(adapter.style_names) == [data.STYLE_WORDS[style] for style in of]
+    found = {}
+    for asked in of:
+        images = show._images(model, adapter, styles.prompts(asked, names, called=True), seed=0)
+        found[asked] = {style: recognized(classifier, images, chosen, style) for style in of}
+    for style in of:
+        others = [found[asked][style][1] for asked in of if asked != style]
+        assert found[style][style][1] > max(others), f"{style}: {found}"
+    assert sum(found[style][style][2] for style in of) / len(of) > 0.4
+
+
+def test_an_adapter_of_all_styles_learns_which_drawing_is_of_which(model, tmp_path):
+    adapter = show._train(model, tmp_path, styles.ALL, 2, seed=0)
+    assert adapter.style_names == ("flat", "shaded", "lineart", "rendered")
+    assert all(layer.config.router_input == "prompt" for layer in adapter.layers.values())
+    assert adapter.metadata["modelspec.license"] == "CC-BY-SA-4.0"
+    lora = styles.new_adapter(styles.ALL, "lora")  # which has no styles to be given
+    assert len(styles.train_style(model, lora, styles.ALL, steps=1, batch=2)) == 1
+
+
+@pytest.mark.parametrize("style", [*data.STYLE_WORDS, styles.ALL])
 def test_shipped_adapters(style):
     ours, lora = load_adapter(styles.adapter_path(style)), load_adapter(styles.adapter_path(style, "lora"))
     assert architecture_of(ours) is ARCHITECTURES["demo"]
     assert int(ours.metadata["styleinject.steps"]) == int(lora.metadata["styleinject.steps"])
     assert 0.9 < ours.parameter_count() / lora.parameter_count() < 1.1
-    assert ours.metadata["modelspec.license"] == data.LICENSES[style]
+    assert ours.metadata["modelspec.license"] == lora.metadata["modelspec.license"] == styles.license_of(style)
 
 
 def test_training_and_drawing_write_their_files(model, tmp_path, monkeypatch, capsys):
