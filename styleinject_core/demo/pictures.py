@@ -38,8 +38,10 @@ def grid(
         columns: N column titles; `marked` ones are set in color and explained below, by `note`.
     """
     count = len(columns)
-    figure = _figure(0.85 * count + 1.6, 0.85 * len(rows) + 1.0)
-    axes = figure.subplots(len(rows), count, squeeze=False, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    height = 0.85 * len(rows) + 1.0
+    figure = _figure(0.85 * count + 1.6, height)
+    place = {"wspace": 0.05, "hspace": 0.05, "top": 1 - 0.65 / height, "bottom": 0.6 / height}
+    axes = figure.subplots(len(rows), count, squeeze=False, gridspec_kw=place)
     for row, (label, images) in zip(axes, rows, strict=True):
         for axis, image in zip(row, images, strict=True):
             axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="lanczos")
@@ -51,9 +53,9 @@ def grid(
     for axis, name, mark in zip(axes[0], columns, marked, strict=True):
         wrapped = name.replace(" ", "\n", 1)
         axis.set_title(wrapped, fontsize=8, color=VERMILION if mark else INK, fontweight="bold" if mark else "normal")
-    figure.suptitle(title, fontsize=11, color=INK, y=1.0 + 0.12 / len(rows))
+    figure.suptitle(title, fontsize=11, color=INK, y=1.0)
     if any(marked):
-        figure.text(0.5, 0.04, note, ha="center", fontsize=8, color=VERMILION)
+        figure.text(0.5, 0.25 / height, note, ha="center", fontsize=8, color=VERMILION)
     _save(figure, path)
 
 

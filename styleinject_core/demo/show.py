@@ -92,32 +92,35 @@ def _train(model: DemoModel, out: Path, style: str, steps: int, seed: int) -> Ad
 
 def _draw_all(model: DemoModel, out: Path, lora: Adapter, adapter: Adapter, seed: int) -> None:
     """The same prompts and noise, each with the word of every style before it."""
-    held_out = [k for k, concept in enumerate(data.concepts()) if concept.held_out]
-    chosen = _spread(held_out, 2 * SHOWN)
-    names = [data.concepts()[k].name for k in chosen]
+    names, chosen, new = _shown()
     rows = []
     for style in learned(ALL):
         word, asked = data.STYLE_WORDS[style], prompts(style, names, called=True)
-        rows.append((f"LoRA, {word}", _images(model, lora, asked, seed)))
-        rows.append((f"StyleInject, {word}", _images(model, adapter, asked, seed)))
-        rows.append((f"{style}'s artists", data.images(style)[chosen]))
-    title = "Four styles in one adapter, each asked for by its word: things that neither adapter ever saw in them"
-    pictures.grid(out / "styles.png", title, rows, names, [False] * len(names))
+        rows.append((f'LoRA, "{word}"', _images(model, lora, asked, seed)))
+        rows.append((f'StyleInject, "{word}"', _images(model, adapter, asked, seed)))
+        rows.append((f"the artists' own\n{style}", data.images(style)[chosen]))
+    title = "Four styles in one adapter, each called by its word in the prompt"
+    pictures.grid(out / "styles.png", title, rows, names, new, "Orange: concepts that no adapter saw in these styles.")
     print("  styles.png")
+
+
+def _shown() -> tuple[list[str], list[int], list[bool]]:
+    """The concepts in the pictures, half of them held out: names, numbers, and which are."""
+    concepts = data.concepts()
+    known, new = ([k for k, c in enumerate(concepts) if c.held_out == held_out] for held_out in (False, True))
+    chosen = [*_spread(known, SHOWN), *_spread(new, SHOWN)]
+    return [concepts[k].name for k in chosen], chosen, [concepts[k].held_out for k in chosen]
 
 
 def _draw(model: DemoModel, out: Path, adapter: Adapter, style: str, seed: int) -> None:
     """The same prompts and seeds at several strengths, and the router over the sampling steps."""
-    concepts = data.concepts()
-    known, new = ([k for k, c in enumerate(concepts) if c.held_out == held_out] for held_out in (False, True))
-    chosen = [*_spread(known, SHOWN), *_spread(new, SHOWN)]
-    names = [concepts[k].name for k in chosen]
+    names, chosen, new = _shown()
     rows = [("base model", _images(model, None, names, seed))]
     for strength in STRENGTHS:
         rows.append((f"strength {strength:g}", _images(model, adapter, names, seed, strength)))
     rows.append(("the artists' own\n" + style, data.images(style)[chosen]))
     title = f"StyleInject: the same prompts and noise, the style {style} by strength"
-    pictures.grid(out / "strengths.png", title, rows, names, [concepts[k].held_out for k in chosen])
+    pictures.grid(out / "strengths.png", title, rows, names, new)
 
     with attach(model.unet, adapter) as attachment, record(attachment, roles=("positive", "negative")) as recording:
         _sample(model, names, seed)

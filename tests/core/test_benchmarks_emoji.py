@@ -53,9 +53,35 @@ def test_rows_of_equal_size_are(bench):
     for problem in (problems.Problem, problems.Distillation):
         counts = [size(bench["methods"].config(key, problem.rank, problem.targets)) for key in ("n16", "lora_equal", "lora")]
         assert counts[1] == pytest.approx(counts[0], rel=0.02) and counts[2] < counts[0] / 10
+    small = [size(bench["methods"].config(key, 8, ("to_q", "to_v"))) for key in ("n4", "lora_small")]
+    assert small[1] == pytest.approx(small[0], rel=0.03)
     problem, rows = problems.Problem, ("lora", "krona", "krona_small", "lora_four", "krona_four")
     lora, *others = (size(bench["methods"].config(key, problem.rank, problem.targets)) for key in rows)
     assert [count / lora for count in others] == pytest.approx([0.92, 0.63, 1.0, 0.93], abs=0.005)
+
+
+def test_the_rows_that_help_a_lora_and_that_read_the_paper_otherwise(bench):
+    methods, targets = bench["methods"], ("to_q", "to_v")
+    config = methods.config("lora_root", 8, targets)
+    assert config.scale == pytest.approx(config.r**0.5)  # alpha / sqrt(r), alpha = r
+    plain, wide = (methods.trainee(row, None, 8, targets, seed=0)[1].layers for row in ("lora_equal", "lora_wide"))
+    name = next(iter(plain))
+    assert torch.equal(4 * plain[name].A, wide[name].A) and not wide[name].B.any()
+    layers = methods.trainee("n16_plain_values", None, 8, targets, seed=0)[1].layers
+    values = {name: layer.config.method for name, layer in layers.items()}
+    assert {key for key, method in values.items() if method == "lora"} == {key for key in values if key.endswith("attn2.to_v")}
+
+
+def test_dreambooth_is_measured_against_the_base_without_the_rows_adapter(bench):
+    """Also where the base is drawn first while the adapter is on it: a bent U-Net is not its own measure."""
+    subject = bench["problems"].Subject("noto", bench["problems"].QUICK)
+    untouched = subject._before(7)
+    subject.drift.clear()
+    bent, adapter = bench["methods"].trainee("lora", subject.base, 8, ("to_q", "to_v"), seed=0)
+    for parameter in adapter.parameters():
+        parameter.data.normal_()
+    with bent.attachment(adapter):
+        assert torch.equal(subject._before(7), untouched)
 
 
 def test_chinese_names_are_complete_and_the_encoder_tells_them_apart(bench):
@@ -79,6 +105,10 @@ def test_quick_run_is_complete_and_resumable(bench, tmp_path, task, row, column)
     tuning, (measured,) = [[x for x in lines if x["row"] == row and x["tuning"] == flag] for flag in (True, False)]
     assert [line["rate"] for line in tuning] == [bench["methods"].METHODS[row].rate] == [measured["rate"]]
     assert column in measured["metrics"] and measured["parameters"] > 0
+    if task == "dreambooth":
+        curve = [measured["metrics"][f"subject_and_others@{strength}"] for strength in ("0.6", "0.8", "1.25", "1.5")]
+        mean = (sum(curve) + measured["metrics"]["subject_and_others"]) / 5
+        assert measured["metrics"]["subject_and_others_area"] == pytest.approx(mean) and measured["metrics"]["val"] > 0
     before = out.read_text()
     bench["run"].main(options)
     assert out.read_text() == before, "what is finished is not run again"
