@@ -10,6 +10,7 @@ from ...styleinject_core.demo.model import load_text_encoder
 from ..schema import schema
 
 _OTHERS = "all but the base's"
+_WORDS = ", ".join(f"{word} for {style}" for style, word in data.STYLE_WORDS.items())
 
 
 class StyleInjectDemoDataset(io.ComfyNode):
@@ -43,6 +44,13 @@ class StyleInjectDemoDataset(io.ComfyNode):
                 io.String.Input(
                     "prompt", default="", tooltip="The prompt of every drawing; empty for the name of what it shows."
                 ),
+                io.Boolean.Input(
+                    "style_words",
+                    default=False,
+                    optional=True,
+                    tooltip='Puts the word for its style before each prompt, as in "flat turtle": '
+                    f"{_WORDS}. The model's own style has none.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -52,14 +60,23 @@ class StyleInjectDemoDataset(io.ComfyNode):
                     "conditioning", display_name="conditioning", is_output_list=True, tooltip="A prompt for each of them."
                 ),
                 io.Image.Output("images", display_name="images", is_output_list=True, tooltip="The drawings, 64x64 pixels."),
+                io.String.Output(
+                    "image_styles",
+                    display_name="image_styles",
+                    is_output_list=True,
+                    tooltip="The style of each drawing, by its word, for several styles in one adapter of Train StyleInject.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, style: str, things: str, count: int, prompt: str) -> io.NodeOutput:
+    def execute(cls, style: str, things: str, count: int, prompt: str, style_words: bool = False) -> io.NodeOutput:
         styles = [name for name in data.styles() if name != data.BASE_STYLE] if style == _OTHERS else [style]
         drawings = data.drawings(styles, things, count)
-        images = [(picture.unsqueeze(0).movedim(1, -1) + 1) / 2 for picture, _ in drawings]  # (1, 64, 64, 3)
+        images = [(picture.unsqueeze(0).movedim(1, -1) + 1) / 2 for picture, _, _ in drawings]  # (1, 64, 64, 3)
         vae, encoder = DemoVAE(), load_text_encoder()
         latents = [{"samples": vae.encode(image)} for image in images]
-        return io.NodeOutput(latents, [demo_conditioning(encoder, prompt or name) for _, name in drawings], images)
+        words = data.STYLE_WORDS if style_words else {}
+        texts = [f"{words.get(drawn, '')} {prompt or name}".strip() for _, name, drawn in drawings]
+        image_styles = [data.STYLE_WORDS.get(drawn, drawn) for _, _, drawn in drawings]
+        return io.NodeOutput(latents, [demo_conditioning(encoder, text) for text in texts], images, image_styles)

@@ -92,15 +92,15 @@ def _tiles(style: str) -> Tensor:
     return tiles.float() / 127.5 - 1
 
 
-def drawings(styles: Sequence[str], things: str = "", count: int = 0) -> list[tuple[Tensor, str]]:
-    """Drawings with the names of what they show, thing by thing, each in all of the styles.
+def drawings(styles: Sequence[str], things: str = "", count: int = 0) -> list[tuple[Tensor, str, str]]:
+    """Drawings with the names of what they show and of their styles, thing by thing, each in all of the styles.
 
     Args:
         things: names with a comma between them; empty for all that are not held out.
         count: how many at most, evenly picked; 0 for all.
 
     Returns:
-        ((3, 64, 64) float32 in [-1, 1], name) of each.
+        ((3, 64, 64) float32 in [-1, 1], name, style) of each.
 
     Raises:
         ValueError: a thing of which there is no drawing.
@@ -111,5 +111,5 @@ def drawings(styles: Sequence[str], things: str = "", count: int = 0) -> list[tu
         raise ValueError(f"things: there is no drawing of {unknown[0]!r}; there are {', '.join(list(places)[::12])} and others")
     names = names or [concept.name for concept in concepts() if not concept.held_out]
     sheets = {style: images(style) for style in styles}  # (N, 3, 64, 64)
-    found = [(sheets[style][places[name]], name) for name in names for style in styles]
+    found = [(sheets[style][places[name]], name, style) for name in names for style in styles]
     return [found[k * len(found) // count] for k in range(count)] if 0 < count < len(found) else found

@@ -40,11 +40,13 @@ def test_data_is_whole():
 
 def test_drawings_by_name_and_evenly():
     named = data.drawings(["noto", "twemoji"], "turtle, Owl")
-    assert [name for _, name in named] == ["turtle", "turtle", "owl", "owl"] and not torch.equal(named[0][0], named[1][0])
+    assert [name for _, name, _ in named] == ["turtle", "turtle", "owl", "owl"] and not torch.equal(named[0][0], named[1][0])
+    assert [style for *_, style in named] == ["noto", "twemoji"] * 2
+    assert torch.equal(named[1][0], data.images("twemoji")[[concept.name for concept in data.concepts()].index("turtle")])
     everything = data.drawings(["noto"])
     assert len(everything) == sum(not concept.held_out for concept in data.concepts())
     some = data.drawings(["noto"], count=7)
-    assert [name for _, name in some] == [everything[k * len(everything) // 7][1] for k in range(7)]
+    assert [name for _, name, _ in some] == [everything[k * len(everything) // 7][1] for k in range(7)]
     with pytest.raises(ValueError, match="there is no drawing of 'sheriff'"):
         data.drawings(["noto"], "owl, sheriff")
 

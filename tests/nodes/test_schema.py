@@ -61,7 +61,7 @@ INPUTS = {
     "StyleInjectDemoModel": ["style"],
     "StyleInjectDemoPrompt": ["text"],
     "StyleInjectDemoDecode": ["samples", "upscale"],
-    "StyleInjectDemoDataset": ["style", "things", "count", "prompt"],
+    "StyleInjectDemoDataset": ["style", "things", "count", "prompt", "style_words"],
 }  # fmt: skip
 OUTPUTS = {
     "StyleInjectLoader": ["STYLEINJECT_ADAPTER", "STRING"],
@@ -101,7 +101,7 @@ OUTPUTS = {
     "StyleInjectDemoModel": ["MODEL", "VAE", "CLIP"],
     "StyleInjectDemoPrompt": ["CONDITIONING", "STRING"],
     "StyleInjectDemoDecode": ["IMAGE"],
-    "StyleInjectDemoDataset": ["LATENT", "CONDITIONING", "IMAGE"],
+    "StyleInjectDemoDataset": ["LATENT", "CONDITIONING", "IMAGE", "STRING"],
 }  # fmt: skip
 
 EVERYDAY = {

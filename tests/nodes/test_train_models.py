@@ -309,7 +309,7 @@ def test_dreambooth_draws_its_class_or_takes_images_of_it(model, train, conditio
 
 def test_the_demo_trains_and_shows_pictures(run_node, trained_folder) -> None:
     model, vae, _ = run_node("StyleInjectDemoModel")
-    images, prompts, pictures = run_node("StyleInjectDemoDataset", style="noto", count=6)
+    images, prompts, pictures, _ = run_node("StyleInjectDemoDataset", style="noto", count=6)
     assert len(images) == len(prompts) == len(pictures) == 6
     (empty, _) = run_node("StyleInjectDemoPrompt", text="")
     (options,) = run_node(
@@ -333,7 +333,7 @@ def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> 
     from torchvision.transforms.functional import to_tensor
 
     model, vae, _ = run_node("StyleInjectDemoModel")
-    images, prompts, _ = run_node("StyleInjectDemoDataset", style="openmoji-line", count=4)
+    images, prompts, *_ = run_node("StyleInjectDemoDataset", style="openmoji-line", count=4)
     (empty, _) = run_node("StyleInjectDemoPrompt", text="")
     (options,) = run_node("StyleInjectTrainOptions", vae=vae, picture_every=6, sampling_steps=4, guidance=3.0, seed=2)
     widgets = {key: [value] for key, value in {**SMALL, "steps": 6, "batch_size": 1, "learning_rate": 3e-2}.items()}
@@ -352,7 +352,7 @@ def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> 
 
 
 def test_the_demo_dataset(run_node) -> None:
-    _, prompts, pictures = run_node(
+    _, prompts, pictures, _ = run_node(
         "StyleInjectDemoDataset", style="all but the base's", things="turtle, Owl", prompt="red owl"
     )
     assert len(pictures) == 8 and pictures[0].shape == (1, 64, 64, 3)
@@ -360,6 +360,41 @@ def test_the_demo_dataset(run_node) -> None:
     assert len(run_node("StyleInjectDemoDataset", style="noto")[0]) == 186
     with pytest.raises(ValueError, match="there is no drawing of 'sheriff'"):
         run_node("StyleInjectDemoDataset", things="owl, sheriff")
+
+
+def test_the_demo_dataset_names_the_styles_of_its_drawings(run_node) -> None:
+    others = {"style": "all but the base's", "things": "turtle, owl"}
+    _, plain, pictures, styles = run_node("StyleInjectDemoDataset", **others)
+    _, worded, _, same_styles = run_node("StyleInjectDemoDataset", **others, style_words=True)
+    words = ["flat", "shaded", "lineart", "rendered"]
+    assert styles == same_styles == words * 2 and len(pictures) == 8
+
+    def said(prompt: str):
+        return run_node("StyleInjectDemoPrompt", text=prompt)[0][0][0]
+
+    names = [f"{word} {thing}" for thing in ("turtle", "owl") for word in words]
+    for found, name in zip(worded, names, strict=True):
+        assert torch.equal(found[0][0], said(name)) and not torch.equal(found[0][0], said(name.split()[1])), name
+    assert torch.equal(plain[0][0][0], said("turtle"))
+    alone = run_node("StyleInjectDemoDataset", style="noto", things="owl", prompt="red owl", style_words=True)
+    assert torch.equal(alone[1][0][0][0], said("shaded red owl")) and alone[3] == ["shaded"]
+    base = run_node("StyleInjectDemoDataset", style="openmoji", things="owl", style_words=True)
+    assert torch.equal(base[1][0][0][0], said("owl")) and base[3] == ["openmoji"], "the base's own style has no word"
+
+
+def test_the_demo_dataset_teaches_several_styles(run_node, trained_folder) -> None:
+    """Its styles as they come out, to Train StyleInject, which makes as many styles and gives them their names."""
+    (model, *_), (empty, _) = run_node("StyleInjectDemoModel"), run_node("StyleInjectDemoPrompt", text="")
+    images, prompts, _, styles = run_node(
+        "StyleInjectDemoDataset", style="all but the base's", things="turtle, owl", style_words=True
+    )
+    widgets = {key: [value] for key, value in {**SMALL, "styles": 0}.items()}
+    adapter, _, _ = run_node(
+        "StyleInjectTrain",
+        model=[model], latents=images, conditioning=prompts, empty=[empty], image_styles=styles, **widgets,
+    )  # fmt: skip
+    assert list(adapter.style_names) == ["flat", "shaded", "lineart", "rendered"]
+    assert adapter.config.router_input == "prompt", "a word of the prompt is to choose"
 
 
 def test_a_flow_model_and_another_kind_do_not_distil(model, teacher, sampled_as, train) -> None:
@@ -538,7 +573,7 @@ def test_quantized_weights(model, train, sample) -> None:
 def test_pictures_of_several_prompts_are_drawn_one_at_a_time(pack, run_node, trained_folder, monkeypatch, caplog) -> None:
     """Beside a training there is little memory left; and the first lines say what is trained on what."""
     model, vae, _ = run_node("StyleInjectDemoModel")
-    images, prompts, _ = run_node("StyleInjectDemoDataset", style="openmoji-line", count=3)
+    images, prompts, *_ = run_node("StyleInjectDemoDataset", style="openmoji-line", count=3)
     two = [entry for prompt in prompts[:2] for entry in prompt]
     (options,) = run_node("StyleInjectTrainOptions", vae=vae, picture_every=1, sampling_steps=2, picture_prompt=two)
     job, calls = pack.submodule("integration.training.job"), []
