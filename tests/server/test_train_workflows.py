@@ -12,11 +12,14 @@ import pytest
 from client import Client, Event, Prompt
 from comfy_process import ComfyProcess
 
+from styleinject_core import load_adapter
+
 FINE_TUNE = "08 Train on drawings with every setting.json"
 TRAINING = {
     FINE_TUNE: "line_art",
     "09 Turn a checkpoint into a small adapter.json": "distilled_line_art",
 }
+SEVERAL_STYLES = "14 Several styles in one adapter.json"
 MY_PHOTOS = "07 Train one subject from five photos.json"
 MY_PICTURES = "04 Train a style from your pictures.json"
 ON_Z_IMAGE = "06 Train a style from your pictures - Z-Image.json"
@@ -114,6 +117,30 @@ def test_the_template_for_one_subject_runs(client: Client, server: ComfyProcess,
     assert "Memory auto (" in text and "rank 4, 4 styles" in text
     before, after = (client.fetch_image(image) for image in run.images)
     assert before.shape == after.shape and (before != after).any() and before.std() > 5
+
+
+def test_the_template_for_several_styles_runs(client: Client, server: ComfyProcess, short) -> None:
+    """One adapter with a style for each word, drawn once for each prompt, and what its router chose for each."""
+    graph = short(SEVERAL_STYLES)
+    kinds = {node["class_type"]: key for key, node in graph.items()}
+    graph[kinds["StyleInjectDemoDataset"]]["inputs"]["count"] = 8  # two things in each style
+    run = client.queue(graph)
+    text = " ".join(run.shown("text"))
+    assert "styles flat (2), shaded (2), lineart (2), rendered (2)" in text
+    assert "Its styles are flat, shaded, lineart, rendered: the name in a prompt chooses one." in text
+    adapter = load_adapter(server.base / "output" / "styleinject" / "four_styles" / "four_styles.safetensors")
+    assert adapter.style_names == ("flat", "shaded", "lineart", "rendered") and adapter.config.router_input == "prompt"
+    prompts = graph[kinds["StyleInjectPrompts"]]["inputs"]["text"].splitlines()
+    heat = run.shown("styleinject", kinds["StyleInjectRouterHeatmap"])
+    assert len(heat) == len(prompts) == 8
+    assert heat[0]["values"] != heat[1]["values"] and all(len(row) == 4 for row in heat[0]["values"]["positive"])
+    sheets = {
+        node["inputs"]["title"]: client.fetch_image(*run.shown("images", key))
+        for key, node in graph.items()
+        if node["class_type"] == "StyleInjectStyleSheet"
+    }
+    assert len(sheets) == 3 and all(sheet.std() > 5 for sheet in sheets.values())
+    assert sheets["Before"].shape == sheets["After"].shape and (sheets["Before"] != sheets["After"]).any()
 
 
 def test_an_interrupted_training_says_where_it_is_and_goes_on(client: Client, server: ComfyProcess, short) -> None:
