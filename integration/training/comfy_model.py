@@ -15,7 +15,7 @@ import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import comfy.model_sampling
 import torch
-from comfy.patcher_extension import merge_nested_dicts
+from comfy.patcher_extension import WrappersMP, merge_nested_dicts
 from torch import Tensor, nn
 
 from ...styleinject_core import Adapter, Applied, Attachment
@@ -32,6 +32,8 @@ from ..places import find_places, forget_prompts, layer_shapes
 from ..tokens import prompt_of, tokens_of
 from .graph_inputs import CONDS, called_together
 
+_TOLD = "styleinject_training"
+_CONTEXT = 2  # where apply_model has the text conditioning among its arguments behind x
 _SCALED, _PLAIN = comfy.model_sampling.EPS.calculate_input, comfy.model_sampling.CONST.calculate_input
 _PREDICTIONS = {  # how a model's input is scaled, and how its output is read -> what it predicts
     (_SCALED, comfy.model_sampling.EPS.calculate_denoised): "epsilon",
@@ -235,6 +237,26 @@ class ComfyTrainingModel(TrainingModel):
             forget_prompts(model)
             stack.callback(forget_prompts, model)
             return model.apply_model(noisy, times, transformer_options=self._options(times), **named)
+
+    @contextmanager
+    def sampled(self) -> Iterator[ModelPatcher]:
+        """The MODEL to sample with while adapters are trained: their layers are told of each call what training tells them."""
+
+        def told(executor: Any, x: Tensor, *args: Any, **named: Any) -> Any:
+            given = {**named, "c_crossattn": args[_CONTEXT] if len(args) > _CONTEXT else named.get("c_crossattn")}
+            call = ModelCall(tokens=tokens_of(executor.class_obj, x, given), prompt=prompt_of(given))
+            with ExitStack() as stack:
+                for attachment in self._attached:
+                    stack.enter_context(attachment.in_call(call))
+                forget_prompts(executor.class_obj)
+                stack.callback(forget_prompts, executor.class_obj)
+                return executor(x, *args, **named)
+
+        self.patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _TOLD, told)
+        try:
+            yield self.patcher
+        finally:
+            self.patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _TOLD)
 
     def _options(self, sigmas: Tensor) -> dict[str, Any]:
         """What comfy.samplers passes along: the MODEL's attention patches and wrappers."""

@@ -211,15 +211,16 @@ class Job:
         options, seed = self.options, self.request.settings.seed
         try:
             for k, prompt in enumerate(options.pictured or images.prompts[:1]):  # one by one: memory is short
-                latent = draw(
-                    self.student.patcher,
-                    [prompt],
-                    self.student.empty,
-                    images.shape,
-                    seed=seed + k,
-                    steps=options.sampling_steps,
-                    guidance=options.guidance,
-                )
+                with self.student.network.sampled() as patcher:
+                    latent = draw(
+                        patcher,
+                        [prompt],
+                        self.student.empty,
+                        images.shape,
+                        seed=seed + k,
+                        steps=options.sampling_steps,
+                        guidance=options.guidance,
+                    )
                 with torch.inference_mode():
                     image = options.vae.decode(latent)
                 yield from image.reshape(-1, *image.shape[-3:])[..., :3].float().cpu()

@@ -327,7 +327,8 @@ def test_the_demo_trains_and_shows_pictures(run_node, trained_folder) -> None:
     ]
 
 
-def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> None:
+@pytest.mark.parametrize("router_input", ["layer", "prompt"])
+def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder, router_input) -> None:
     """With batches of 1 too: cond and uncond are two images, each with a router and statistics of its own."""
     from PIL import Image
     from torchvision.transforms.functional import to_tensor
@@ -335,7 +336,8 @@ def test_pictures_are_what_the_adapter_draws(pack, run_node, trained_folder) -> 
     model, vae, _ = run_node("StyleInjectDemoModel")
     images, prompts, *_ = run_node("StyleInjectDemoDataset", style="openmoji-line", count=4)
     (empty, _) = run_node("StyleInjectDemoPrompt", text="")
-    (options,) = run_node("StyleInjectTrainOptions", vae=vae, picture_every=6, sampling_steps=4, guidance=3.0, seed=2)
+    (options,) = run_node("StyleInjectTrainOptions", vae=vae, picture_every=6, sampling_steps=4, guidance=3.0, seed=2,
+                          router_input=router_input)  # fmt: skip
     widgets = {key: [value] for key, value in {**SMALL, "steps": 6, "batch_size": 1, "learning_rate": 3e-2}.items()}
     adapter, _, _ = run_node(
         "StyleInjectTrain", model=[model], latents=images, conditioning=prompts, empty=[empty], options=[options], **widgets
