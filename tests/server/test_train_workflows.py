@@ -128,7 +128,9 @@ def test_the_template_for_several_styles_runs(client: Client, server: ComfyProce
     text = " ".join(run.shown("text"))
     assert "styles flat (2), shaded (2), lineart (2), rendered (2)" in text
     assert "Its styles are flat, shaded, lineart, rendered: the name in a prompt chooses one." in text
-    adapter = load_adapter(server.base / "output" / "styleinject" / "four_styles" / "four_styles.safetensors")
+    folder = server.base / "output" / "styleinject" / "four_styles"
+    assert len(list((folder / "samples").iterdir())) == 2, "pictures on the way, by a router that reads the prompt"
+    adapter = load_adapter(folder / "four_styles.safetensors")
     assert adapter.style_names == ("flat", "shaded", "lineart", "rendered") and adapter.config.router_input == "prompt"
     prompts = graph[kinds["StyleInjectPrompts"]]["inputs"]["text"].splitlines()
     heat = run.shown("styleinject", kinds["StyleInjectRouterHeatmap"])
