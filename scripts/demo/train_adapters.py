@@ -1,7 +1,7 @@
 """Train the adapters that ship with the demo, StyleInject and LoRA of as many parameters for every style.
 
 python scripts/demo/train_adapters.py [--styles noto openmoji-line] [--steps 400]
-python scripts/demo/train_adapters.py --styles all --steps 1000 --batch 16 --learning-rate 3e-3
+python scripts/demo/train_adapters.py --styles all --steps 1000
 
 The styles' names in the files were given afterwards, by what Style Grid draws with each alone: another training has others.
 Those of "all" are the words that call them.
@@ -25,8 +25,7 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", choices=every, default=every)
     parser.add_argument("--methods", nargs="+", choices=list(styles.CONFIGS), default=list(styles.CONFIGS))
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, help="default 2e-3, of all styles 3e-3")
     args = parser.parse_args()
     model = styles.DemoModel()
     data.ADAPTERS.mkdir(exist_ok=True)
@@ -35,7 +34,8 @@ def main() -> None:
             adapter = styles.new_adapter(style, method)
             print(f"{style} {method} ({adapter.parameter_count():,} parameters)")
             with ProgressBar(args.steps) as bar:
-                how = {"steps": args.steps, "batch": args.batch, "learning_rate": args.learning_rate}
+                rate = {"learning_rate": args.learning_rate} if args.learning_rate else {}
+                how = {"steps": args.steps, **styles.HOW.get(style, {}), **rate}
                 styles.train_style(model, adapter, style, **how, observer=bar)
             note = {"styleinject.steps": str(args.steps), "modelspec.license": styles.license_of(style)}
             save_adapter(adapter.half(), styles.adapter_path(style, method), note)

@@ -23,9 +23,9 @@ from ..train.run.watch import ProgressBar, loss_plot
 from . import data, pictures
 from .classifier import load_classifier, recognized
 from .model import sample
-from .styles import ALL, DemoModel, adapter_path, learned, license_of, new_adapter, prompts, train_style
+from .styles import ALL, HOW, DemoModel, adapter_path, learned, license_of, new_adapter, prompts, train_style
 
-STEPS = 140
+STEPS, STEPS_OF_ALL = 140, 400
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
 SHOWN = 6  # concepts of each kind in the picture
 PARTS = ("down", "mid", "up")
@@ -60,10 +60,11 @@ def run(out: Path, style: str, *, steps: int | None = None, train: bool = True, 
         rows.append(("the same, its router held at its mean", shipped, True))
     adapter = shipped
     if train:
-        adapter = _train(model, out, style, steps or STEPS, seed)
-        rows.append((f"StyleInject, {steps or STEPS} steps, just trained", adapter, False))
+        steps = steps or (STEPS_OF_ALL if style == ALL else STEPS)
+        adapter = _train(model, out, style, steps, seed)
+        rows.append((f"StyleInject, {steps} steps, just trained", adapter, False))
     if style == ALL:
-        _draw_all(model, out, lora, adapter, seed)
+        _draw_all(model, out, [("StyleInject", adapter)] if train else [("LoRA", lora), ("StyleInject", shipped)], seed)
     else:
         _draw(model, out, adapter, style, seed)
     _measure(model, rows, style, seed, samples=2 if train and style != ALL else 1)
@@ -82,7 +83,7 @@ def _train(model: DemoModel, out: Path, style: str, steps: int, seed: int) -> Ad
     what = "four styles" if style == ALL else style
     print(f"Learning {what} from {shown} drawings: {adapter.parameter_count():,} parameters on {len(adapter.names)} layers")
     with ProgressBar(steps) as bar:
-        losses = train_style(model, adapter, style, steps=steps, seed=seed, observer=bar)
+        losses = train_style(model, adapter, style, steps=steps, seed=seed, observer=bar, **HOW.get(style, {}))
     path = out / f"{style}.safetensors"
     save_adapter(adapter, path, {"styleinject.steps": str(steps), "modelspec.license": license_of(style)})
     loss_plot(out / "loss.png", f"Fine-tuning StyleInject on {what}", losses)
@@ -90,14 +91,13 @@ def _train(model: DemoModel, out: Path, style: str, steps: int, seed: int) -> Ad
     return load_adapter(path)  # what a user would load
 
 
-def _draw_all(model: DemoModel, out: Path, lora: Adapter, adapter: Adapter, seed: int) -> None:
+def _draw_all(model: DemoModel, out: Path, adapters: Sequence[tuple[str, Adapter]], seed: int) -> None:
     """The same prompts and noise, each with the word of every style before it."""
     names, chosen, new = _shown()
     rows = []
     for style in learned(ALL):
         word, asked = data.STYLE_WORDS[style], prompts(style, names, called=True)
-        rows.append((f'LoRA, "{word}"', _images(model, lora, asked, seed)))
-        rows.append((f'StyleInject, "{word}"', _images(model, adapter, asked, seed)))
+        rows += [(f'{label}, "{word}"', _images(model, adapter, asked, seed)) for label, adapter in adapters]
         rows.append((f"the artists' own\n{style}", data.images(style)[chosen]))
     title = "Four styles in one adapter, each called by its word in the prompt"
     pictures.grid(out / "styles.png", title, rows, names, new, "Orange: concepts that no adapter saw in these styles.")

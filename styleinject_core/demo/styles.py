@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from .text import TextEncoder
 from .training import DemoTrainingModel
 
 ALL = "all"  # in the place of a style: every one that the base does not draw, called by its word
+HOW: dict[str, dict[str, Any]] = {ALL: {"batch": 16, "learning_rate": 3e-3}}  # what `train_style` takes other values for
 TARGETS = ("attention", "conv")
 CONFIGS = {
     "styleinject": AdapterConfig(r=4, n_styles=4, target_modules=TARGETS),
