@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         help='the drawing style to learn (default %(default)s), or "all" of them in one adapter',
     )
     demo.add_argument(
-        "--steps", type=int, default=None, help="training steps (default 140, of all styles 400: two minutes on two cores)"
+        "--steps", type=int, default=None, help="training steps (default 140, of all styles 400: about two minutes)"
     )
     demo.add_argument("--no-train", action="store_true", help="use the adapter that ships with the demo")
     demo.add_argument("--seed", type=int, default=0)
