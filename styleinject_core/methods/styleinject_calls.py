@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..functional.host import HostLayer, statistics_dtype
@@ -290,9 +291,42 @@ class _ByToken:
     folds = False
 
     def beside(self, out: Tensor, x: Tensor, host: HostLayer, owned: bool) -> Tensor:
-        every = F.linear(x, self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])  # A_i(x) of every style, (B, L, n, r)
-        low = torch.einsum("bln,blnr->blr", self.s, every)
+        compiled = torch.compiler.is_compiling()  # which finds for itself what to keep
+        low = (_mixed if compiled or not torch.is_grad_enabled() else _Mixed.apply)(x, self.A, self.s)
         return raised(out, low, self.B, self.scale, owned)
 
     def onto(self, weight: Tensor, owned: bool) -> Tensor:
         raise TypeError("a change that differs by token has no single weight")
+
+
+def _every(x: Tensor, A: Tensor) -> Tensor:
+    """A_i(x) of every style, (B, L, n, r)."""
+    return F.linear(x, A.flatten(0, 1)).unflatten(-1, A.shape[:2])
+
+
+def _mixed(x: Tensor, A: Tensor, s: Tensor) -> Tensor:
+    """Σ_i s_i A_i(x) of every token, (B, L, r), with x (B, L, k), A (n, r, k) and s (B, L, n)."""
+    return torch.einsum("bln,blnr->blr", s, _every(x, A))
+
+
+class _Mixed(torch.autograd.Function):
+    """`_mixed`, which keeps x and s for the backward pass; A_i(x), n·r numbers a token, are worked out again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A, s)
+        return _mixed(x, A, s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, s = ctx.saved_tensors
+        of_x = of_A = of_s = None
+        spread = torch.einsum("bln,blr->blnr", s, gradient).flatten(2)  # the gradient of A_i(x)
+        if ctx.needs_input_grad[0]:
+            of_x = spread @ A.flatten(0, 1)
+        if ctx.needs_input_grad[1]:
+            of_A = (spread.flatten(0, 1).mT @ x.flatten(0, 1)).view(A.shape)
+        if ctx.needs_input_grad[2]:
+            of_s = torch.einsum("blr,blnr->bln", gradient, _every(x, A))
+        return of_x, of_A, of_s

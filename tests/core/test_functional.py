@@ -253,6 +253,31 @@ def test_gradients_on_a_frozen_layer(build, case, form):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5)], ids=str)
+@pytest.mark.parametrize("wanted", ["everything", "parameters", "x"])
+def test_by_token_keeps_no_projection_of_every_style_for_the_backward_pass(shape, wanted):
+    """Gradients are the reference's all the same; a training keeps about x and h of each token, not n times r numbers more."""
+    module, x = nn.Linear(7, 6).double().requires_grad_(False), torch.randn(*shape, 7, dtype=torch.float64)
+    layer = trained_layer(module, r=4, n_styles=50, router_pool="token").double().requires_grad_(wanted != "x")
+    x.requires_grad_(wanted != "parameters")
+    leaves, kept = [*([x] if wanted != "parameters" else []), *(layer.parameters() if wanted != "x" else ())], set()
+
+    def keep(tensor):
+        kept.add((tensor.untyped_storage().data_ptr(), tensor.numel()))
+        return tensor
+
+    gradients = []
+    for form in (reference, stack):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = form.forward(x, host_of(module), [weights(layer, x)]).pow(2).sum()
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    assert max(numel for pointer, numel in kept if pointer not in own) <= shape[0] * shape[1] * 50
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
