@@ -130,7 +130,7 @@ class StyleInjectTrainOptions(io.ComfyNode):
                     "router_pool",
                     ROUTER_POOLS,
                     "How the style router sees an image: as the mean of its positions or, as the paper has it, token by token "
-                    "in attention and summed in convolutions.",
+                    "in attention and summed in convolutions, which learns a style better and takes more time (paper).",
                 ),
                 choice("sta", ("multiplicative", "additive"), "How the statistics are changed. The paper's is multiplicative."),
                 number(
