@@ -78,12 +78,13 @@ def test_the_measure_finds_overlaps() -> None:
 
 def test_the_one_node_path_is_found_first(open_editor: Callable[..., Editor]) -> None:
     """What the editor's search lists first for the pack's name."""
+    from playwright.sync_api import expect
+
     editor = open_editor()
     editor.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-    editor.page.wait_for_timeout(1000)
+    editor.page.locator("input:focus").wait_for(timeout=TIMEOUT)  # a busy machine opens it later
     editor.page.keyboard.type("styleinject", delay=20)
-    editor.page.get_by_role("option").filter(has_text="Puts a style on a model").wait_for(timeout=TIMEOUT)
-    assert "Puts a style on a model" in editor.page.get_by_role("option").first.inner_text()
+    expect(editor.page.get_by_role("option").first).to_contain_text("Puts a style on a model", timeout=TIMEOUT)
     editor.page.keyboard.press("Escape")
 
 
