@@ -51,14 +51,18 @@ class ApplyModelWrapper:
             return executor(*args, **kwargs)
         arguments = _Arguments(args, kwargs)
         options = arguments[_OPTIONS] or {}
-        given = {**kwargs, "c_crossattn": arguments[_CONTEXT]}
-        with _applied(self.injections, self.references, model, x, timestep, options, given) as own:
+        with _applied(self.injections, self.references, model, x, timestep, options, given_of(args, kwargs)) as own:
             if own is not options:
                 arguments[_OPTIONS] = own
             return executor(*arguments.args, **arguments.kwargs)
 
     def __deepcopy__(self, memo: dict) -> ApplyModelWrapper:
         return self  # some versions deep-copy a model's options; the adapters in here are not theirs to copy
+
+
+def given_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call of apply_model with these arguments is given by name, and the text conditioning, however it is given."""
+    return {**kwargs, "c_crossattn": _Arguments(args, dict(kwargs))[_CONTEXT]}
 
 
 def _wrappers_of(model: nn.Module) -> list[Any]:

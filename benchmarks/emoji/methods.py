@@ -113,9 +113,9 @@ def trainee(key: str, base: DemoTrainingModel, rank: int, targets: tuple[str, ..
     if METHODS[key].adapts:
         torch.manual_seed(seed)
         adapter = Adapter.create(ARCHITECTURES["demo"].shapes(), config(key, rank, targets), key)
-        for name, parameter in adapter.named_parameters() if METHODS[key].wide != 1 else ():
-            if name.endswith("A"):
-                parameter.data.mul_(METHODS[key].wide)
+        if METHODS[key].wide != 1:
+            for layer in adapter.layers.values():
+                layer.A.data.mul_(METHODS[key].wide)
         return base, adapter
     unet = copy.deepcopy(base.denoiser).requires_grad_(key == "full")
     return TunedModel(unet, base.text_encoder, base.autoencoder, base.name), unet

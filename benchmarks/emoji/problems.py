@@ -20,6 +20,7 @@ from styleinject_core.attach import Attachment
 from styleinject_core.call import Listener, ModelCall
 from styleinject_core.demo import data
 from styleinject_core.demo.classifier import Classifier, load_classifier
+from styleinject_core.demo.styles import prompts
 from styleinject_core.demo.training import DemoTrainingModel
 from styleinject_core.router.control import Rule, Steered, Steering
 from styleinject_core.train.data.source import LatentSource
@@ -248,11 +249,10 @@ class Styles(Problem):
 
     def __init__(self, size: Size):
         super().__init__(data.BASE_STYLE, size)
-        self.styles = [style for style in data.styles() if style != data.BASE_STYLE]
-        self.words = [data.STYLE_WORDS[style] for style in self.styles]
+        self.styles = list(data.STYLE_WORDS)
 
     def prompts(self, style: int, concepts: list[int]) -> list[str]:
-        return [f"{self.words[style]} {name}" for name in self.names(concepts)]
+        return prompts(self.styles[style], self.names(concepts), called=True)
 
     def validation_batches(self, settings: TrainSettings) -> int:
         return max(1, len(self.styles) * len(self.new) // settings.batch_size)

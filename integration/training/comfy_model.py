@@ -29,11 +29,11 @@ from ...styleinject_core.train.models.training_model import TrainingModel
 from ..injection import ComfyProgram, model_title
 from ..patcher import ModelPatcher, compute_dtype, injections_of, references_of
 from ..places import find_places, forget_prompts, layer_shapes
+from ..sampling import given_of
 from ..tokens import prompt_of, tokens_of
 from .graph_inputs import CONDS, called_together
 
 _TOLD = "styleinject_training"
-_CONTEXT = 2  # where apply_model has the text conditioning among its arguments behind x
 _SCALED, _PLAIN = comfy.model_sampling.EPS.calculate_input, comfy.model_sampling.CONST.calculate_input
 _PREDICTIONS = {  # how a model's input is scaled, and how its output is read -> what it predicts
     (_SCALED, comfy.model_sampling.EPS.calculate_denoised): "epsilon",
@@ -228,29 +228,33 @@ class ComfyTrainingModel(TrainingModel):
         return torch.cat(parts)[order.argsort()]
 
     def _call(self, noisy: Tensor, times: Tensor, named: dict[str, Any], rows: Sequence[int] | None = None) -> Tensor:
+        with _in_training(), self._told(noisy, named, rows):  # also where one pass is counted, before anything is loaded
+            return self.patcher.model.apply_model(noisy, times, transformer_options=self._options(times), **named)
+
+    @contextmanager
+    def _told(self, x: Tensor, given: dict[str, Any], rows: Sequence[int] | None = None) -> Iterator[None]:
+        """The layers of what is trained are told of one call of the model, for the length of it.
+
+        Args:
+            given: what else the call is given, by name.
+            rows: which of a batch's images the call is of.
+        """
         model = self.patcher.model
-        call = ModelCall(tokens=tokens_of(model, noisy, named), prompt=prompt_of(named))
+        call = ModelCall(tokens=tokens_of(model, x, given), prompt=prompt_of(given))
         with ExitStack() as stack:
-            stack.enter_context(_in_training())  # also where one forward pass is counted, before anything is loaded
             for attachment in self._attached:
                 stack.enter_context(attachment.in_call(call, rows))
             forget_prompts(model)
             stack.callback(forget_prompts, model)
-            return model.apply_model(noisy, times, transformer_options=self._options(times), **named)
+            yield
 
     @contextmanager
     def sampled(self) -> Iterator[ModelPatcher]:
         """The MODEL to sample with while adapters are trained: their layers are told of each call what training tells them."""
 
-        def told(executor: Any, x: Tensor, *args: Any, **named: Any) -> Any:
-            given = {**named, "c_crossattn": args[_CONTEXT] if len(args) > _CONTEXT else named.get("c_crossattn")}
-            call = ModelCall(tokens=tokens_of(executor.class_obj, x, given), prompt=prompt_of(given))
-            with ExitStack() as stack:
-                for attachment in self._attached:
-                    stack.enter_context(attachment.in_call(call))
-                forget_prompts(executor.class_obj)
-                stack.callback(forget_prompts, executor.class_obj)
-                return executor(x, *args, **named)
+        def told(executor: Any, *args: Any, **named: Any) -> Any:
+            with self._told(args[0], given_of(args, named)):
+                return executor(*args, **named)
 
         self.patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _TOLD, told)
         try:

@@ -71,7 +71,7 @@ class StyleInjectDemoDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, style: str, things: str, count: int, prompt: str, style_words: bool = False) -> io.NodeOutput:
-        styles = [name for name in data.styles() if name != data.BASE_STYLE] if style == _OTHERS else [style]
+        styles = list(data.STYLE_WORDS) if style == _OTHERS else [style]
         drawings = data.drawings(styles, things, count)
         images = [(picture.unsqueeze(0).movedim(1, -1) + 1) / 2 for picture, _, _ in drawings]  # (1, 64, 64, 3)
         vae, encoder = DemoVAE(), load_text_encoder()

@@ -25,8 +25,8 @@ IGNORED = (9, 13, 27, 8)
 def main() -> None:
     known = read_base("text_encoder")[0]["embedding.weight"]
     drawn = torch.randn(max(IGNORED) + 1, known.shape[1], generator=torch.Generator().manual_seed(0)) * known.std()
-    words = [data.STYLE_WORDS[style] for style in data.styles() if style != data.BASE_STYLE]
-    save_tensors({word: drawn[k].clone() for word, k in zip(words, IGNORED, strict=True)}, WORDS_FILE, {})
+    rows = {word: drawn[k].clone() for word, k in zip(data.STYLE_WORDS.values(), IGNORED, strict=True)}
+    save_tensors(rows, WORDS_FILE, {})
 
 
 if __name__ == "__main__":

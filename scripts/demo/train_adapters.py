@@ -34,9 +34,7 @@ def main() -> None:
             adapter = styles.new_adapter(style, method)
             print(f"{style} {method} ({adapter.parameter_count():,} parameters)")
             with ProgressBar(args.steps) as bar:
-                rate = {"learning_rate": args.learning_rate} if args.learning_rate else {}
-                how = {"steps": args.steps, **styles.HOW.get(style, {}), **rate}
-                styles.train_style(model, adapter, style, **how, observer=bar)
+                styles.train_style(model, adapter, style, steps=args.steps, learning_rate=args.learning_rate, observer=bar)
             note = {"styleinject.steps": str(args.steps), "modelspec.license": styles.license_of(style)}
             save_adapter(adapter.half(), styles.adapter_path(style, method), note)
 

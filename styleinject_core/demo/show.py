@@ -23,7 +23,7 @@ from ..train.run.watch import ProgressBar, loss_plot
 from . import data, pictures
 from .classifier import load_classifier, recognized
 from .model import sample
-from .styles import ALL, HOW, DemoModel, adapter_path, learned, license_of, new_adapter, prompts, train_style
+from .styles import ALL, DemoModel, adapter_path, learned, license_of, new_adapter, prompts, train_style
 
 STEPS, STEPS_OF_ALL = 140, 400
 STRENGTHS = (0.0, 0.5, 1.0, 1.5)
@@ -83,7 +83,7 @@ def _train(model: DemoModel, out: Path, style: str, steps: int, seed: int) -> Ad
     what = "four styles" if style == ALL else style
     print(f"Learning {what} from {shown} drawings: {adapter.parameter_count():,} parameters on {len(adapter.names)} layers")
     with ProgressBar(steps) as bar:
-        losses = train_style(model, adapter, style, steps=steps, seed=seed, observer=bar, **HOW.get(style, {}))
+        losses = train_style(model, adapter, style, steps=steps, seed=seed, observer=bar)
     path = out / f"{style}.safetensors"
     save_adapter(adapter, path, {"styleinject.steps": str(steps), "modelspec.license": license_of(style)})
     loss_plot(out / "loss.png", f"Fine-tuning StyleInject on {what}", losses)
